@@ -1,0 +1,2470 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "tiktoken==0.14.0",
+#   "tokenizers==0.23.3",
+#   "datasets==5.2.0",
+#   "tqdm==4.70.1",
+#   "safetensors==0.8.0",
+# ]
+# ///
+"""Small language models from 7M to 1B parameters, in one file: the data, the GPT, its training and its use.
+
+python model.py train --variant 7M                                     train (with no data: on Python's own library)
+python model.py sample --prompt "def "                                 generate text with the newest checkpoint
+python model.py tokenize --dataset shakespeare --txt input.txt         text, folders or URLs -> data/shakespeare/
+python model.py train --variant 26M --data shakespeare --max_iters 5000
+
+Read from top to bottom: configuration, the GPT, tokenizers, data files, generation, checkpoints, the training loop,
+the subcommands, the parser.
+"""
+
+import argparse
+import base64
+import codecs
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+FORMAT_VERSION = 1  # of checkpoints and of data folders; a reader refuses what is newer than itself
+DATA_DIR = Path("data")
+CHECKPOINT_DIR = Path("checkpoints")
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence that names the thing and the remedy; never shown as a traceback."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration: settings, architectures, variants
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default: Any, help: str, choices: tuple = (), type: Callable | None = None) -> Any:
+    """A dataclass field that is also a command-line flag: its name, type, default and meaning are declared here once."""
+    return field(default=default, metadata={"help": help, "choices": choices, "type": type})
+
+
+@dataclass
+class GPTConfig:
+    """What a GPT is made of. `--arch` fills in a row of these and every one of them can be overridden on its own."""
+
+    arch: str = "gpt2"
+    vocab_size: int = 50259  # tokens of the tokenizer; the embedding is padded to a multiple of 64 rows
+    block_size: int = setting(1024, "context length, in tokens")
+    n_layer: int = setting(12, "number of transformer blocks")
+    n_head: int = setting(12, "number of query heads")
+    n_kv_head: int = setting(0, "number of key/value heads: fewer than n_head is GQA, 1 is MQA (0: n_head)")
+    n_embd: int = setting(768, "width of the residual stream")
+    head_dim: int = setting(0, "width of a head (0: n_embd / n_head)")
+    n_inner: int = setting(0, "width of the MLP (0: 4 n_embd; 8/3 n_embd rounded up to 64 for swiglu and geglu)")
+    pos_embd: str = setting("learned", "position information", ("none", "learned", "rope"))
+    rope_theta: float = setting(10000.0, "base of RoPE's wavelengths")
+    rope_pct: float = setting(1.0, "fraction of each head that RoPE rotates")
+    rope_scaling: str = setting("none", "RoPE context extension", ("none", "linear", "ntk", "yarn", "llama3"))
+    rope_factor: float = setting(1.0, "how many times rope_scaling extends the context")
+    rope_original_block_size: int = setting(0, "context length before rope_scaling (0: block_size)")
+    rope_attention_factor: float = setting(0.0, "YaRN's factor on cos and sin (0: 0.1 ln(rope_factor) + 1)")
+    rope_beta_fast: float = setting(32.0, "YaRN: dimensions with more rotations than this are not interpolated")
+    rope_beta_slow: float = setting(1.0, "YaRN: dimensions with fewer rotations than this are fully interpolated")
+    rope_low_freq_factor: float = setting(1.0, "llama3 scaling: below this many rotations, interpolate")
+    rope_high_freq_factor: float = setting(4.0, "llama3 scaling: above this many rotations, leave alone")
+    norm: str = setting("layernorm", "normalisation", ("layernorm", "rmsnorm"))
+    norm_weight: bool = setting(True, "norms have learned weights")
+    norm_eps: float = setting(1e-5, "epsilon of the norms")
+    norm_position: str = setting("pre", "norm before (pre) or after (post) each residual addition", ("pre", "post"))
+    embd_norm: bool = setting(False, "normalise the token embedding too")
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys (with weights: before RoPE; without: after it)")
+    activation: str = setting(
+        "gelu_new", "MLP activation", ("gelu", "gelu_new", "relu", "relu2", "silu", "swiglu", "geglu")
+    )
+    bias: str = setting("all", "which linear layers have biases", ("none", "qkv", "attn", "all"))
+    parallel_residual: bool = setting(False, "attention and MLP read the same input and are added together")
+    tie_word_embeddings: bool = setting(True, "the head shares the token embedding's weights")
+    logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (0: off)")
+    init: str = setting("gpt2", "weight initialisation of this source", ("gpt2", "normal", "nanochat"))
+    resid_pdrop: float = setting(0.0, "dropout on each residual branch")
+    embd_pdrop: float = setting(0.0, "dropout on the embeddings")
+    attn_pdrop: float = setting(0.0, "dropout on the attention weights")
+    attn_implementation: str = setting("auto", "attention kernel", ("auto", "eager", "sdpa", "flash_attention_2"))
+    gradient_checkpointing: bool = setting(
+        False, "recompute each block in the backward pass: less memory, a third slower"
+    )
+
+    def __post_init__(self) -> None:
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head < 1 or self.n_head % self.n_kv_head:
+            raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if not self.head_dim:
+            if self.n_embd % self.n_head:
+                raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
+            self.head_dim = self.n_embd // self.n_head
+        if not self.n_inner:
+            self.n_inner = round_up(self.n_embd * 8 / 3, 64) if self.is_glu else 4 * self.n_embd
+        if self.pos_embd == "rope" and self.rope_dim % 2:
+            raise UserError(f"rope_pct {self.rope_pct} of head_dim {self.head_dim} is not an even number of dimensions")
+        if self.rope_scaling != "none" and self.pos_embd != "rope":
+            raise UserError(
+                f"rope_scaling {self.rope_scaling} needs --pos_embd rope, and this model has {self.pos_embd}"
+            )
+        if self.rope_factor < 1:
+            raise UserError(f"rope_factor is {self.rope_factor}: it must be at least 1")
+        for name in ("block_size", "n_layer", "n_embd", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+
+    @property
+    def is_glu(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return round_up(self.vocab_size, 64)
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.rope_pct)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the positions reach, in tokens: block_size, or what rope_scaling makes of it."""
+        if self.rope_scaling == "none":
+            return self.block_size
+        return max(self.block_size, int((self.rope_original_block_size or self.block_size) * self.rope_factor))
+
+
+def round_up(n: float, multiple: int) -> int:
+    return math.ceil(n / multiple) * multiple
+
+
+# What `--arch` means. The names are Hugging Face model types, so that every export is native.
+ARCHS: dict[str, dict[str, Any]] = {
+    "gpt2": dict(pos_embd="learned", norm="layernorm", activation="gelu_new", bias="all", init="gpt2"),
+    "gpt_neox": dict(pos_embd="rope", norm="layernorm", activation="gelu_new", bias="all", init="normal"),
+    "llama": dict(pos_embd="rope", norm="rmsnorm", norm_eps=1e-5, activation="swiglu", bias="none", init="normal"),
+    "qwen2": dict(pos_embd="rope", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias="qkv", init="normal"),
+    "qwen3": dict(
+        pos_embd="rope", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias="none", qk_norm=True, init="normal"
+    ),
+    "nanochat": dict(
+        pos_embd="rope",
+        norm="rmsnorm",
+        norm_weight=False,
+        norm_eps=1e-6,
+        embd_norm=True,
+        qk_norm=True,
+        activation="relu2",
+        bias="none",
+        tie_word_embeddings=False,
+        logit_softcap=15.0,
+        init="nanochat",
+    ),
+}
+
+# How an architecture is trained where that differs from the variant's own recipe.
+ARCH_RECIPES: dict[str, dict[str, Any]] = {
+    "nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0),
+}
+
+# Shapes and recipes. The published ones (NGen3, NGen4, TransformerLM) stand as published.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "7M": dict(arch="gpt2", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, learning_rate=3e-4),
+    "26M": dict(
+        arch="llama", n_layer=8, n_head=8, n_kv_head=2, n_embd=512, n_inner=1408, block_size=512, rope_theta=1e6,
+        batch_size=32, learning_rate=5e-4,
+    ),
+    "50M": dict(
+        arch="gpt_neox", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, learning_rate=5e-5,
+        schedule="linear",
+    ),
+    "120M": dict(arch="gpt2", n_layer=12, n_head=8, n_embd=512, block_size=256, batch_size=32, learning_rate=3e-4),
+    "300M": dict(arch="gpt2", n_layer=20, n_head=16, n_embd=1024, block_size=1024, batch_size=16, learning_rate=3e-4),
+    "500M": dict(arch="gpt2", n_layer=22, n_head=20, n_embd=1280, block_size=1024, batch_size=16, learning_rate=2.5e-4),
+    "700M": dict(arch="gpt2", n_layer=26, n_head=22, n_embd=1408, block_size=1024, batch_size=16, learning_rate=2.5e-4),
+    "1B": dict(arch="gpt2", n_layer=28, n_head=26, n_embd=1664, block_size=1024, batch_size=16, learning_rate=2e-4),
+}  # fmt: skip
+
+
+def make_config(variant: str, vocab_size: int, overrides: dict[str, Any]) -> GPTConfig:
+    """The GPTConfig of a variant: its architecture's row, then its shape, then the user's own settings."""
+    if variant not in VARIANTS:
+        raise UserError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    shape = VARIANTS[variant]
+    arch = overrides.get("arch") or shape["arch"]
+    if arch not in ARCHS:
+        raise UserError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHS)}")
+    names = {f.name for f in fields(GPTConfig)}
+    values = {**ARCHS[arch], **{k: v for k, v in shape.items() if k in names}, **overrides}
+    return GPTConfig(**{**values, "arch": arch, "vocab_size": vocab_size})
+
+
+def count_parameters(c: GPTConfig) -> int:
+    """Number of parameters by the closed formula; equals the sum over the built model (tested)."""
+    norm = c.n_embd * (c.norm_weight + (c.norm_weight and c.norm == "layernorm"))
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    attention = c.n_embd * (q + 2 * kv) + q * c.n_embd
+    attention += (q + 2 * kv) * (c.bias != "none") + c.n_embd * (c.bias in ("attn", "all"))
+    attention += 2 * c.head_dim * (c.qk_norm and c.norm_weight)
+    fan_out = c.n_inner * (1 + c.is_glu)
+    mlp = c.n_embd * fan_out + c.n_inner * c.n_embd + (fan_out + c.n_embd) * (c.bias == "all")
+    total = c.n_layer * (attention + mlp + 2 * norm) + norm * ((c.norm_position == "pre") + c.embd_norm)
+    total += c.padded_vocab_size * c.n_embd * (2 - c.tie_word_embeddings)
+    return total + c.block_size * c.n_embd * (c.pos_embd == "learned")
+
+
+def training_flops_per_token(c: GPTConfig) -> float:
+    """FLOPs of a forward and backward pass per token: 6 per matmul parameter and 12 L H Q T for attention (PaLM,
+    arXiv 2204.02311, appendix B). The embedding is a look-up and costs nothing; the head is a matmul."""
+    lookups = (c.padded_vocab_size * (not c.tie_word_embeddings) + c.block_size * (c.pos_embd == "learned")) * c.n_embd
+    return 6 * (count_parameters(c) - lookups) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+
+
+def training_memory_bytes(c: GPTConfig, micro_batch_size: int) -> float:
+    """Estimated bytes that training takes: weights, gradients and AdamW's two moments in float32, and the bfloat16
+    activations that the backward pass reads (18 widths and two MLP widths a token and block)."""
+    activations = micro_batch_size * c.block_size * c.n_layer * (10 * c.n_embd + (2 + 2 * c.is_glu) * c.n_inner) * 2
+    if c.gradient_checkpointing:
+        activations = activations / c.n_layer + micro_batch_size * c.block_size * c.n_layer * c.n_embd * 2
+    return 16 * count_parameters(c) + activations
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The GPT
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weights follow the activations' dtype. Mixed precision without autocast: master weights stay
+    in float32, and what is multiplied is decided by the dtype of the embedding's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, with or without learned weights."""
+
+    def __init__(self, config: GPTConfig, dim: int, kind: str | None = None) -> None:
+        super().__init__()
+        self.dim, self.eps, self.kind = (dim,), config.norm_eps, kind or config.norm
+        self.weight = nn.Parameter(torch.ones(dim)) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.norm_weight and self.kind == "layernorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        if self.kind == "rmsnorm":
+            return F.rms_norm(x, self.dim, weight, self.eps)
+        return F.layer_norm(x, self.dim, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+
+
+def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
+    """RoPE's angle per position for each pair of dimensions, (rope_dim / 2,), and the factor on cos and sin.
+
+    linear: positions are divided by the factor. ntk: theta grows by factor^(d / (d - 2)), so that the longest wavelength
+    is stretched by the factor and the shortest not at all. yarn: fast dimensions stay, slow ones are divided by the
+    factor, a ramp between, and attention is sharpened (arXiv 2309.00071, section 3; transformers'
+    modeling_rope_utils). llama3: as yarn with Llama 3.1's thresholds.
+    """
+    d, theta, factor = c.rope_dim, c.rope_theta, c.rope_factor
+    original = c.rope_original_block_size or c.block_size
+    if c.rope_scaling == "ntk":
+        theta *= factor ** (d / (d - 2))
+    freqs = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if c.rope_scaling == "linear":
+        return freqs / factor, 1.0
+    if c.rope_scaling == "yarn":
+
+        def dimension(rotations: float) -> float:  # the dimension that turns this often over the original context
+            return d * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(dimension(c.rope_beta_fast)), 0)
+        high = min(math.ceil(dimension(c.rope_beta_slow)), d - 1)
+        ramp = ((torch.arange(d // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return freqs * (1 - ramp) + freqs / factor * ramp, c.rope_attention_factor or 0.1 * math.log(factor) + 1
+    if c.rope_scaling == "llama3":
+        rotations = original * freqs / (2 * math.pi)
+        keep = (rotations - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+        keep = keep.clamp(0, 1)
+        return freqs * keep + freqs / factor * (1 - keep), 1.0
+    return freqs, 1.0
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of x's first d dimensions. x (B, T, heads, head_dim); cos, sin (T or B T, 1, d/2)."""
+    half = cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+
+
+def causal_mask(T_q: int, T_k: int, device: torch.device) -> Tensor:
+    """(T_q, T_k), true where query i, one of the last T_q positions, may see key j."""
+    return torch.ones(T_q, T_k, dtype=torch.bool, device=device).tril(T_k - T_q)
+
+
+# Attention kernels: q (B, n_head, T_q, head_dim), k and v (B, n_kv_head, T_k, head_dim) -> as q. Causal, with queries
+# aligned to the last keys, unless a boolean mask (B or 1, 1, T_q, T_k) says what each query sees.
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """The readable reference."""
+    groups = q.size(1) // k.size(1)  # GQA: each key/value head serves this many query heads
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    mask = causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask
+    att = (q @ k.mT) * q.size(-1) ** -0.5  # (B, n_head, T_q, T_k)
+    att = att.masked_fill(~mask, float("-inf")).float().softmax(dim=-1).to(q.dtype)
+    return F.dropout(att, dropout_p) @ v
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """PyTorch's fused kernel, its flash kernel where the device has one."""
+    if mask is None and 1 < q.size(2) < k.size(2):
+        mask = causal_mask(q.size(2), k.size(2), q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """The flash-attn package. Its interface has no masks, so padded or packed batches go to PyTorch's kernel."""
+    if mask is not None:
+        return sdpa_attention(q, k, v, mask, dropout_p)
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=True).transpose(1, 2)
+
+
+ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "flash_attention_2": flash_attention_2}
+
+
+def choose_attention(name: str) -> Callable:
+    if name == "flash_attention_2":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "attn_implementation flash_attention_2 needs the flash-attn package (pip install flash-attn) and a CUDA "
+                "GPU; --attn_implementation sdpa uses PyTorch's own flash kernel"
+            ) from None
+    return ATTENTION["sdpa" if name == "auto" else name]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated: (n_layer, B, n_kv_head, max_length, head_dim) each.
+
+    `pad` (B,) counts the padding tokens at the left of each row, for batches of prompts of different lengths.
+    """
+
+    def __init__(self, c: GPTConfig, batch_size: int, max_length: int, like: Tensor, pad: Tensor | None = None) -> None:
+        shape = (c.n_layer, batch_size, c.n_kv_head, max_length, c.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv")
+        self.length, self.max_length, self.pad = 0, max_length, pad
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; queries, keys and values come from one matrix."""
+
+    def __init__(self, c: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, c.n_head, c.n_kv_head, c.head_dim
+        widths = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
+        self.qkv = Linear(c.n_embd, sum(widths), bias=c.bias != "none")
+        self.qkv.weight.parts = widths  # Muon orthogonalises each of the fused matrices on its own
+        self.proj = Linear(widths[0], c.n_embd, bias=c.bias in ("attn", "all"))
+        self.qk_norm = c.qk_norm
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (Norm(c, c.head_dim, "rmsnorm") for _ in "qk")
+        self.norm_first = c.norm_weight  # Qwen 3 normalises, then rotates; nanochat rotates, then normalises
+        self.kernel = choose_attention(c.attn_implementation)
+        self.attn_pdrop, self.resid_drop = c.attn_pdrop, nn.Dropout(c.resid_pdrop)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, mask: Tensor | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)  # (B, T, heads, head_dim)
+        if self.qk_norm and self.norm_first:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if self.qk_norm and not self.norm_first:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = self.kernel(q, k, v, mask, self.attn_pdrop if self.training else 0.0)
+        return self.resid_drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "swiglu": F.silu,  # of the gate
+    "geglu": F.gelu,
+}
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between; for GLUs the gate and the value come from one matrix."""
+
+    def __init__(self, c: GPTConfig) -> None:
+        super().__init__()
+        self.is_glu, self.activation = c.is_glu, ACTIVATIONS[c.activation]
+        self.fc = Linear(c.n_embd, c.n_inner * (1 + c.is_glu), bias=c.bias == "all")
+        self.fc.weight.parts = [c.n_inner] * (1 + c.is_glu)
+        self.proj = Linear(c.n_inner, c.n_embd, bias=c.bias == "all")
+        self.resid_drop = nn.Dropout(c.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if self.is_glu:
+            gate, value = x.chunk(2, dim=-1)
+            x = self.activation(gate) * value
+        else:
+            x = self.activation(x)
+        return self.resid_drop(self.proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_1, self.attn = Norm(c, c.n_embd), Attention(c, layer)
+        self.norm_2, self.mlp = Norm(c, c.n_embd), MLP(c)
+        self.pre_norm, self.parallel = c.norm_position == "pre", c.parallel_residual
+
+    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
+        if self.pre_norm and self.parallel:  # Pythia
+            return x + self.attn(self.norm_1(x), *attention_inputs) + self.mlp(self.norm_2(x))
+        if self.pre_norm:
+            x = x + self.attn(self.norm_1(x), *attention_inputs)
+            return x + self.mlp(self.norm_2(x))
+        x = self.norm_1(x + self.attn(x, *attention_inputs))
+        return self.norm_2(x + self.mlp(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with every architecture of ARCHS and every override of GPTConfig."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.wte = nn.Embedding(c.padded_vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.pos_embd == "learned" else None
+        self.embd_norm = Norm(c, c.n_embd) if c.embd_norm else None
+        self.drop = nn.Dropout(c.embd_pdrop)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else None
+        self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
+        self.compute_dtype = torch.float32  # of the activations
+        self.build_rope()
+        if self.wte.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """gpt2: N(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2 paper, section 2.3). normal: N(0, 0.02)
+        throughout (transformers' GPT-NeoX, Llama, Qwen). nanochat: unit embedding, uniform matrices of variance
+        1 / n_embd, zero projections and a head near zero (nanochat's gpt.py)."""
+        c = self.config
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() < 2:
+                p.fill_(1.0)
+            elif c.init == "gpt2" and "proj" in name:
+                p.normal_(0.0, 0.02 / math.sqrt(2 * c.n_layer))
+            elif c.init != "nanochat" or "wpe" in name:
+                p.normal_(0.0, 0.02)
+            elif "wte" in name:
+                p.normal_(0.0, 0.02 if c.tie_word_embeddings else 1.0)
+            elif "lm_head" in name:
+                p.normal_(0.0, 0.001)
+            elif "proj" in name:
+                p.zero_()
+            else:
+                p.uniform_(-((3 / c.n_embd) ** 0.5), (3 / c.n_embd) ** 0.5)
+
+    def build_rope(self) -> None:
+        """Tables of cos and sin, (context, 1, rope_dim / 2) float32; built again when the scaling is changed."""
+        self.rope_cos = self.rope_sin = None
+        if self.config.pos_embd == "rope":
+            freqs, factor = rope_frequencies(self.config)
+            angles = torch.outer(torch.arange(self.config.context, dtype=torch.float32), freqs)[:, None]
+            device = "cpu" if self.wte.weight.device.type == "meta" else self.wte.weight.device
+            self.rope_cos, self.rope_sin = ((f(angles) * factor).to(device) for f in (torch.cos, torch.sin))
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "GPT":
+        super()._apply(fn, *args, **kwargs)
+        if self.rope_cos is not None:  # follows the device and not the dtype
+            self.rope_cos, self.rope_sin = (x.to(self.wte.weight.device) for x in (self.rope_cos, self.rope_sin))
+        return self
+
+    def extend_context(self, rope_scaling: str, rope_factor: float, block_size: int = 0) -> None:
+        """Change the RoPE scaling of a trained model, which reaches rope_factor times its context from then on."""
+        c = self.config
+        original = c.rope_original_block_size or c.block_size
+        self.config = replace(
+            c,
+            rope_scaling=rope_scaling,
+            rope_factor=rope_factor,
+            rope_original_block_size=original,
+            block_size=block_size or c.block_size,
+        )
+        self.build_rope()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(padded_vocab_size, n_embd)"""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+        """The final hidden states (B, T, n_embd) of tokens idx (B, T).
+
+        With a cache, idx continues what the cache holds, and is appended to it. `segments` (B, T) numbers the documents
+        packed into each row: none sees another, and each has its own positions from 0.
+        """
+        B, T = idx.shape
+        start = cache.length if cache is not None else 0
+        positions, mask = slice(start, start + T), None
+        if segments is not None:
+            index = torch.arange(T, device=idx.device)
+            first = segments != F.pad(segments, (1, 0), value=-1)[:, :-1]  # true at the first token of each document
+            positions = index - (index * first).cummax(dim=1).values
+            mask = ((segments[:, :, None] == segments[:, None, :]) & causal_mask(T, T, idx.device))[:, None]
+        elif cache is not None and cache.pad is not None:
+            index = torch.arange(start + T, device=idx.device)
+            positions = (index[start:] - cache.pad[:, None]).clamp(min=0)
+            # padding sees itself, so that no row of the softmax is empty
+            mask = (index >= cache.pad[:, None, None]) | (index == index[start:, None])
+            mask = (mask & causal_mask(T, start + T, idx.device))[:, None]
+
+        x = self.wte(idx).to(self.compute_dtype)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[positions].to(x.dtype)
+        if self.embd_norm is not None:
+            x = self.embd_norm(x)
+        x = self.drop(x)
+        rope = None
+        if self.rope_cos is not None:
+            rope = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, mask)
+        if cache is not None:
+            cache.length += T
+        return x if self.norm_f is None else self.norm_f(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., n_embd) -> logits (..., vocab_size), float32; padding rows of the head are left out."""
+        logits = F.linear(x, self.head_weight[: self.config.vocab_size].to(x.dtype)).float()
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) -> logits (B, T, vocab_size), float32."""
+        return self.logits(self.hidden(idx, cache, segments))
+
+    def loss(self, idx: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T); a target of -1 does not count."""
+        return linear_loss(self.hidden(idx, segments=segments), self, CrossEntropy(targets))
+
+
+# The head and the loss together. A vocabulary of 50,000 makes the logits the largest tensor of a small model's step by
+# far, so they never exist at once: tokens go through the head in chunks, and each chunk's gradient is taken right away.
+
+
+class CrossEntropy:
+    """Objective of linear_loss: the sum of -log p(target) over targets (any shape) that are not -1."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets.flatten()
+
+    def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """logits (rows, vocab) -> the sum of the loss, and its gradient by the logits (in their memory) if wanted."""
+        targets = self.targets[rows]
+        counted = targets >= 0
+        index = targets.clamp(min=0)[:, None]
+        log_p = logits.float().log_softmax(dim=-1)
+        loss = -(log_p.gather(1, index)[:, 0] * counted).sum()
+        if not with_grad:
+            return loss, None
+        grad = log_p.exp_()
+        grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+        return loss, grad.mul_(counted[:, None]).to(logits.dtype)
+
+
+class FusedLinearLoss(torch.autograd.Function):
+    """objective(h @ weight.T) in chunks of rows, with the gradients taken chunk by chunk in the forward pass
+    (as Liger Kernel's fused linear cross-entropy does, arXiv 2410.10989, section 3.2)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, objective: Callable, vocab_size: int, cap: float, grad: bool
+    ) -> Tensor:
+        w = weight.to(h.dtype)
+        loss = torch.zeros((), device=h.device)
+        grad_h = torch.empty_like(h) if grad else None
+        grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=h.device) if grad else None
+        for start in range(0, h.size(0), LOSS_CHUNK):
+            rows = slice(start, start + LOSS_CHUNK)
+            logits = h[rows] @ w.T
+            if cap:
+                tanh = torch.tanh(logits / cap)
+                logits = cap * tanh
+            logits[:, vocab_size:] = float("-inf")  # padding
+            part, grad_logits = objective(logits, rows, grad)
+            loss += part
+            if grad:
+                if cap:
+                    grad_logits *= 1 - tanh.square()
+                torch.mm(grad_logits, w, out=grad_h[rows])
+                grad_w += grad_logits.T @ h[rows]
+        ctx.save_for_backward(grad_h, grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad_output, grad_w.mul_(grad_output), None, None, None, None
+
+
+LOSS_CHUNK = 256  # rows
+
+
+def linear_loss(h: Tensor, model: GPT, objective: Callable) -> Tensor:
+    """The sum of an objective over hidden states h (B, T, n_embd), through the model's head. Scalar, differentiable."""
+    h, c, weight = h.flatten(0, -2), model.config, model.head_weight
+    with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    return FusedLinearLoss.apply(h, weight, objective, c.vocab_size, c.logit_softcap, with_grad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ----------------------------------------------------------------------------------------------------------------------
+
+EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # tiktoken's r50k
+
+
+def byte_to_unicode() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in which tokenizer.json writes byte-level vocabularies."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """Text to token ids and back. `gpt2`, `bpe` and `byte` are tiktoken encodings with different ranks; `hf` is a
+    tokenizer.json served by the tokenizers package. Special tokens are never recognised in text.
+
+    n_vocab: number of token ids. special: name -> id of the special tokens. bos: ids that open every prompt.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec, self.kind, self.name = spec, spec["kind"], spec["name"]
+        self.special: dict[str, int] = spec["special"]
+        self.bos: list[int] = spec.get("bos", [])
+        if self.kind == "hf":
+            import tokenizers
+
+            self.backend = tokenizers.Tokenizer.from_str(spec["json"])
+            self.backend.encode_special_tokens = True  # as text, not as special tokens
+            self.backend.no_truncation()
+            self.n_vocab = max(self.backend.get_vocab().values()) + 1
+        else:
+            import tiktoken
+
+            if self.kind == "byte":
+                ranks = {bytes([b]): b for b in range(256)}
+            else:
+                ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"].split())}
+            pattern = r"[\s\S]" if self.kind == "byte" else GPT2_PATTERN
+            self.backend = tiktoken.Encoding(
+                self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
+            )
+            self.n_vocab = self.backend.n_vocab
+
+    @property
+    def eot(self) -> int | None:
+        """The id that ends a document."""
+        return self.special.get(EOT)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of what it does, not of its name: two tokenizers with one digest map the same text to the same ids."""
+        content = {k: v for k, v in self.spec.items() if k in ("kind", "ranks", "json", "special")}
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        if self.kind == "byte":
+            return list(text.encode("utf-8", "replace"))
+        if self.kind == "hf":
+            return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode_ordinary(text)
+
+    def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
+        """encode, as an array."""
+        if self.kind == "byte":
+            return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(dtype)
+        return np.array(self.encode(text), dtype)
+
+    def decode(self, ids: list[int]) -> str:
+        """Bytes that are not UTF-8 become U+FFFD; ids that are only padding are left out."""
+        ids = [i for i in ids if i < self.n_vocab]
+        if self.kind == "hf":
+            return self.backend.decode(ids, skip_special_tokens=False)
+        return self.backend.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """(n_vocab,) bytes of text that each token stands for; 0 for the special ones. For bits per byte."""
+        if self.kind != "hf":
+            tokens = [self.backend.decode_single_token_bytes(i) for i in range(self.n_vocab - len(self.special))]
+            return np.array([len(t) for t in tokens] + [0] * len(self.special), np.int32)
+        lengths = np.zeros(self.n_vocab, np.int32)
+        byte_level = '"ByteLevel"' in self.spec["json"]
+        added = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            is_byte = len(token) == 6 and token.startswith("<0x")  # SentencePiece's byte fallback
+            length = len(token) if byte_level else 1 if is_byte else len(token.replace("▁", " ").encode())
+            lengths[i] = 0 if i in added else length
+        return lengths
+
+    def describe(self) -> str:
+        return f"{self.name} ({self.n_vocab:,} tokens)"
+
+
+def with_special_tokens(kind: str, name: str, tokens: list[bytes]) -> Tokenizer:
+    """One of our own tokenizers, from its ordinary tokens in the order of their ids."""
+    special = {t: len(tokens) + i for i, t in enumerate((EOT, IM_START, IM_END))}
+    spec = {"kind": kind, "name": name, "special": special}
+    if kind != "byte":
+        spec["ranks"] = "\n".join(base64.b64encode(t).decode() for t in tokens)
+    return Tokenizer(spec)
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    import tiktoken
+
+    try:
+        ranks = tiktoken.get_encoding("r50k_base")._mergeable_ranks
+    except Exception as e:  # requests, urllib3 and tiktoken each have their own
+        raise UserError(
+            f"GPT-2's vocabulary is not on this machine and could not be fetched ({type(e).__name__}): go online once, "
+            "or use --tokenizer bpe, which learns a vocabulary from your text, or --tokenizer byte"
+        ) from None
+    return with_special_tokens("gpt2", "gpt2", sorted(ranks, key=ranks.get))
+
+
+def byte_tokenizer() -> Tokenizer:
+    return with_special_tokens("byte", "byte", [bytes([b]) for b in range(256)])
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+    """A byte-level BPE of vocab_size tokens, special ones included, learned from texts with GPT-2's split pattern."""
+    import tokenizers
+
+    if vocab_size < 259:
+        raise UserError(f"vocab_size is {vocab_size}: a bpe needs 256 bytes and 3 special tokens, so at least 259")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=progress, special_tokens=[]
+    )
+    bpe.train_from_iterator(texts, trainer)
+    to_byte = {c: b for b, c in byte_to_unicode().items()}
+    vocab = bpe.get_vocab()
+    tokens = [bytes(to_byte[c] for c in token) for token in sorted(vocab, key=vocab.get)]
+    return with_special_tokens("bpe", f"bpe-{len(tokens) + 3}", tokens)
+
+
+def hf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, or a tokenizer.json itself with the tokenizer_config.json beside it."""
+    import tokenizers
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} has no tokenizer.json")
+    try:
+        text = file.read_text(encoding="utf-8")
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as e:  # the Rust side raises plain Exception
+        raise UserError(f"{file} is not a Hugging Face tokenizer.json: {e}") from None
+    config = read_json(file.with_name("tokenizer_config.json"), {})
+    eos = config.get("eos_token") or EOT
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    special = {t: backend.token_to_id(t) for t in (EOT, IM_START, IM_END) if backend.token_to_id(t) is not None}
+    if backend.token_to_id(eos) is not None and (EOT not in special or eos != IM_END):
+        special[EOT] = backend.token_to_id(eos)
+    template = file.with_name("chat_template.jinja")
+    spec = {"kind": "hf", "name": file.parent.name, "json": text, "special": special}
+    spec["bos"] = backend.encode("").ids  # what its post-processor puts before a text
+    spec["chat_template"] = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+    return Tokenizer(spec)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by the name that --tokenizer takes, `bpe` aside, which must be trained."""
+    if name == "gpt2":
+        return gpt2_tokenizer()
+    if name == "byte":
+        return byte_tokenizer()
+    if Path(name).exists():
+        if Path(name).suffix == ".pt":
+            return Tokenizer(load_checkpoint(Path(name))["tokenizer"])
+        return hf_tokenizer(Path(name))
+    raise UserError(
+        f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, or a folder or file with a tokenizer.json"
+    )
+
+
+class TextStream:
+    """Token ids in, text out as soon as it is whole: a character may be spread over several tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.ids, self.start, self.shown = tokenizer, [], 0, 0
+
+    def __call__(self, token: int | None) -> str:
+        """The text that a token completes; None flushes what is left."""
+        if token is not None:
+            self.ids.append(token)
+        before = self.tokenizer.decode(self.ids[self.start : self.shown])
+        after = self.tokenizer.decode(self.ids[self.start :])
+        if after.endswith("\ufffd") and token is not None and len(self.ids) - self.shown < 8:
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return after[len(before) :]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: text sources, tokenization, data folders, batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+PIECE_CHARS = 1 << 20  # text goes to the tokenizer in pieces of about this length
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """The contents of a JSON file, or the default if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is None:
+            raise
+        return default
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
+    """A binary file that appears under its name when it is whole and on the disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> None:
+    """Fetch a URL into a file, which appears only when whole. Raises UserError when it cannot be had."""
+    import urllib.error
+    import urllib.request
+
+    for attempt in range(retries):
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "model.py"})
+            with urllib.request.urlopen(request, timeout=timeout) as response, atomic_write(path) as f:
+                total = int(response.headers.get("Content-Length") or 0)
+                with progress_bar(total=total or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+                    while block := response.read(1 << 16):
+                        f.write(block)
+                        bar.update(len(block))
+                if total and bar.n != total:
+                    raise OSError(f"the connection ended after {bar.n:,} of {total:,} bytes")
+            return
+        except (OSError, ValueError) as e:  # URLError and time-outs are OSErrors
+            reason = getattr(e, "reason", e)
+            permanent = isinstance(e, ValueError) or (isinstance(e, urllib.error.HTTPError) and e.code < 500)
+            if permanent or attempt == retries - 1:
+                raise UserError(f"cannot download {url}: {reason}") from None
+            time.sleep(2**attempt)
+
+
+def looks_binary(path: Path) -> bool:
+    with open(path, "rb") as f:
+        return b"\0" in f.read(8192)
+
+
+def text_files(sources: list[str], scratch: Path) -> list[Path]:
+    """The files that --txt names: files, folders (every text file below, in an order that mixes the subfolders, so that
+    the last tenth is a fair validation split), URLs, and - for standard input (both fetched into scratch first)."""
+    files = []
+    for i, source in enumerate(sources):
+        path = Path(source)
+        if source == "-":
+            path = scratch / "standard_input.txt"
+            with atomic_write(path) as f:
+                while block := sys.stdin.buffer.read(1 << 20):
+                    f.write(block)
+        elif "://" in source:
+            if not source.startswith(("http://", "https://")):
+                raise UserError(f"{source}: only http and https URLs can be fetched")
+            path = scratch / f"{i}_{source.rstrip('/').rsplit('/', 1)[-1].split('?')[0] or 'download.txt'}"
+            download(source, path)
+        elif path.is_dir():
+            found = [
+                p
+                for p in path.rglob("*")
+                if p.is_file() and not any(q.startswith(".") for q in p.relative_to(path).parts)
+            ]
+            found = [p for p in found if p.stat().st_size and not looks_binary(p)]
+            if not found:
+                raise UserError(f"{source} is a directory without text files")
+            files += sorted(found, key=lambda p: hashlib.md5(p.relative_to(path).as_posix().encode()).digest())
+            continue
+        elif not path.exists():
+            raise UserError(f"{source}: no such file, folder or URL")
+        files.append(path)
+    if not any(p.stat().st_size for p in files):
+        raise UserError(f"{', '.join(sources)}: there is no text in it, the source is empty")
+    return files
+
+
+def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -> Iterator[str]:
+    """The text of a file in blocks. Raises UserError with the byte offset of what is not in the encoding."""
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)(errors)
+    except LookupError as e:
+        raise UserError(f"--encoding or --errors: {e}") from None
+    offset = 0
+    with open(path, "rb") as f:
+        while True:
+            block = f.read(PIECE_CHARS)
+            pending = decoder.getstate()[0] if encoding.startswith("utf") else b""
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                raise UserError(
+                    f"{path}: byte {offset - len(pending) + e.start:,} (0x{e.object[e.start]:02x}) is not {encoding}: name the "
+                    "right one with --encoding (for example latin-1), or use --errors replace"
+                ) from None
+            if text:
+                yield text
+            if not block:
+                return
+            offset += len(block)
+            if bar is not None:
+                bar.update(len(block))
+
+
+def split_point(text: str) -> int:
+    """Where text may be cut without changing its tokens: before the last white space that follows a letter or digit,
+    which ends a piece in GPT-2's split pattern and in every other in common use. 0 if there is none near the end."""
+    for i in range(len(text) - 1, max(len(text) - PIECE_CHARS // 4, 0), -1):
+        if text[i] in " \n\t\r" and text[i - 1].isalnum():
+            return i
+    return 0
+
+
+def text_pieces(blocks: Iterable[str]) -> Iterator[str]:
+    """Regroup a document into pieces of about PIECE_CHARS that can be tokenized one by one."""
+    text = ""
+    for block in blocks:
+        text += block
+        if len(text) >= PIECE_CHARS:
+            cut = split_point(text)
+            if not cut and len(text) >= 16 * PIECE_CHARS:  # no white space for megabytes: cut anywhere
+                cut = len(text)
+            if cut:
+                yield text[:cut]
+                text = text[cut:]
+    if text:
+        yield text
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str | None], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Token ids of pieces, in order, tokenized on all cores (tiktoken and tokenizers release the GIL); None, the end of
+    a document, becomes the end-of-text token."""
+    end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
+    encode = lambda piece: end if piece is None else tokenizer.encode_array(piece, dtype)  # noqa: E731
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending = []
+        for piece in pieces:
+            pending.append(pool.submit(encode, piece))
+            if len(pending) > workers:  # bounded: a corpus of any size passes through a few megabytes
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+
+
+def token_dtype(n_vocab: int) -> np.dtype:
+    return np.dtype("<u2" if n_vocab <= 65536 else "<u4")
+
+
+class DataWriter:
+    """Writes a data folder. data.bin: token ids, little-endian uint16 or uint32, no header. For conversations also
+    mask.bin (one byte a token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
+    token). meta.json comes last, so a folder that has one is whole."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, overwrite: bool) -> None:
+        if (folder / "meta.json").exists():
+            if not overwrite:
+                raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
+            (folder / "meta.json").unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.tokenizer, self.dtype = folder, tokenizer, token_dtype(tokenizer.n_vocab)
+        self.files = {name: open(folder / f".{name}.tmp", "wb") for name in ("data.bin", "mask.bin")}
+        self.n_tokens, self.starts, self.digest = 0, [], hashlib.blake2b(digest_size=16)
+
+    def write(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append ids; with a mask, they are a conversation."""
+        data = ids.astype(self.dtype, copy=False).tobytes()
+        self.files["data.bin"].write(data)
+        self.digest.update(data)
+        if mask is not None:
+            self.starts.append(self.n_tokens)
+            self.files["mask.bin"].write(mask.astype(np.uint8).tobytes())
+        self.n_tokens += len(ids)
+
+    def finish(self, val_fraction: float, source: Any) -> dict[str, Any]:
+        """Close the files, give them their names and write meta.json, which is returned."""
+        if not self.n_tokens:
+            raise UserError(f"{source}: there is nothing to tokenize in it")
+        val_start = self.n_tokens - min(int(self.n_tokens * val_fraction), 10_000_000)
+        if self.starts:  # validation begins with a conversation
+            val_start = self.starts[min(np.searchsorted(self.starts, val_start), len(self.starts) - 1)]
+            with atomic_write(self.folder / "starts.bin") as f:
+                f.write(np.array(self.starts, "<u8").tobytes())
+        for name, f in self.files.items():
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+            os.replace(f.name, self.folder / name)
+        if not self.starts:
+            (self.folder / "mask.bin").unlink()
+            (self.folder / "starts.bin").unlink(missing_ok=True)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype.name,
+            "n_tokens": self.n_tokens,
+            "val_start": int(val_start),
+            "digest": self.digest.hexdigest(),
+            "source": source,
+            "tokenizer": self.tokenizer.spec,
+        }
+        with atomic_write(self.folder / "meta.json") as f:
+            f.write(json.dumps(meta, indent=1).encode())
+        return meta
+
+    def discard(self) -> None:
+        """Remove what was written, after an error."""
+        for f in self.files.values():
+            f.close()
+            Path(f.name).unlink(missing_ok=True)
+        with suppress_oserror():
+            self.folder.rmdir()
+
+
+@contextmanager
+def suppress_oserror() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        pass
+
+
+def tokenize_text(
+    folder: Path,
+    sources: list[str],
+    tokenizer: str = "gpt2",
+    vocab_size: int = 8192,
+    encoding: str = "utf-8-sig",
+    errors: str = "strict",
+    val_fraction: float = 0.1,
+    overwrite: bool = False,
+    source: Any = None,
+) -> dict[str, Any]:
+    """Make a data folder of text sources (see text_files). Returns its meta.json and n_bytes. Memory does not grow with
+    the text. `source` is what meta.json says of where the text is from, if not the list of sources."""
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and below 1")
+    if (folder / "meta.json").exists() and not overwrite:
+        raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
+    import shutil
+    import tempfile
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".tokenize-", dir=folder.parent))
+    try:
+        files = text_files(sources, scratch)
+        total = sum(p.stat().st_size for p in files)
+        if tokenizer == "bpe":
+            made = train_bpe(bpe_sample(files, total, encoding, errors), vocab_size)
+        else:
+            made = load_tokenizer(tokenizer)
+        writer = DataWriter(folder, made, overwrite)
+        try:
+            with progress_bar(total=total, unit="B", unit_scale=True, desc="tokenize") as bar:
+
+                def pieces() -> Iterator[str | None]:
+                    for i, path in enumerate(files):
+                        if i:
+                            yield None
+                        yield from text_pieces(read_text(path, encoding, errors, bar))
+
+                for ids in encode_pieces(made, pieces(), writer.dtype):
+                    writer.write(ids)
+            meta = writer.finish(val_fraction, source or describe_sources(sources))
+        except BaseException:
+            writer.discard()
+            raise
+        return {**meta, "n_bytes": total}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
+    """Where data came from; size and time tell whether a file is still the one that was read."""
+    described = []
+    for source in sources:
+        entry: dict[str, Any] = {"path": source}
+        if Path(source).is_file():
+            stat = Path(source).stat()
+            entry.update(path=str(Path(source).resolve()), bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        described.append(entry)
+    return described
+
+
+def bpe_sample(files: list[Path], total: int, encoding: str, errors: str, limit: int = 100_000_000) -> Iterator[str]:
+    """The text that a vocabulary is learned from: all of it, or evenly spread pieces of about `limit` bytes in all."""
+    keep, owed = min(1.0, limit / max(total, 1)), 0.0
+    with progress_bar(total=total, unit="B", unit_scale=True, desc="learn vocabulary") as bar:
+        for path in files:
+            for piece in text_pieces(read_text(path, encoding, errors, bar)):
+                owed += keep
+                if owed >= 1 or keep == 1:
+                    owed -= 1
+                    yield piece
+
+
+def progress_bar(**kwargs: Any) -> tqdm:
+    """tqdm on standard error, silent where that is not a terminal, and on all ranks but the first."""
+    return tqdm(disable=None if rank() == 0 else True, dynamic_ncols=True, file=sys.stderr, **kwargs)
+
+
+class Data:
+    """A data folder, or a .bin file of nanoGPT's, opened for reading. Nothing is read before it is needed.
+
+    tokens: memory map of all ids. val_start: where validation begins in it; val_tokens: a file of its own for validation
+    (nanoGPT's val.bin), else None. mask, starts: of conversations, else None.
+    """
+
+    def __init__(self, path: Path, tokenizer: str = "gpt2") -> None:
+        self.path = path
+        folder = path if path.is_dir() else path.parent
+        self.mask = self.starts = self.val_tokens = None
+        if (folder / "meta.json").exists() and (path.is_dir() or path.name == "data.bin"):
+            meta = read_json(folder / "meta.json")
+            if meta.get("format_version", 0) > FORMAT_VERSION:
+                raise UserError(
+                    f"{folder} has format version {meta['format_version']}, made by a newer model.py: update this one"
+                )
+            try:
+                dtype, n_tokens, self.val_start = np.dtype(meta["dtype"]), meta["n_tokens"], meta["val_start"]
+                self.tokenizer, self.digest = Tokenizer(meta["tokenizer"]), meta["digest"]
+            except (KeyError, TypeError) as e:
+                raise UserError(
+                    f"{folder / 'meta.json'} is not a data folder's meta.json: {e} is missing or wrong"
+                ) from None
+            self.tokens = map_tokens(folder / "data.bin", dtype)
+            if len(self.tokens) != n_tokens:
+                raise UserError(
+                    f"{folder / 'data.bin'} has {len(self.tokens):,} tokens and should have {n_tokens:,}: it is truncated or "
+                    "not the file that was written; run tokenize again"
+                )
+            if (folder / "starts.bin").exists():
+                self.starts = np.fromfile(folder / "starts.bin", "<u8").astype(np.int64)
+                self.mask = np.memmap(folder / "mask.bin", np.uint8, "r")
+            return
+        # nanoGPT: train.bin and val.bin of uint16, GPT-2's ids unless said otherwise
+        self.tokenizer = load_tokenizer(tokenizer)
+        if path.is_dir():
+            if not (path / "train.bin").exists():
+                raise UserError(
+                    f"{path} is not a data folder: it has neither meta.json nor train.bin; make one with tokenize"
+                )
+            path = path / "train.bin"
+        train = map_tokens(path, np.dtype("<u2"))
+        val = path.with_name("val.bin")
+        self.tokens, self.val_start = train, len(train) - min(len(train) // 10, 10_000_000)
+        if path.name == "train.bin" and val.exists():
+            self.val_tokens, self.val_start = map_tokens(val, np.dtype("<u2")), len(train)
+        largest = max(int(tokens.max()) for tokens in (self.tokens, self.val_tokens) if tokens is not None)
+        if largest >= self.tokenizer.n_vocab:
+            raise UserError(
+                f"{path} has token id {largest} and tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}: "
+                "it was made with another tokenizer (name it with --tokenizer) or is not a file of uint16 token ids"
+            )
+        self.digest = hashlib.blake2b(np.ascontiguousarray(self.tokens[:1_000_000]), digest_size=16).hexdigest()
+
+    def windows(self, split: str, block_size: int) -> np.ndarray | range:
+        """The first token of every block of a split. Text is cut into consecutive blocks. Conversations are packed whole:
+        a window ends before the first conversation that does not fit, and one longer than a block is cut."""
+        low, high = (0, self.val_start) if split == "train" else (self.val_start, len(self.tokens))
+        if split == "val" and self.val_tokens is not None:
+            low, high = 0, len(self.val_tokens)
+        if self.starts is None:
+            blocks = range(low, high - block_size, block_size)
+        else:
+            starts, blocks, begin = self.starts[(self.starts >= low) & (self.starts < high)], [], None
+            for start, end in zip(starts, np.append(starts[1:], high), strict=True):
+                if begin is None or end - begin > block_size + 1:
+                    begin = start
+                    blocks.append(start)
+            blocks = np.array(blocks, np.int64)
+        if not len(blocks):
+            raise UserError(
+                f"the {'training' if split == 'train' else 'validation'} split of {self.path} has {high - low:,} tokens, fewer than a "
+                f"block of {block_size} and its target: use a smaller --block_size or more text"
+            )
+        return blocks
+
+    def batch(self, split: str, starts: np.ndarray, block_size: int) -> dict[str, Tensor]:
+        """Windows of a split as tensors (B, block_size) int64: idx, targets (-1: not a target), and segments for conversations."""
+        T = block_size
+        if self.starts is None:
+            tokens = self.tokens if split == "train" or self.val_tokens is None else self.val_tokens
+            rows = np.stack([tokens[s : s + T + 1] for s in starts]).astype(np.int64)
+            rows = torch.from_numpy(rows)
+            return {"idx": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+        ids, wanted = np.zeros((len(starts), T + 1), np.int64), np.zeros((len(starts), T + 1), bool)
+        segments = np.zeros((len(starts), T + 1), np.int64)
+        for i, s in enumerate(starts):
+            limit = self.val_start if s < self.val_start else len(self.tokens)
+            j = np.searchsorted(self.starts, s)
+            ends = np.append(self.starts[j + 1 : j + T + 2], len(self.tokens))
+            whole = ends[ends <= min(s + T + 1, limit)]  # the conversations that fit
+            end = int(whole[-1]) if len(whole) else min(int(ends[0]), s + T + 1)
+            n = end - s
+            ids[i, :n], wanted[i, :n] = self.tokens[s:end], self.mask[s:end] == 1
+            segments[i] = np.searchsorted(ends, s + np.arange(T + 1), side="right")
+        wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # a conversation's first token follows from nothing
+        targets = np.where(wanted, ids, -1)[:, 1:]
+        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in
+                (("idx", ids[:, :-1]), ("targets", targets), ("segments", segments[:, :-1]))}  # fmt: skip
+
+
+def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    size = path.stat().st_size
+    if not size:
+        raise UserError(f"{path} is empty")
+    if size % dtype.itemsize:
+        raise UserError(
+            f"{path} has {size:,} bytes, not a whole number of {dtype.name} token ids: truncated or not a .bin file"
+        )
+    return np.memmap(path, dtype, "r")
+
+
+def block_order(n_blocks: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch sees its blocks: a pure function of seed and epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n_blocks)
+
+
+class BlockSampler:
+    """Which blocks a step reads: a pure function of (seed, step, batch size), so a resumed run is the same run."""
+
+    def __init__(self, n_blocks: int, batch_size: int, seed: int) -> None:
+        self.n_blocks, self.batch_size, self.seed = n_blocks, batch_size, seed
+        self.order = functools.lru_cache(maxsize=2)(functools.partial(block_order, n_blocks, seed))
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Indices (batch_size,) of the blocks of a step; epochs follow one another without a gap."""
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        return np.array([self.order(int(p // self.n_blocks))[p % self.n_blocks] for p in positions])
+
+
+STDLIB_DATA = "python_stdlib"
+
+
+def python_stdlib_data() -> Path:
+    """The data set of the quickstart: the source of Python's standard library, which every machine has."""
+    import sysconfig
+
+    folder = DATA_DIR / STDLIB_DATA
+    if (folder / "meta.json").exists():
+        return folder
+    root = Path(sysconfig.get_paths()["stdlib"])
+    say(f"no --data given: making {folder} from the source of Python's standard library in {root}")
+    files = [p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts) and is_utf8(p)]
+    files.sort(key=lambda p: hashlib.md5(p.relative_to(root).as_posix().encode()).digest())
+    if not files:
+        raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
+    meta = tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=8192, source=str(root))
+    say(describe_meta(folder, meta))
+    return folder
+
+
+def is_utf8(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes().decode("utf-8").strip())
+    except UnicodeDecodeError:
+        return False
+
+
+def describe_meta(folder: Path, meta: dict[str, Any]) -> str:
+    n, val = meta["n_tokens"], meta["n_tokens"] - meta["val_start"]
+    return (
+        f"{folder}: {n:,} tokens, {meta['n_bytes'] / n:.2f} bytes per token, tokenizer {meta['tokenizer']['name']}; "
+        f"validation begins at token {meta['val_start']:,} ({val:,} tokens)"
+    )
+
+
+def find_data(spec: str | None, tokenizer: str = "gpt2", vocab_size: int = 8192) -> Data:
+    """Open what --data names: a name under data/, a folder, a .bin file, or a text file, which is tokenized first.
+    Without a name: the newest data set under data/, or Python's standard library."""
+    if spec is None:
+        made = sorted(DATA_DIR.glob("*/meta.json"), key=lambda p: p.stat().st_mtime)
+        if made:
+            say(f"no --data given: using {made[-1].parent}")
+        return Data(made[-1].parent if made else python_stdlib_data())
+    for path in (Path(spec), DATA_DIR / spec):
+        if path.is_dir() or path.suffix == ".bin" and path.is_file():
+            return Data(path, tokenizer)
+        if path.is_file():
+            folder = DATA_DIR / path.stem
+            if (folder / "meta.json").exists():
+                if read_json(folder / "meta.json").get("source") != describe_sources([str(path)]):
+                    raise UserError(
+                        f"{folder} is in the way of {path}: it was made from something else; tokenize it under another name"
+                    )
+                return Data(folder)
+            say(describe_meta(folder, tokenize_text(folder, [str(path)], tokenizer, vocab_size)))
+            return Data(folder)
+    names = ", ".join(p.parent.name for p in sorted(DATA_DIR.glob("*/meta.json")))
+    raise UserError(
+        f"no data at {spec} or {DATA_DIR / spec}" + (f"; there is: {names}" if names else "; make it with tokenize")
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SamplingSettings:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = setting(1.0, "divides the logits; 0 is greedy: always the most likely token")
+    top_k: int = setting(0, "sample among the k most likely tokens (0: all)")
+    top_p: float = setting(1.0, "sample among the most likely tokens that have this probability together")
+    min_p: float = setting(0.0, "leave out tokens less likely than this fraction of the most likely one")
+    repetition_penalty: float = setting(1.0, "above 1: lower the logits of tokens already in the text")
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (good, rule) in checks.items():
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
+
+
+def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = None) -> Tensor:
+    """The distribution that is sampled from, (B, vocab) float32, of logits (B, vocab). Filters apply in the order
+    repetition penalty (arXiv 1909.05858, section 4.1; seen (B, n) are the tokens so far), temperature, top_k, top_p
+    (arXiv 1904.09751), min_p (arXiv 2407.01082), as in transformers. Greedy is the distribution with one token."""
+    if s.repetition_penalty != 1 and seen is not None:
+        score = logits.gather(1, seen)
+        score = torch.where(score < 0, score * s.repetition_penalty, score / s.repetition_penalty)
+        logits = logits.scatter(1, seen, score)
+    if s.temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+    if s.temperature != 1:
+        logits = logits / s.temperature
+    if s.top_k:
+        kth = logits.topk(min(s.top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probs = logits.softmax(dim=-1)
+    if s.top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # the mass of all that is more likely
+        probs = probs.scatter(1, index, ordered.masked_fill(before >= s.top_p, 0.0))
+    if s.min_p:
+        probs = probs.masked_fill(probs < s.min_p * probs.max(dim=-1, keepdim=True).values, 0.0)
+    return probs
+
+
+def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index (B,) from each row of unnormalised probabilities (B, n), by inversion of the cumulative distribution."""
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    u = torch.rand(probs.size(0), 1, dtype=torch.float64, device=probs.device, generator=generator)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
+
+
+def sample_token(logits: Tensor, s: SamplingSettings, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """The next token (B,) from logits (B, vocab)."""
+    if s.temperature == 0 and s.repetition_penalty == 1:
+        return logits.argmax(dim=-1)
+    return draw(next_token_probs(logits, s, seen), generator)
+
+
+def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts as a matrix (B, longest), padded at the left, and how much padding each has (None if none)."""
+    longest = max(map(len, prompts))
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+    idx = torch.tensor([p[:1] * (longest - len(p)) + p for p in prompts], device=device)
+    return idx, pad if int(pad.max()) else None
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    settings: SamplingSettings,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
+
+    The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
+    context, its last half is read again into an empty cache and generation goes on from there.
+    """
+    context, device = model.config.context, model.wte.weight.device
+    idx, pad = left_pad(prompts, device)
+    if idx.size(1) > context:
+        raise UserError(
+            f"the prompt has {idx.size(1):,} tokens and the model's context is {context:,}: shorten it"
+            + (", or extend the context with --rope_scaling yarn --rope_factor N" if model.rope_cos is not None else "")
+        )
+    cache, new = None, idx
+    for i in range(max_new_tokens):
+        if cache is None or cache.length + new.size(1) > cache.max_length:
+            if cache is not None:  # full
+                new = idx[:, -(context // 2 or 1) :]
+                pad = None if pad is None else (pad - (idx.size(1) - new.size(1))).clamp(min=0)
+            size = min(context, new.size(1) + max_new_tokens - i)
+            like = torch.empty(0, dtype=model.compute_dtype, device=device)
+            cache = KVCache(model.config, idx.size(0), size, like, pad)
+        logits = model.logits(model.hidden(new, cache)[:, -1])
+        new = sample_token(logits, settings, idx, generator)[:, None]
+        idx = torch.cat((idx, new), dim=1)
+        yield new[:, 0]
+
+
+def generate_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    length: int,
+    settings: SamplingSettings,
+    num_samples: int = 1,
+    seed: int = 1337,
+    stop: Iterable[str] = (),
+    on_text: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """Continuations of a prompt, drawn as one batch; each ends at `length` tokens, at the end-of-text token, or before
+    one of the `stop` strings. The first one is handed to on_text as it grows."""
+    prompt_ids = tokenizer.bos + tokenizer.encode(prompt)
+    if not prompt_ids:
+        prompt_ids = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+    ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    streams = [TextStream(tokenizer) for _ in range(num_samples)]
+    texts, done = [""] * num_samples, [False] * num_samples
+    held = max((len(s) for s in stop), default=1) - 1  # characters that may turn out to be the start of a stop string
+    shown = 0
+    was_training = model.training
+    model.eval()
+    for tokens in generate(model, [prompt_ids] * num_samples, length, settings, generator):
+        for i, token in enumerate(tokens.tolist()):
+            if done[i]:
+                continue
+            if token in ends:
+                done[i] = True
+            texts[i] += streams[i](None if done[i] else token)
+            found = [at for at in (texts[i].find(s) for s in stop) if at >= 0]
+            if found:
+                texts[i], done[i] = texts[i][: min(found)], True
+        safe = len(texts[0]) if done[0] else max(len(texts[0]) - held, shown)
+        on_text(texts[0][shown:safe])
+        shown = safe
+        if all(done):
+            break
+    for i in range(num_samples):
+        texts[i] += "" if done[i] else streams[i](None)
+    on_text(texts[0][shown:])
+    model.train(was_training)
+    return texts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a dictionary of plain containers and tensors; whole, or not at all."""
+    with atomic_write(path) as f:
+        torch.save({"format_version": FORMAT_VERSION, **checkpoint}, f)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint. Only tensors and plain containers are unpickled, so a file that would run code is refused."""
+    import pickle
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f"{path} is not a checkpoint of this program, or is damaged ({reason[:150]})") from None
+    if not isinstance(checkpoint, dict) or not {"format_version", "config", "model", "tokenizer"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this program: it lacks the model, its config or its tokenizer")
+    if checkpoint["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {checkpoint['format_version']}, made by a newer model.py (this one reads up to "
+            f"{FORMAT_VERSION}): update model.py"
+        )
+    return checkpoint
+
+
+def find_checkpoint(spec: str | None) -> Path:
+    """The path of what --model_checkpoint names: a path, or a file name under checkpoints/; else the newest there."""
+    if spec is not None:
+        for path in (Path(spec), CHECKPOINT_DIR / spec):
+            if path.exists():
+                return path
+        raise UserError(f"no checkpoint at {spec} or {CHECKPOINT_DIR / spec}")
+    made = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime)
+    if not made:
+        raise UserError(
+            f"there is no checkpoint under {CHECKPOINT_DIR}/ yet: train one, or name one with --model_checkpoint"
+        )
+    return made[-1]
+
+
+def open_model(
+    spec: str | None, device: str = "cpu", dtype: torch.dtype | None = None, **overrides: Any
+) -> tuple[GPT, Tokenizer, dict]:
+    """Open a model to use it: (model in eval mode, tokenizer, checkpoint). Weights are held in `dtype`."""
+    path = find_checkpoint(spec)
+    checkpoint = load_checkpoint(path)
+    config = GPTConfig(**{**checkpoint["config"], **overrides})
+    model = build_model(config, checkpoint["model"], path)
+    if dtype is not None:
+        model.to(dtype)
+        model.compute_dtype = dtype
+    return model.to(device).eval(), Tokenizer(checkpoint["tokenizer"]), {**checkpoint, "path": path}
+
+
+def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
+    """A GPT that takes over the tensors of a state dictionary, which must fit it exactly."""
+    with torch.device("meta"):
+        model = GPT(config)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name in expected.keys() | state.keys():
+        if name not in state:
+            raise UserError(f"{path}: tensor {name} is missing")
+        if name not in expected:
+            raise UserError(f"{path}: tensor {name} does not belong to a model of its config")
+        if tuple(state[name].shape) != expected[name]:
+            raise UserError(
+                f"{path}: tensor {name} has shape {tuple(state[name].shape)}, its config says {expected[name]}"
+            )
+    parts = {name: p.parts for name, p in model.named_parameters() if hasattr(p, "parts")}
+    model.load_state_dict(state, strict=True, assign=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(True)
+        if name in parts:
+            p.parts = parts[name]
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: one loop for train, distill and finetune
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    """How a model is trained. A batch is what one optimizer step sees: over all micro-batches and processes."""
+
+    max_iters: int = setting(2000, "optimizer steps")
+    epochs: float = setting(0.0, "passes over the training data, instead of max_iters")
+    batch_size: int = setting(16, "sequences per optimizer step, over all micro-batches and processes")
+    grad_accum: int = setting(1, "micro-batches that a batch is cut into: less memory, the same result")
+    learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)")
+    min_lr_ratio: float = setting(0.1, "the last learning rate, as a fraction of the peak (0 for wsd and linear)")
+    warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)")
+    schedule: str = setting("cosine", "learning rate over time", ("cosine", "linear", "wsd", "constant"))
+    decay_fraction: float = setting(0.4, "wsd (warmup-stable-decay): the part of the run that decays")
+    optimizer: str = setting("adamw", "muon: Muon for the block matrices, AdamW for the rest", ("adamw", "muon"))
+    muon_lr: float = setting(0.02, "Muon's learning rate")
+    embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)")
+    head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)")
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings")
+    beta1: float = setting(0.9, "AdamW's first moment")
+    beta2: float = setting(0.95, "AdamW's second moment")
+    grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)")
+    eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: a tenth of the run)")
+    eval_tokens: int = setting(65536, "tokens of the validation split in an evaluation: always the same blocks")
+    log_interval: int = setting(10, "steps between records of the log")
+    sample_interval: int = setting(0, "steps between text samples (0: a quarter of the run; -1: none)")
+    seed: int = setting(1337, "of the initial weights, the data order and dropout")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the computation; weights stay float32", ("auto", "float32", "bfloat16", "float16"))
+    compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.batch_size % (self.grad_accum * world_size()):
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum} times {world_size()} processes"
+            )
+        if self.max_iters < 1 and self.epochs <= 0:
+            raise UserError("max_iters must be at least 1")
+
+
+def rank() -> int:
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )
+
+
+def world_size() -> int:
+    return (
+        torch.distributed.get_world_size()
+        if torch.distributed.is_available() and torch.distributed.is_initialized()
+        else 1
+    )
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print a line from the first process, above any progress bar."""
+    if rank() == 0:
+        tqdm.write(text, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: CUDA, then MPS, then the CPU. Under torchrun each process gets its own GPU."""
+    if name == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("device cuda was asked for, and PyTorch sees no CUDA GPU here: use --device cpu or auto")
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: auto, cpu, cuda, cuda:1 or mps") from None
+    return device
+
+
+@functools.lru_cache
+def cpu_bfloat16_pays(width: int) -> bool:
+    """Whether this processor has bfloat16 matrix instructions and a quick timing (a few milliseconds) says they pay."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(512, width, dtype=dtype), torch.ones(width, 4096, dtype=dtype)
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+
+def choose_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
+    """`auto`: bfloat16 where the device computes it fast, float16 on older GPUs, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu" and cpu_bfloat16_pays(width):
+        return torch.bfloat16
+    return torch.float32
+
+
+def lr_factor(step: int, t: TrainConfig) -> float:
+    """The learning rate of a step as a fraction of its peak."""
+    warmup = min(100, t.max_iters // 10) if t.warmup_iters < 0 else t.warmup_iters
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(t.max_iters - warmup, 1)  # 0 ... 1
+    if t.schedule == "cosine":
+        return t.min_lr_ratio + (1 - t.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    if t.schedule == "linear":
+        return 1 - done
+    if t.schedule == "wsd":
+        return min(1.0, (t.max_iters - step) / max(t.decay_fraction * t.max_iters, 1))
+    return 1.0
+
+
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """Orthogonalise a stack of matrices (n, rows, cols): singular values go to about 1 (Muon, Keller Jordan 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16()
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices.
+
+    The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
+    matrix, whose `parts` are the row counts of what it is made of, part by part."""
+
+    def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                buffer.lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(buffer, momentum)  # Nesterov
+                p.mul_(1 - lr * group["weight_decay"])
+                parts = getattr(p, "parts", [p.size(0)])
+                for part in zip(p.split(parts), update.split(parts), strict=True):
+                    by_shape.setdefault(part[0].shape, []).append(part)
+            for (rows, cols), pairs in by_shape.items():
+                updates = newton_schulz(torch.stack([u for _, u in pairs]))
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.add_(update, alpha=-lr * max(1, rows / cols) ** 0.5)
+
+
+def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, with decay for matrices and embeddings only, and Muon for the block matrices if asked."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    muon = [p for n, p in named if t.optimizer == "muon" and n.startswith("blocks.") and p.dim() == 2]
+    chosen = {id(p) for p in muon}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in named:
+        if id(p) not in chosen:
+            lr = {"wte.weight": t.embd_lr, "lm_head.weight": t.head_lr}.get(name) or t.learning_rate
+            groups.setdefault((lr, t.weight_decay if p.dim() >= 2 else 0.0), []).append(p)
+    adamw = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), fused=True)]
+    if muon:
+        optimizers.append(Muon(muon, lr=t.muon_lr, weight_decay=t.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+@dataclass
+class RunFiles:
+    """What a run writes: the best model, the state to go on from, and the log."""
+
+    model: Path
+    last: Path
+    log: Path
+
+    @classmethod
+    def named(cls, name: str) -> "RunFiles":
+        stem = CHECKPOINT_DIR / f"{name}_model"
+        return cls(stem.with_suffix(".pt"), stem.with_name(f"{stem.name}_last.pt"), stem.with_suffix(".jsonl"))
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise UserError if a run of this name is there and must not be overwritten; clear it away otherwise."""
+        there = [p for p in (self.model, self.last) if p.exists()]
+        if there and not overwrite:
+            raise UserError(
+                f"{there[0]} is already there: go on with --resume, replace it with --overwrite, or choose a --name"
+            )
+        self.model.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.log):  # an empty log; and a missing permission shows now, not after the first hour
+            pass
+        for p in there:
+            p.unlink()
+
+
+class Evaluator:
+    """Loss on a fixed set of validation blocks, spread evenly over the split."""
+
+    def __init__(self, data: Data, block_size: int, batch_size: int, eval_tokens: int) -> None:
+        windows = data.windows("val", block_size)
+        n = min(len(windows), max(1, eval_tokens // block_size))
+        self.starts = np.array([windows[i * len(windows) // n] for i in range(n)])
+        self.data, self.block_size, self.batch_size = data, block_size, batch_size
+        self.token_bytes = torch.from_numpy(data.tokenizer.token_bytes())
+
+    @torch.no_grad()
+    def __call__(self, model: GPT) -> dict[str, float]:
+        """val_loss (nats per token), val_ppl, val_bpb (bits per byte of text), val_tokens."""
+        device = model.wte.weight.device
+        was_training = model.training
+        model.eval()
+        total = torch.zeros(3, dtype=torch.float64)  # loss, tokens, bytes
+        batches = [self.starts[i : i + self.batch_size] for i in range(0, len(self.starts), self.batch_size)]
+        for starts in batches[rank() :: world_size()]:
+            batch = self.data.batch("val", starts, self.block_size)
+            targets = batch["targets"][batch["targets"] >= 0]
+            loss = model.loss(**{k: v.to(device) for k, v in batch.items()})
+            total += torch.tensor(
+                [loss.item(), targets.numel(), int(self.token_bytes[targets].sum())], dtype=torch.float64
+            )
+        model.train(was_training)
+        total = all_reduce(total.to(device if device.type == "cuda" else "cpu")).tolist()
+        loss = total[0] / max(total[1], 1)
+        bpb = total[0] / math.log(2) / max(total[2], 1)
+        return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700)), "val_bpb": bpb, "val_tokens": int(total[1])}
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over all processes, in place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM while a run is in progress; the second Ctrl-C interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def compile_model(model: GPT, t: TrainConfig, device: torch.device) -> None:
+    """torch.compile the blocks where asked, or where the work ahead is long enough to pay for it."""
+    import shutil
+
+    auto = device.type == "cuda" and t.max_iters >= 200
+    if t.compile == "false" or t.compile == "auto" and not auto:
+        return
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        say("no C++ compiler here: going on without torch.compile")
+        return
+    model.hidden = torch.compile(model.hidden)
+
+
+def train_step(
+    model: GPT,
+    batches: Iterable[dict[str, Tensor]],
+    n_targets: Tensor,
+    objective: Callable,
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """Forward and backward over the micro-batches of a step; returns the loss summed over targets, divided by the count
+    of targets in the whole batch. Gradients add up in p.grad."""
+    total = torch.zeros((), device=n_targets.device)
+    for batch in batches:
+        loss = objective(model, batch) / n_targets
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def fit(
+    model: GPT,
+    data: Data,
+    t: TrainConfig,
+    files: RunFiles,
+    extra: dict[str, Any],
+    objective: Callable[[GPT, dict[str, Tensor]], Tensor] = lambda model, batch: model.loss(**batch),
+    resume: dict[str, Any] | None = None,
+    prompt: str = "\n",
+) -> dict[str, float]:
+    """Train a model and leave its checkpoints and log; returns the last evaluation.
+
+    objective(model, batch) is the loss summed over a micro-batch. `extra` goes into the checkpoints (variant, arguments).
+    Everything random is a function of (seed, step), so a resumed run is bit for bit the run that was never stopped.
+    """
+    device, tokenizer, block_size = model.wte.weight.device, data.tokenizer, model.config.block_size
+    windows = data.windows("train", block_size)
+    if t.epochs:
+        t = replace(t, max_iters=max(1, math.ceil(t.epochs * len(windows) / t.batch_size)), epochs=0.0)
+    eval_interval = t.eval_interval or max(1, t.max_iters // 10)
+    sample_interval = t.sample_interval or max(1, t.max_iters // 4)
+    micro_batch_size = t.batch_size // (t.grad_accum * world_size())
+    sampler = BlockSampler(len(windows), t.batch_size, t.seed)
+    evaluate = Evaluator(data, block_size, micro_batch_size, t.eval_tokens)
+    optimizers = make_optimizers(model, t)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.compute_dtype == torch.float16)
+    params = [p for p in model.parameters() if p.requires_grad]
+    start_step, logged_step, seconds, best, results = 0, 0, 0.0, math.inf, {}
+    running = torch.zeros((), device=device)  # loss since the last record of the log
+    if resume is not None:
+        metrics, start_step = resume["metrics"], resume["step"]
+        seconds, best, results = metrics["seconds"], metrics["best_val_loss"], metrics["last"]
+        logged_step = metrics["logged_step"]
+        running += metrics["running_loss"]
+        for optimizer, state in zip(optimizers, resume["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(resume["scaler"])
+        trim_log(files.log, start_step)
+    compile_model(model, t, device)
+
+    def micro_batches(step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """This process's share of a step, on its way to the device, and the number of targets in the whole batch."""
+        starts = np.array([windows[i] for i in sampler(step)])
+        mine = np.array_split(starts, world_size())[rank()]
+        batches = [data.batch("train", part, block_size) for part in np.array_split(mine, t.grad_accum)]
+        n_targets = torch.tensor(float(sum(int((b["targets"] >= 0).sum()) for b in batches)), device=device)
+        if device.type == "cuda":
+            batches = [{k: v.pin_memory().to(device, non_blocking=True) for k, v in b.items()} for b in batches]
+        else:
+            batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
+        return batches, all_reduce(n_targets).clamp(min=1)
+
+    def save(path: Path, step: int, state: bool) -> None:
+        if rank() == 0:
+            save_checkpoint(path, {
+                **extra,
+                "config": asdict(model.config),
+                "model": model.state_dict(),
+                "tokenizer": tokenizer.spec,
+                "step": step,
+                "train_config": asdict(t),
+                "data": {"path": str(data.path), "digest": data.digest},
+                "metrics": {
+                    "seconds": seconds,
+                    "best_val_loss": best,
+                    "last": results,
+                    "logged_step": logged_step,
+                    "running_loss": running.item(),
+                },
+                "optimizer": [o.state_dict() for o in optimizers] if state else None,
+                "scaler": scaler.state_dict() if state else None,
+            })  # fmt: skip
+
+    model.train()
+    tokens_per_step = t.batch_size * block_size
+    timed_step, timed_at = start_step, time.perf_counter()
+    first_bad = torch.full((), math.inf, device=device)  # the first step whose loss or gradient was not finite
+    pending = micro_batches(start_step) if start_step < t.max_iters else None
+    with stop_signals() as stop, progress_bar(total=t.max_iters, initial=start_step, unit="step", desc="train") as bar:
+        for step in range(start_step, t.max_iters):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_factor(step, t)
+                optimizer.zero_grad(set_to_none=True)
+            torch.manual_seed((t.seed * 1_000_003 + step) * 4096 + rank())  # dropout
+            batches, n_targets = pending
+            loss = train_step(model, batches, n_targets, objective, scaler)
+            if step + 1 < t.max_iters:
+                pending = micro_batches(step + 1)  # while a GPU is still at work on this step
+            loss = all_reduce(loss)
+            if world_size() > 1:
+                for work in [torch.distributed.all_reduce(p.grad, async_op=True) for p in params if p.grad is not None]:
+                    work.wait()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(params, t.grad_clip or math.inf)
+            watched = loss if scaler.is_enabled() else loss + grad_norm
+            first_bad = torch.where(watched.isfinite(), first_bad, first_bad.clamp(max=step + 1))
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            running += loss
+            bar.update()
+
+            done = step + 1
+            last = done == t.max_iters
+            stopping = (
+                bool(all_reduce(torch.tensor(float(len(stop)), device=device))) if world_size() > 1 else bool(stop)
+            )
+            log_now, eval_now = done % t.log_interval == 0 or last, done % eval_interval == 0 or last
+            if not (log_now or eval_now or stopping):
+                continue
+            if math.isfinite(first_bad.item()):
+                kept = (
+                    f"the last good checkpoint is {files.last}"
+                    if files.last.exists()
+                    else "no checkpoint was written yet"
+                )
+                raise UserError(
+                    f"the loss or its gradient is not finite at step {int(first_bad)}: {kept}; try a lower --learning_rate, a longer "
+                    "--warmup_iters or --dtype float32"
+                )
+            elapsed = time.perf_counter() - timed_at
+            seconds += elapsed
+            speed = (done - timed_step) * tokens_per_step / elapsed
+            lr = optimizers[0].param_groups[0]["lr"]
+            record = {
+                "step": done,
+                "tokens": done * tokens_per_step,
+                "seconds": round(seconds, 2),
+                "loss": running.item() / (done - logged_step),
+                "lr": lr,
+                "grad_norm": grad_norm.item(),
+                "tokens_per_s": round(speed),
+            }
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
+            if eval_now:
+                results = evaluate(model)
+                record.update(results)
+                say(
+                    f"step {done}: loss {record['loss']:.4f}, val_loss {results['val_loss']:.4f}, perplexity {results['val_ppl']:.2f}, "
+                    f"{results['val_bpb']:.4f} bits per byte, {speed:,.0f} tokens/s"
+                )
+                improved, best = results["val_loss"] < best, min(best, results["val_loss"])
+                if improved:
+                    save(files.model, done, state=False)
+            if log_now or eval_now:
+                if rank() == 0:
+                    with open(files.log, "a", encoding="utf-8") as f:
+                        f.write(json.dumps(record) + "\n")
+                running, logged_step = torch.zeros((), device=device), done
+            if eval_now or stopping:
+                save(files.last, done, state=True)
+                if stopping and not files.model.exists():
+                    save(files.model, done, state=False)
+            if sample_interval > 0 and (done % sample_interval == 0 or last) and rank() == 0:
+                text = generate_text(
+                    model, tokenizer, prompt, min(100, block_size), SamplingSettings(temperature=0.8, top_k=200)
+                )[0]
+                say(f"--- sample at step {done} ---\n{prompt}{text}\n---")
+            if stopping:
+                bar.close()
+                say(f"stopped at step {done}: saved {files.last}; go on with --resume")
+                raise SystemExit(128 + stop[0])
+            timed_step, timed_at = done, time.perf_counter()
+    return {**results, "best_val_loss": best, "seconds": seconds}
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop the records after a step, which a resumed run will write again."""
+    if rank() == 0 and path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        with atomic_write(path) as f:
+            f.write("".join(line + "\n" for line in lines).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Subcommands
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def chosen(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The settings of a dataclass that the user gave on the command line."""
+    return {f.name: getattr(args, f.name) for f in fields(cls) if getattr(args, f.name, None) is not None}
+
+
+def cmd_tokenize(args: argparse.Namespace) -> None:
+    if Path(args.dataset).name != args.dataset:
+        raise UserError(f"--dataset {args.dataset!r} must be a plain name: the folder under {DATA_DIR}/")
+    folder = DATA_DIR / args.dataset
+    meta = tokenize_text(
+        folder, args.txt, args.tokenizer, args.vocab_size, args.encoding, args.errors, args.val_fraction, args.overwrite
+    )
+    say(describe_meta(folder, meta))
+
+
+def init_distributed(device: str) -> None:
+    """Join the process group that torchrun set up, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        kind = choose_device(device)
+        if kind.type == "cuda":
+            torch.cuda.set_device(kind)
+        torch.distributed.init_process_group("nccl" if kind.type == "cuda" else "gloo")
+
+
+def train_config(args: argparse.Namespace, variant: str, arch: str, n_embd: int) -> TrainConfig:
+    """TrainConfig of a variant: its own recipe, then its architecture's, then the user's settings."""
+    names = {f.name for f in fields(TrainConfig)}
+    recipe = {k: v for k, v in VARIANTS[variant].items() if k in names} if variant in VARIANTS else {}
+    recipe.update(ARCH_RECIPES.get(arch, {}))
+    if arch == "nanochat":  # AdamW's rates fall with the square root of the width (nanochat's gpt.py)
+        scale = (n_embd / 768) ** -0.5
+        recipe.update(learning_rate=0.004 * scale, head_lr=0.004 * scale, embd_lr=0.2 * scale)
+    return TrainConfig(**{**recipe, **chosen(args, TrainConfig)})
+
+
+def prepare(model: GPT, t: TrainConfig) -> GPT:
+    """Put a model on the device and choose its precision."""
+    device = choose_device(t.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    model.compute_dtype = choose_dtype(t.dtype, device, model.config.n_embd)
+    return model.to(device)
+
+
+def cmd_train(args: argparse.Namespace) -> None:
+    init_distributed(args.device or "auto")
+    files = RunFiles.named(args.name or args.variant)
+    if args.resume:
+        return resume_training(args, files)
+    overrides = {**chosen(args, GPTConfig)}
+    make_config(args.variant, 50259, overrides)  # a wrong setting shows before any data is made
+    data = find_data(args.data, args.tokenizer or "gpt2", args.vocab_size)
+    config = make_config(args.variant, data.tokenizer.n_vocab, overrides)
+    t = train_config(args, args.variant, config.arch, config.n_embd)
+    data.windows("train", config.block_size), data.windows("val", config.block_size)
+    files.check_free(args.overwrite)
+    torch.manual_seed(t.seed)
+    model = prepare(GPT(config), t)
+    announce(model, data, t, args.variant)
+    extra = {"kind": "train", "variant": args.variant, "arguments": sys.argv[1:]}
+    finish_run(fit(model, data, t, files, extra, prompt=sample_prompt(data)), files)
+
+
+def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
+    """Go on with a run from its last state, with its own settings; max_iters, epochs and device may be changed."""
+    if not files.last.exists():
+        raise UserError(f"nothing to resume: there is no {files.last}")
+    checkpoint = load_checkpoint(files.last)
+    if checkpoint["kind"] != args.command:
+        raise UserError(f"{files.last} was made by {checkpoint['kind']}: resume it with that command")
+    t = TrainConfig(**checkpoint["train_config"])
+    changed = chosen(args, TrainConfig)
+    free = {"max_iters", "epochs", "device", "compile", "log_interval", "sample_interval", "grad_accum"}
+    fixed = [k for k, v in changed.items() if k not in free and getattr(t, k) != v]
+    fixed += [k for k, v in chosen(args, GPTConfig).items() if checkpoint["config"][k] != v]
+    if fixed:
+        raise UserError(
+            f"--resume goes on with the run's own settings, and --{fixed[0]} differs: leave it out, or start anew with --overwrite"
+        )
+    t = replace(t, **{k: v for k, v in changed.items() if k in free})
+    if checkpoint["step"] >= t.max_iters and not t.epochs:
+        raise UserError(
+            f"nothing to resume: {files.last} has reached step {checkpoint['step']} of {t.max_iters}; raise --max_iters"
+        )
+    data = (
+        Data(Path(args.data))
+        if args.data and Path(args.data).exists()
+        else find_data(args.data or checkpoint["data"]["path"])
+    )
+    if data.tokenizer.digest != Tokenizer(checkpoint["tokenizer"]).digest:
+        raise UserError(
+            f"{data.path} was made with tokenizer {data.tokenizer.describe()} and {files.last} was trained with "
+            f"{Tokenizer(checkpoint['tokenizer']).describe()}: give the run its own data"
+        )
+    if data.digest != checkpoint["data"]["digest"]:
+        raise UserError(
+            f"{data.path} is not the data that {files.last} was trained on ({checkpoint['data']['path']}): its contents differ"
+        )
+    model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], files.last)
+    model = prepare(model, t)
+    say(f"resuming {files.last} at step {checkpoint['step']}")
+    announce(model, data, t, checkpoint["variant"])
+    extra = {k: checkpoint[k] for k in ("kind", "variant", "arguments")}
+    finish_run(fit(model, data, t, files, extra, resume=checkpoint, prompt=sample_prompt(data)), files)
+
+
+def sample_prompt(data: Data) -> str:
+    return "def " if data.path.name == STDLIB_DATA else "\n"
+
+
+def announce(model: GPT, data: Data, t: TrainConfig, variant: str) -> None:
+    """What is about to be trained, on what, and how, in two lines."""
+    c = model.config
+    device = model.wte.weight.device
+    train, val = data.val_start, len(data.tokens if data.val_tokens is None else data.val_tokens)
+    val -= 0 if data.val_tokens is not None else data.val_start
+    say(
+        f"{variant} ({c.arch}): {count_parameters(c):,} parameters with a vocabulary of {c.vocab_size:,}; "
+        f"data {data.path}: {train:,} training and {val:,} validation tokens"
+    )
+    length = f"{t.epochs:g} epochs" if t.epochs else f"{t.max_iters:,} steps"
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    say(f"{length} of {t.batch_size} x {c.block_size} tokens a step with {t.optimizer}, on {device} in {dtype}")
+
+
+def finish_run(results: dict[str, float], files: RunFiles) -> None:
+    say(
+        f"done in {results['seconds']:.0f} s: best val_loss {results['best_val_loss']:.4f} in {files.model}; "
+        f"try: python model.py sample --model_checkpoint {files.model.name}"
+    )
+
+
+def cmd_sample(args: argparse.Namespace) -> None:
+    settings = SamplingSettings(**chosen(args, SamplingSettings))
+    if args.length < 1 or args.num_samples < 1:
+        raise UserError("--length and --num_samples must be at least 1")
+    path = find_checkpoint(args.model_checkpoint)
+    device = choose_device(args.device)
+    model, tokenizer, checkpoint = open_model(str(path), str(device))
+    if args.variant is not None:
+        check_variant(args.variant, model.config, path)
+    dtype = choose_dtype(args.dtype, device, model.config.n_embd)
+    model.to(dtype).compute_dtype = dtype
+    if args.rope_scaling:
+        model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
+    prompt = args.prompt
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+    out = lambda text: print(text, end="", flush=True)  # noqa: E731
+    if args.model_checkpoint is None:
+        say(f"using {path}", file=sys.stderr)
+    out(prompt)
+    texts = generate_text(
+        model, tokenizer, prompt, args.length, settings, args.num_samples, args.seed, args.stop or (), out
+    )
+    out("\n")
+    for text in texts[1:]:
+        out(f"---\n{prompt}{text}\n")
+
+
+def check_variant(variant: str, c: GPTConfig, path: Path) -> None:
+    """Raise UserError unless a checkpoint has the shape of a variant."""
+    shape = VARIANTS[variant]
+    wrong = [k for k in ("n_layer", "n_head", "n_embd") if getattr(c, k) != shape[k]]
+    if wrong:
+        raise UserError(
+            f"{path} is not a {variant}: it has {wrong[0]} {getattr(c, wrong[0])} and {variant} has {shape[wrong[0]]}; "
+            "leave --variant out or name another checkpoint"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parser
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, only: tuple[str, ...] = ()) -> None:
+    """A flag for every setting() of a dataclass. Flags not given stay None, so that variants and recipes can fill them."""
+    group = parser.add_argument_group(title)
+    for f in fields(cls):
+        if "help" not in f.metadata or (only and f.name not in only):
+            continue
+        kind = f.metadata["type"] or (f.type if isinstance(f.type, type) else type(f.default))
+        options: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+        if f.metadata["choices"]:
+            options["choices"] = f.metadata["choices"]
+        else:
+            options["metavar"] = {bool: "BOOL", int: "N", float: "X", str: "NAME"}[kind]
+        group.add_argument(
+            f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **options
+        )
+
+
+def variants_table() -> str:
+    """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary."""
+    rows = ["variant  arch      layers heads (kv) width block batch  parameters  training memory  FLOPs per token"]
+    for name, v in VARIANTS.items():
+        c = make_config(name, 6400 if name == "26M" else 50259, {})
+        memory = training_memory_bytes(c, v["batch_size"]) / 2**30
+        rows.append(
+            f"{name:<8} {c.arch:<9} {c.n_layer:>6} {f'{c.n_head} ({c.n_kv_head})':>10} {c.n_embd:>5} {c.block_size:>5} {v['batch_size']:>5}"
+            f"  {count_parameters(c) / 1e6:>8.1f} M  {memory:>12.1f} GB  {training_flops_per_token(c):>15.2e}"
+        )
+    return (
+        "\n".join(rows)
+        + "\n(GPT-2's vocabulary; 26M with its own 6,400 tokens; memory at the variant's batch, bfloat16, before --grad_accum)"
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="model.py", description=__doc__, formatter_class=raw)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, help: str, examples: str, description: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.\n\n{description}",
+            epilog=f"examples:\n{examples}",
+            formatter_class=raw,
+        )
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def tokenizer_flags(sub: argparse.ArgumentParser, default: str | None = "gpt2") -> None:
+        sub.add_argument(
+            "--tokenizer",
+            default=default,
+            help="gpt2, bpe, byte, or a folder or file with a tokenizer.json (default: gpt2)",
+        )
+        sub.add_argument("--vocab_size", type=int, default=8192, help="tokens of --tokenizer bpe (default: 8192)")
+
+    sub = command(
+        "tokenize", cmd_tokenize, "turn text into a data folder",
+        "  python model.py tokenize --dataset shakespeare --txt input.txt\n"
+        "  python model.py tokenize --dataset notes --txt ~/notes more.txt --tokenizer bpe --vocab_size 4096\n"
+        "  zcat corpus.gz | python model.py tokenize --dataset corpus --txt - --tokenizer byte",
+    )  # fmt: skip
+    sub.add_argument("--dataset", required=True, metavar="NAME", help="the folder under data/ to make")
+    sub.add_argument(
+        "--txt",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help="files, folders, http(s) URLs, or - for standard input",
+    )
+    tokenizer_flags(sub)
+    sub.add_argument(
+        "--encoding", default="utf-8-sig", help="of the text (default: UTF-8, with or without a byte order mark)"
+    )
+    sub.add_argument(
+        "--errors",
+        default="strict",
+        choices=("strict", "ignore", "replace"),
+        help="what to do with bytes outside the encoding",
+    )
+    sub.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        help="the last part of the text that is for validation, at most 10M tokens (default: 0.1)",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace a data folder of this name")
+
+    sub = command(
+        "train", cmd_train, "train a model",
+        "  python model.py train --variant 7M\n"
+        "  python model.py train --variant 7M --data input.txt --tokenizer byte --arch nanochat --max_iters 500\n"
+        "  python model.py train --variant 26M --data shakespeare --epochs 3 --name shakespeare_26M\n"
+        "  torchrun --nproc_per_node 4 model.py train --variant 300M --data corpus\n"
+        "  python model.py train --variant 7M --resume",
+        variants_table(),
+    )  # fmt: skip
+    sub.add_argument("--variant", default="7M", choices=VARIANTS, help="shape and recipe (default: 7M)")
+    sub.add_argument("--arch", choices=ARCHS, help="how the shape is built (default: the variant's)")
+    sub.add_argument(
+        "--data",
+        help="a name under data/, a folder, a .bin or a text file (default: the newest under data/, else Python's own library)",
+    )
+    tokenizer_flags(sub, None)
+    sub.add_argument("--name", help="of the run: checkpoints/NAME_model.pt (default: the variant)")
+    sub.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run of this name")
+    add_settings(sub, "training (the variant's recipe comes before these defaults)", TrainConfig)
+    add_settings(sub, "architecture (the variant and --arch come before these defaults)", GPTConfig)
+
+    sub = command(
+        "sample", cmd_sample, "generate text",
+        '  python model.py sample --prompt "def "\n'
+        '  python model.py sample --model_checkpoint 7M_model.pt --prompt "To be" --length 200 --temperature 0.8 --top_k 50\n'
+        '  echo "Once upon" | python model.py sample --num_samples 3 --stop "\\n"',
+    )  # fmt: skip
+    sub.add_argument(
+        "--model_checkpoint",
+        metavar="CHECKPOINT",
+        help="a path or a name under checkpoints/ (default: the newest there)",
+    )
+    sub.add_argument("--variant", choices=VARIANTS, help="check that the checkpoint is of this shape")
+    sub.add_argument("--prompt", help="the text to go on from (default: standard input, if it is not a terminal)")
+    sub.add_argument("--length", type=int, default=100, help="tokens to generate (default: 100)")
+    add_settings(sub, "sampling", SamplingSettings)
+    sub.add_argument("--num_samples", type=int, default=1, help="continuations, drawn as one batch (default: 1)")
+    sub.add_argument("--seed", type=int, default=1337, help="of the random choices (default: 1337)")
+    sub.add_argument("--stop", nargs="+", metavar="TEXT", help="end before any of these")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    sub.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of weights and computation (default: auto)",
+    )
+    add_settings(sub, "beyond the trained context", GPTConfig, only=("rope_scaling", "rope_factor"))
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    try:
+        args.run(args)
+    except (UserError, OSError) as e:
+        if args.debug:
+            raise
+        reason = str(e) if isinstance(e, UserError) or not e.filename else f"{e.filename}: {e.strerror}"
+        print(f"model.py {args.command}: error: {reason}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
