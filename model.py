@@ -342,11 +342,26 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     """PyTorch's fused kernel, its flash kernel where the device has one."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and mask is None and q.size(2) <= 1024:
+        return bmm_attention(q, k, v, dropout_p)
     if mask is None and 1 < q.size(2) < k.size(2):
         mask = causal_mask(q.size(2), k.size(2), q.device)
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1)
     )
+
+
+def bmm_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Plain batched products, for training in bfloat16 on a CPU: there the backward pass of PyTorch's fused kernel takes
+    four times as long at 128 tokens and twice as long at 512."""
+    B, n_head, T, head_dim = q.shape
+    groups = n_head // k.size(1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    q, k, v = (x.reshape(B * n_head, T, head_dim) for x in (q, k, v))
+    bias = torch.zeros(T, T, dtype=q.dtype).masked_fill(~causal_mask(T, T, q.device), float("-inf"))
+    att = torch.baddbmm(bias, q, k.mT, alpha=head_dim**-0.5).softmax(dim=-1)  # (B n_head, T, T)
+    return torch.bmm(F.dropout(att, dropout_p), v).view(B, n_head, T, head_dim)
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
@@ -618,17 +633,34 @@ class CrossEntropy:
         self.targets = targets.flatten()
 
     def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """logits (rows, vocab) -> the sum of the loss, and its gradient by the logits (in their memory) if wanted."""
+        """logits (rows, vocab) -> the sum of the loss, and its gradient by the logits if wanted. May overwrite logits."""
         targets = self.targets[rows]
-        counted = targets >= 0
-        index = targets.clamp(min=0)[:, None]
-        log_p = logits.float().log_softmax(dim=-1)
-        loss = -(log_p.gather(1, index)[:, 0] * counted).sum()
+        counted, row = targets >= 0, torch.arange(len(targets), device=targets.device)
+        targets = targets.clamp(min=0)
+        if logits.dtype == torch.bfloat16 and logits.device.type == "cpu":
+            loss, probs = softmax_and_loss_bfloat16(logits, row, targets)
+        else:
+            probs = logits.float().log_softmax(dim=-1) if logits.dtype != torch.float64 else logits.log_softmax(dim=-1)
+            loss = -probs[row, targets]
+            probs = probs.exp_() if with_grad else probs
+        total = (loss * counted).sum()
         if not with_grad:
-            return loss, None
-        grad = log_p.exp_()
-        grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-        return loss, grad.mul_(counted[:, None]).to(logits.dtype)
+            return total, None
+        probs[row, targets] = torch.expm1(-loss).to(probs.dtype)  # p - 1, without cancellation
+        return total, probs.mul_(counted[:, None]).to(logits.dtype)
+
+
+def softmax_and_loss_bfloat16(logits: Tensor, row: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(target) (rows,) float32, and the softmax of bfloat16 logits in their own memory: one pass over them, where
+    a float32 log-softmax takes four times as long on a CPU. log(sum(exp)) is logit - log p in any column; over 256 of
+    them the rounding of p averages out."""
+    columns = slice(None, None, max(1, logits.size(1) // 256))
+    few, target = logits[:, columns].float(), logits[row, targets].float()
+    torch.softmax(logits, dim=-1, out=logits)
+    p = logits[:, columns].float()
+    usable = p > 1e-30  # neither underflown nor padding
+    logsumexp = torch.where(usable, few - p.log(), 0.0).sum(dim=-1) / usable.sum(dim=-1).clamp(min=1)
+    return logsumexp - target, logits
 
 
 class FusedLinearLoss(torch.autograd.Function):
@@ -636,44 +668,55 @@ class FusedLinearLoss(torch.autograd.Function):
     (as Liger Kernel's fused linear cross-entropy does, arXiv 2410.10989, section 3.2)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, weight: Tensor, objective: Callable, vocab_size: int, cap: float, grad: bool
-    ) -> Tensor:
-        w = weight.to(h.dtype)
-        loss = torch.zeros((), device=h.device)
-        grad_h = torch.empty_like(h) if grad else None
-        grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=h.device) if grad else None
-        for start in range(0, h.size(0), LOSS_CHUNK):
-            rows = slice(start, start + LOSS_CHUNK)
-            logits = h[rows] @ w.T
-            if cap:
-                tanh = torch.tanh(logits / cap)
-                logits = cap * tanh
-            logits[:, vocab_size:] = float("-inf")  # padding
-            part, grad_logits = objective(logits, rows, grad)
+    def forward(ctx: Any, h: Tensor, weight: Tensor, objective: Callable, c: GPTConfig, with_grad: bool) -> Tensor:
+        w, N, V = weight.to(h.dtype), h.size(0), weight.size(0)
+        chunk = min(N, max(64, LOSS_CHUNK_ELEMENTS // V))
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), device=h.device, dtype=wide)
+        grad_h = torch.empty_like(h) if with_grad else None
+        grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if with_grad and weight.requires_grad else None
+        memory, product = h.new_empty(chunk, V), None
+        for start in range(0, N, chunk):
+            rows = slice(start, start + chunk)
+            x = h[rows]
+            logits = torch.mm(x, w.T, out=memory[: len(x)])
+            if c.logit_softcap:
+                tanh = torch.tanh(logits / c.logit_softcap)
+                logits = c.logit_softcap * tanh
+            logits[:, c.vocab_size :] = float("-inf")  # padding
+            part, grad_logits = objective(logits, rows, with_grad)
             loss += part
-            if grad:
-                if cap:
-                    grad_logits *= 1 - tanh.square()
-                torch.mm(grad_logits, w, out=grad_h[rows])
-                grad_w += grad_logits.T @ h[rows]
-        ctx.save_for_backward(grad_h, grad_w)
+            if not with_grad:
+                continue
+            if c.logit_softcap:
+                grad_logits *= 1 - tanh.square()
+            torch.mm(grad_logits, w, out=grad_h[rows])
+            if grad_w is None:  # a frozen head
+                continue
+            if h.dtype == wide:
+                grad_w.addmm_(grad_logits.T, x)
+            else:  # products of a chunk in the short type, their sum in the long one
+                product = torch.empty_like(w) if product is None else product
+                grad_w += torch.mm(grad_logits.T, x, out=product)
+        ctx.gradients = grad_h, grad_w
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_output, grad_w.mul_(grad_output), None, None, None, None
+        grad_h, grad_w = ctx.gradients
+        del ctx.gradients  # so that autograd takes them over without a copy
+        grad_h = grad_h.mul_(grad_output.to(grad_h.dtype))
+        return grad_h, None if grad_w is None else grad_w.mul_(grad_output), None, None, None
 
 
-LOSS_CHUNK = 256  # rows
+LOSS_CHUNK_ELEMENTS = 512 * 50304  # of logits: 512 rows of GPT-2's vocabulary were fastest among 64 ... 1024 on a CPU
 
 
 def linear_loss(h: Tensor, model: GPT, objective: Callable) -> Tensor:
     """The sum of an objective over hidden states h (B, T, n_embd), through the model's head. Scalar, differentiable."""
     h, c, weight = h.flatten(0, -2), model.config, model.head_weight
     with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    return FusedLinearLoss.apply(h, weight, objective, c.vocab_size, c.logit_softcap, with_grad)
+    return FusedLinearLoss.apply(h, weight, objective, c, with_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -739,6 +782,31 @@ class Tokenizer:
         if self.kind == "hf":
             return self.backend.encode(text, add_special_tokens=False).ids
         return self.backend.encode_ordinary(text)
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids that a model continues: never none."""
+        return self.bos + self.encode(text) or ([self.eot] if self.eot is not None else self.encode("\n"))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a rendered chat template, in which special tokens are special."""
+        if self.kind != "hf":
+            return self.backend.encode(text, allowed_special="all")
+        self.backend.encode_special_tokens = False
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        self.backend.encode_special_tokens = True
+        return ids
+
+    def without_special(self, text: str) -> str:
+        """Text with the names of special tokens taken out, for what a user wrote into a chat template."""
+        for name in self.control_tokens:
+            text = text.replace(name, "")
+        return text
+
+    @functools.cached_property
+    def control_tokens(self) -> list[str]:
+        if self.kind != "hf":
+            return list(self.special)
+        return [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
 
     def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
         """encode, as an array."""
@@ -1048,56 +1116,79 @@ def token_dtype(n_vocab: int) -> np.dtype:
 class DataWriter:
     """Writes a data folder. data.bin: token ids, little-endian uint16 or uint32, no header. For conversations also
     mask.bin (one byte a token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
-    token). meta.json comes last, so a folder that has one is whole."""
+    token). meta.json comes last, so a folder that has one is whole.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, overwrite: bool) -> None:
-        if (folder / "meta.json").exists():
-            if not overwrite:
-                raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
-            (folder / "meta.json").unlink()
+    With a key, which says what is being written, save_progress makes what was written so far a state that a later
+    writer of the same key goes on from; `records` counts what the caller had put in by then.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, overwrite: bool, key: str | None = None) -> None:
+        check_data_folder_free(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.tokenizer, self.dtype = folder, tokenizer, token_dtype(tokenizer.n_vocab)
-        self.files = {name: open(folder / f".{name}.tmp", "wb") for name in ("data.bin", "mask.bin")}
-        self.n_tokens, self.starts, self.digest = 0, [], hashlib.blake2b(digest_size=16)
+        self.folder, self.tokenizer, self.dtype, self.key = folder, tokenizer, token_dtype(tokenizer.n_vocab), key
+        progress = read_json(folder / ".progress.json", {}) if key else {}
+        progress = progress if progress.get("key") == key else {}
+        self.records, self.n_tokens = progress.get("records", 0), progress.get("n_tokens", 0)
+        n_masked, n_starts = progress.get("n_masked", 0), progress.get("n_starts", 0)
+        sizes = {"data.bin": self.n_tokens * self.dtype.itemsize, "mask.bin": n_masked, "starts.bin": n_starts * 8}
+        self.files = {}
+        for name, size in sizes.items():
+            self.files[name] = f = open(folder / f".{name}.tmp", "r+b" if progress else "wb")
+            f.truncate(size)
+            f.seek(size)
 
     def write(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Append ids; with a mask, they are a conversation."""
-        data = ids.astype(self.dtype, copy=False).tobytes()
-        self.files["data.bin"].write(data)
-        self.digest.update(data)
+        self.files["data.bin"].write(ids.astype(self.dtype, copy=False).tobytes())
         if mask is not None:
-            self.starts.append(self.n_tokens)
+            self.files["starts.bin"].write(np.uint64(self.n_tokens).tobytes())
             self.files["mask.bin"].write(mask.astype(np.uint8).tobytes())
         self.n_tokens += len(ids)
+
+    def save_progress(self, records: int) -> None:
+        """Make all that was written so far what a later writer goes on from."""
+        for f in self.files.values():
+            f.flush()
+            os.fsync(f.fileno())
+        state = {"key": self.key, "records": records, "n_tokens": self.n_tokens}
+        state.update(n_masked=self.files["mask.bin"].tell(), n_starts=self.files["starts.bin"].tell() // 8)
+        with atomic_write(self.folder / ".progress.json") as f:
+            f.write(json.dumps(state).encode())
 
     def finish(self, val_fraction: float, source: Any) -> dict[str, Any]:
         """Close the files, give them their names and write meta.json, which is returned."""
         if not self.n_tokens:
             raise UserError(f"{source}: there is nothing to tokenize in it")
         val_start = self.n_tokens - min(int(self.n_tokens * val_fraction), 10_000_000)
-        if self.starts:  # validation begins with a conversation
-            val_start = self.starts[min(np.searchsorted(self.starts, val_start), len(self.starts) - 1)]
-            with atomic_write(self.folder / "starts.bin") as f:
-                f.write(np.array(self.starts, "<u8").tobytes())
         for name, f in self.files.items():
             f.flush()
             os.fsync(f.fileno())
             f.close()
             os.replace(f.name, self.folder / name)
-        if not self.starts:
+        starts = np.fromfile(self.folder / "starts.bin", "<u8")
+        if len(starts):  # validation begins with a conversation
+            val_start = (
+                starts[min(np.searchsorted(starts, val_start), len(starts) - 1)] if val_fraction else self.n_tokens
+            )
+        else:
             (self.folder / "mask.bin").unlink()
-            (self.folder / "starts.bin").unlink(missing_ok=True)
+            (self.folder / "starts.bin").unlink()
+        with open(self.folder / "data.bin", "rb") as f:
+            digest = hashlib.blake2b(digest_size=16)
+            while block := f.read(1 << 20):
+                digest.update(block)
         meta = {
             "format_version": FORMAT_VERSION,
             "dtype": self.dtype.name,
             "n_tokens": self.n_tokens,
             "val_start": int(val_start),
-            "digest": self.digest.hexdigest(),
+            "digest": digest.hexdigest(),
             "source": source,
             "tokenizer": self.tokenizer.spec,
         }
         with atomic_write(self.folder / "meta.json") as f:
             f.write(json.dumps(meta, indent=1).encode())
+        (self.folder / ".progress.json").unlink(missing_ok=True)
         return meta
 
     def discard(self) -> None:
@@ -1107,6 +1198,13 @@ class DataWriter:
             Path(f.name).unlink(missing_ok=True)
         with suppress_oserror():
             self.folder.rmdir()
+
+
+def check_data_folder_free(folder: Path, overwrite: bool) -> None:
+    """Raise UserError if a data set is there and must not be replaced."""
+    if (folder / "meta.json").exists():
+        if not overwrite:
+            raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
 
 
 @contextmanager
@@ -1132,8 +1230,7 @@ def tokenize_text(
     the text. `source` is what meta.json says of where the text is from, if not the list of sources."""
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and below 1")
-    if (folder / "meta.json").exists() and not overwrite:
-        raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
+    check_data_folder_free(folder, overwrite)
     import shutil
     import tempfile
 
@@ -1189,6 +1286,250 @@ def bpe_sample(files: list[Path], total: int, encoding: str, errors: str, limit:
                 if owed >= 1 or keep == 1:
                     owed -= 1
                     yield piece
+
+
+CHAT_FORMATS = ("messages", "sharegpt", "utterances", "alpaca", "prompt")
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+}
+
+
+def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[dict[str, str]] | None:
+    """The turns of a record, as role and content, by the form its keys show or chat_format says; None if it has none.
+
+    messages: role, content. sharegpt: conversations of from, value. utterances: strings, user first, in turn.
+    alpaca: instruction, input, output. prompt: prompt with completion or response.
+    """
+    keys = record.keys()
+    forms = {
+        "messages": "messages" in keys, "sharegpt": "conversations" in keys, "utterances": "utterances" in keys,
+        "alpaca": {"instruction", "output"} <= keys, "prompt": "prompt" in keys and bool({"completion", "response"} & keys),
+    }  # fmt: skip
+    form = chat_format or next((name for name, found in forms.items() if found), None)
+    if form is None:
+        return None
+    if not forms[form]:
+        raise UserError(f"a record has no {form} conversation: its columns are {', '.join(keys)}")
+    if form in ("messages", "sharegpt"):
+        turns = record["messages" if form == "messages" else "conversations"]
+        messages = [{"role": t.get("role", t.get("from")), "content": t.get("content", t.get("value"))} for t in turns]
+        messages = [{**m, "role": ROLES.get(m["role"], m["role"])} for m in messages]
+    elif form == "utterances":
+        messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(record["utterances"])]
+    elif form == "alpaca":
+        question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    else:
+        answer = record["completion"] if "completion" in record else record["response"]
+        messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": answer}]
+    for m in messages:
+        if not isinstance(m["content"], str):
+            raise UserError(f"a turn's content is {type(m['content']).__name__} and not text: {str(m)[:100]}")
+    system = 1 if messages and messages[0]["role"] == "system" else 0
+    for i, m in enumerate(messages[system:]):
+        if m["role"] != ("user", "assistant")[i % 2]:
+            raise UserError(
+                f"roles are out of order: turn {i + system + 1} is {m['role']!r}, and user and assistant must take turns"
+            )
+    return messages
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_template(template: str) -> Any:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # as transformers compiles them; torch brings jinja2
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def raise_exception(message: str) -> None:
+        raise UserError(f"the chat template refuses this conversation: {message}")
+
+    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    environment.filters["tojson"] = lambda x, **kwargs: json.dumps(x, ensure_ascii=False, **kwargs)
+    return environment.from_string(template)
+
+
+def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """A conversation as the model's chat template writes it. What looks like a special token in a turn is taken out."""
+    template = chat_template(tokenizer)
+    if template is None:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has no chat template and no chat tokens: finetune the model on conversations first"
+        )
+    clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
+    tokens = {k: tokenizer.spec.get(k) or "" for k in ("bos_token", "eos_token")}
+    return compiled_template(template).render(messages=clean, add_generation_prompt=add_generation_prompt, **tokens)
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], train_on_all: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a rendered conversation, as apply_chat_template gives them, and the mask of targets: what the assistant
+    says and its end of turn, or everything."""
+    ids: list[int] = []
+    mask: list[int] = []
+    rendered = ""
+    specials = set(tokenizer.special.values())
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
+        after = render_chat(tokenizer, messages[: i + 1])
+        if not (before.startswith(rendered) and after.startswith(before)):
+            raise UserError(
+                "this chat template changes earlier turns as the conversation grows: training on it is not supported"
+            )
+        turn = tokenizer.encode_rendered(after[len(rendered) :])
+        opening = tokenizer.encode_rendered(before[len(rendered) :])
+        n = next((k for k, (a, b) in enumerate(zip(opening, turn, strict=False)) if a != b), len(opening))
+        end = max((k + 1 for k, token in enumerate(turn) if token in specials and k >= n), default=len(turn))
+        ids += turn
+        mask += [0] * n + [1] * (end - n) + [0] * (len(turn) - end)
+        rendered = after
+    array = np.array(ids, np.int64)
+    return array, np.ones(len(ids), np.uint8) if train_on_all else np.array(mask, np.uint8)
+
+
+def open_records(source: str, split: str, config: str | None, revision: str | None, streaming: bool) -> Any:
+    """A `datasets` data set: of the hub, or a local folder or file of parquet, json, jsonl, csv, text or arrow."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    path = Path(source)
+    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+    try:
+        if path.is_dir() and (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        if path.is_file():
+            if path.suffix not in kinds:
+                raise UserError(f"{path}: a local data set is one of {', '.join(kinds)}, or a folder of them")
+            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=streaming)
+        return datasets.load_dataset(source, config, split=split, revision=revision, streaming=streaming)
+    except UserError:
+        raise
+    except Exception as e:  # datasets, huggingface_hub, pyarrow and httpx each have their own
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        where = (
+            f"cannot read {path}"
+            if path.exists()
+            else f"{source} is neither a local data set nor to be had from the hub"
+        )
+        raise UserError(f"{where}: {reason[:300]}") from None
+
+
+class RecordEncoder:
+    """Turns records into token ids, in the main process or in workers."""
+
+    def __init__(self, spec: dict[str, Any], column: str | None, chat_format: str | None, train_on_all: bool) -> None:
+        self.spec, self.column, self.chat_format, self.train_on_all = spec, column, chat_format, train_on_all
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}  # each process builds its own
+
+    def __call__(self, records: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """(ids, mask) of each record; the mask is None where the record is text and not a conversation."""
+        return [self.encode(record) for record in records]
+
+    def encode(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
+        column = self.column
+        if column is None:
+            messages = messages_of(record, self.chat_format)
+            if messages is not None:
+                return encode_conversation(self.tokenizer, messages, self.train_on_all)
+            column = "text"
+        if column not in record:
+            raise UserError(
+                f"there is no column {column!r}: the columns are {', '.join(record)}; choose one with --hf_text_column"
+            )
+        value = record[column]
+        if isinstance(value, str):
+            return self.tokenizer.encode_array(value, np.int64), None
+        if isinstance(value, list) and value and isinstance(value[0], (str, dict)):
+            form = "utterances" if isinstance(value[0], str) else "messages" if "role" in value[0] else "sharegpt"
+            key = {"sharegpt": "conversations"}.get(form, form)
+            return encode_conversation(self.tokenizer, messages_of({key: value}, form), self.train_on_all)
+        if value is None or value == []:
+            return np.empty(0, np.int64), None
+        raise UserError(
+            f"column {column!r} holds {type(value).__name__}, and text or a list of turns is needed: {str(value)[:60]!r}"
+        )
+
+
+def tokenize_records(
+    folder: Path,
+    source: str,
+    tokenizer: Tokenizer,
+    column: str | None = None,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    num_proc: int = 1,
+    max_tokens: int = 0,
+    chat_format: str | None = None,
+    train_on_all: bool = False,
+    val_fraction: float = 0.1,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Make a data folder of a `datasets` data set. Returns its meta.json. An interrupted run goes on where it stopped."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    check_data_folder_free(folder, overwrite)
+    records = open_records(source, split, config, revision, streaming)
+    described = {"dataset": source, "split": split, "config": config, "revision": revision, "column": column}
+    described.update(files=describe_sources([source]) if Path(source).exists() else None)
+    key = json.dumps([described, tokenizer.digest, chat_format, train_on_all, max_tokens])
+    writer = DataWriter(folder, tokenizer, overwrite, key)
+    encode = RecordEncoder(tokenizer.spec, column, chat_format, train_on_all)
+    total = None if streaming else len(records)
+    if writer.records:
+        say(f"going on after record {writer.records:,}, {writer.n_tokens:,} tokens")
+    remaining = records.skip(writer.records) if streaming else records.select(range(writer.records, total))
+    batches = iter(remaining.iter(batch_size=256))
+    workers = ProcessPoolExecutor(num_proc, get_context("spawn")) if num_proc > 1 else ThreadPoolExecutor(1)
+    separator = np.array([] if tokenizer.eot is None else [tokenizer.eot])
+    n_records, saved_at, targets = writer.records, time.monotonic(), 0
+    with workers, progress_bar(total=total, initial=n_records, unit=" records", desc="tokenize") as bar:
+        pending: list[Any] = []
+        full = False
+        while not full:
+            while len(pending) <= num_proc and (batch := next(batches, None)) is not None:
+                rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+                pending.append(workers.submit(encode, rows))
+            if not pending:
+                break
+            for ids, mask in pending.pop(0).result():
+                n_records += 1
+                if mask is None and writer.n_tokens and len(ids):
+                    ids = np.concatenate((separator, ids))
+                if len(ids):
+                    writer.write(ids, mask)
+                targets += len(ids) if mask is None else int(mask.sum())
+                if max_tokens and writer.n_tokens >= max_tokens:
+                    full = True
+                    break
+            bar.update(n_records - bar.n)
+            if time.monotonic() - saved_at > 2:
+                writer.save_progress(n_records)
+                saved_at = time.monotonic()
+        for future in pending:
+            future.cancel()
+    if writer.n_tokens and not targets and not writer.records:
+        writer.discard()
+        raise UserError(
+            f"{source}: not one token is a target; conversations need assistant turns, or use --train_on_all"
+        )
+    return writer.finish(val_fraction, described)
 
 
 def progress_bar(**kwargs: Any) -> tqdm:
@@ -1505,7 +1846,7 @@ def generate(
 def generate_text(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: list[int],
     length: int,
     settings: SamplingSettings,
     num_samples: int = 1,
@@ -1513,11 +1854,8 @@ def generate_text(
     stop: Iterable[str] = (),
     on_text: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Continuations of a prompt, drawn as one batch; each ends at `length` tokens, at the end-of-text token, or before
+    """Continuations of a prompt of token ids, drawn as one batch; each ends at `length` tokens, at the end-of-text token, or before
     one of the `stop` strings. The first one is handed to on_text as it grows."""
-    prompt_ids = tokenizer.bos + tokenizer.encode(prompt)
-    if not prompt_ids:
-        prompt_ids = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
     ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -1527,7 +1865,7 @@ def generate_text(
     shown = 0
     was_training = model.training
     model.eval()
-    for tokens in generate(model, [prompt_ids] * num_samples, length, settings, generator):
+    for tokens in generate(model, [prompt] * num_samples, length, settings, generator):
         for i, token in enumerate(tokens.tolist()):
             if done[i]:
                 continue
@@ -1824,6 +2162,44 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
+LORA_SCALE = 2.0  # alpha / rank
+
+
+class LoRALinear(Linear):
+    """A frozen linear layer plus a trained low-rank term: y = x W^T + 2 (x A^T) B^T (arXiv 2106.09685)."""
+
+    def __init__(self, base: Linear, lora_rank: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        like = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_a = nn.Parameter(torch.empty(lora_rank, base.in_features, **like).normal_(0, base.in_features**-0.5))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, lora_rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_rank = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return super().forward(x) + LORA_SCALE * low_rank
+
+
+def add_lora(model: GPT, lora_rank: int) -> GPT:
+    """Freeze a model and give each linear layer of its blocks a trainable low-rank term."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc"), (block.mlp, "proj")):
+            setattr(parent, name, LoRALinear(getattr(parent, name), lora_rank))
+    return model
+
+
+def merged_state(model: GPT) -> dict[str, Tensor]:
+    """The state dictionary with low-rank terms added to the weights they belong to."""
+    state = model.state_dict()
+    for name in [n for n in state if n.endswith(".lora_a")]:
+        a, b = state.pop(name), state.pop(name[:-1] + "b")
+        weight = name.removesuffix("lora_a") + "weight"
+        state[weight] = state[weight] + (LORA_SCALE * b @ a).to(state[weight].dtype)
+    return state
+
+
 @dataclass
 class RunFiles:
     """What a run writes: the best model, the state to go on from, and the log."""
@@ -1947,13 +2323,15 @@ def fit(
     objective: Callable[[GPT, dict[str, Tensor]], Tensor] = lambda model, batch: model.loss(**batch),
     resume: dict[str, Any] | None = None,
     prompt: str = "\n",
+    block_size: int = 0,
 ) -> dict[str, float]:
     """Train a model and leave its checkpoints and log; returns the last evaluation.
 
-    objective(model, batch) is the loss summed over a micro-batch. `extra` goes into the checkpoints (variant, arguments).
+    objective(model, batch) is the loss summed over a micro-batch; its `parts`, if it has any, are what the log shows
+    besides. Windows have block_size tokens (0: the model's). `extra` goes into the checkpoints (variant, arguments).
     Everything random is a function of (seed, step), so a resumed run is bit for bit the run that was never stopped.
     """
-    device, tokenizer, block_size = model.wte.weight.device, data.tokenizer, model.config.block_size
+    device, tokenizer, block_size = model.wte.weight.device, data.tokenizer, block_size or model.config.block_size
     windows = data.windows("train", block_size)
     if t.epochs:
         t = replace(t, max_iters=max(1, math.ceil(t.epochs * len(windows) / t.batch_size)), epochs=0.0)
@@ -1995,10 +2373,11 @@ def fit(
             save_checkpoint(path, {
                 **extra,
                 "config": asdict(model.config),
-                "model": model.state_dict(),
+                "model": model.state_dict() if state else merged_state(model),
                 "tokenizer": tokenizer.spec,
                 "step": step,
                 "train_config": asdict(t),
+                "block_size": block_size,
                 "data": {"path": str(data.path), "digest": data.digest},
                 "metrics": {
                     "seconds": seconds,
@@ -2074,6 +2453,8 @@ def fit(
                 "tokens_per_s": round(speed),
             }
             bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
+            if log_now and hasattr(objective, "take_parts"):
+                record.update(objective.take_parts())
             if eval_now:
                 results = evaluate(model)
                 record.update(results)
@@ -2095,7 +2476,7 @@ def fit(
                     save(files.model, done, state=False)
             if sample_interval > 0 and (done % sample_interval == 0 or last) and rank() == 0:
                 text = generate_text(
-                    model, tokenizer, prompt, min(100, block_size), SamplingSettings(temperature=0.8, top_k=200)
+                    model, tokenizer, tokenizer.prompt(prompt), min(100, block_size), SamplingSettings(0.8, top_k=200)
                 )[0]
                 say(f"--- sample at step {done} ---\n{prompt}{text}\n---")
             if stopping:
@@ -2112,6 +2493,617 @@ def trim_log(path: Path, step: int) -> None:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
         with atomic_write(path) as f:
             f.write("".join(line + "\n" for line in lines).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face in and out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def hf_tensors(c: GPTConfig) -> list[tuple[str, str, slice, str]]:
+    """How an architecture's tensors are laid out in transformers: (its name, our name, the rows of ours, how they differ).
+
+    `transpose`: stored as (in, out) (GPT-2's Conv1D). `interleave`: q, k and v of a head lie together (GPT-NeoX).
+    `mirror`: rotated by -theta instead of theta, so the second half of each head is negated (nanochat).
+    """
+    q, kv, everything = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, slice(None)
+    q_rows, k_rows, v_rows = slice(0, q), slice(q, q + kv), slice(q + kv, q + 2 * kv)
+    rows = slice(0, c.vocab_size)
+    out: list[tuple[str, str, slice, str]] = []
+
+    def add(theirs: str, ours: str, rows: slice = everything, how: str = "", bias: bool = False) -> None:
+        out.append((f"{theirs}.weight", f"{ours}.weight", rows, how))
+        if bias:
+            out.append((f"{theirs}.bias", f"{ours}.bias", rows, "" if how == "transpose" else how))
+
+    if c.arch == "gpt2":
+        add("transformer.wte", "wte", rows)
+        add("transformer.wpe", "wpe")
+        for i in range(c.n_layer):
+            for theirs, ours in (("ln_1", "norm_1"), ("ln_2", "norm_2")):
+                add(f"transformer.h.{i}.{theirs}", f"blocks.{i}.{ours}", bias=True)
+            for theirs, ours in (("attn.c_attn", "attn.qkv"), ("attn.c_proj", "attn.proj"), ("mlp.c_fc", "mlp.fc"), ("mlp.c_proj", "mlp.proj")):  # fmt: skip
+                add(f"transformer.h.{i}.{theirs}", f"blocks.{i}.{ours}", how="transpose", bias=True)
+        add("transformer.ln_f", "norm_f", bias=True)
+    elif c.arch == "gpt_neox":
+        add("gpt_neox.embed_in", "wte", rows)
+        for i in range(c.n_layer):
+            for theirs, ours in (
+                ("input_layernorm", "norm_1"), ("post_attention_layernorm", "norm_2"), ("attention.dense", "attn.proj"),
+                ("mlp.dense_h_to_4h", "mlp.fc"), ("mlp.dense_4h_to_h", "mlp.proj"),
+            ):  # fmt: skip
+                add(f"gpt_neox.layers.{i}.{theirs}", f"blocks.{i}.{ours}", bias=True)
+            theirs, ours = f"gpt_neox.layers.{i}.attention.query_key_value", f"blocks.{i}.attn.qkv"
+            add(theirs, ours, how="interleave", bias=True)
+        add("gpt_neox.final_layer_norm", "norm_f", bias=True)
+    else:  # llama, qwen2, qwen3, nanochat
+        add("model.embed_tokens", "wte", rows)
+        mirror = "mirror" if c.arch == "nanochat" else ""
+        for i in range(c.n_layer):
+            theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+            if c.norm_weight:
+                add(f"{theirs}.input_layernorm", f"{ours}.norm_1")
+                add(f"{theirs}.post_attention_layernorm", f"{ours}.norm_2")
+            qkv_bias, mlp_bias = c.bias != "none", c.bias == "all"
+            add(f"{theirs}.self_attn.q_proj", f"{ours}.attn.qkv", q_rows, mirror, qkv_bias)
+            add(f"{theirs}.self_attn.k_proj", f"{ours}.attn.qkv", k_rows, mirror, qkv_bias)
+            add(f"{theirs}.self_attn.v_proj", f"{ours}.attn.qkv", v_rows, "", qkv_bias)
+            add(f"{theirs}.self_attn.o_proj", f"{ours}.attn.proj", bias=c.bias in ("attn", "all"))
+            if c.qk_norm and c.norm_weight:
+                add(f"{theirs}.self_attn.q_norm", f"{ours}.attn.q_norm")
+                add(f"{theirs}.self_attn.k_norm", f"{ours}.attn.k_norm")
+            if c.is_glu:
+                add(f"{theirs}.mlp.gate_proj", f"{ours}.mlp.fc", slice(0, c.n_inner), bias=mlp_bias)
+                add(f"{theirs}.mlp.up_proj", f"{ours}.mlp.fc", slice(c.n_inner, 2 * c.n_inner), bias=mlp_bias)
+                add(f"{theirs}.mlp.down_proj", f"{ours}.mlp.proj", bias=mlp_bias)
+            else:
+                add(f"{theirs}.mlp.fc1", f"{ours}.mlp.fc")
+                add(f"{theirs}.mlp.fc2", f"{ours}.mlp.proj")
+        if c.norm_weight:
+            add("model.norm", "norm_f")
+    if not c.tie_word_embeddings:
+        out.append(("embed_out.weight" if c.arch == "gpt_neox" else "lm_head.weight", "lm_head.weight", rows, ""))
+    return out
+
+
+def hf_layout(x: Tensor, how: str, c: GPTConfig, back: bool = False) -> Tensor:
+    """Our tensor as transformers stores it (see hf_tensors), or `back`."""
+    if how == "transpose":
+        return x.T
+    if how == "interleave":  # (3, heads, head_dim, ...) <-> (heads, 3, head_dim, ...)
+        first = (c.n_head, 3) if back else (3, c.n_head)
+        return x.unflatten(0, (*first, c.head_dim)).transpose(0, 1).flatten(0, 2)
+    if how == "mirror":
+        sign = torch.ones(c.head_dim, dtype=x.dtype)
+        sign[c.head_dim // 2 :] = -1
+        return x * sign.repeat(x.size(0) // c.head_dim).view(-1, *[1] * (x.dim() - 1))
+    return x
+
+
+# Settings that an architecture leaves open, besides shape and dropout; all others must be as in ARCHS to be exported.
+HF_FREE = {
+    "gpt2": {"activation", "tie_word_embeddings"},
+    "gpt_neox": {"activation", "tie_word_embeddings", "parallel_residual", "rope"},
+    "llama": {"activation", "tie_word_embeddings", "bias", "n_kv_head", "head_dim", "rope"},
+    "qwen2": {"tie_word_embeddings", "n_kv_head", "rope"},
+    "qwen3": {"tie_word_embeddings", "n_kv_head", "head_dim", "rope"},
+    "nanochat": {"activation", "tie_word_embeddings", "n_kv_head", "logit_softcap", "rope"},
+}
+HF_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu", "swiglu": "silu", "geglu": "gelu",
+}  # fmt: skip
+
+
+def check_exportable(c: GPTConfig) -> None:
+    """Raise UserError, naming the setting, if transformers' class of this architecture cannot express the config."""
+    free, row = HF_FREE[c.arch], {**asdict(GPTConfig()), **ARCHS[c.arch]}
+    fixed = [
+        "pos_embd", "norm", "norm_weight", "norm_position", "embd_norm", "qk_norm", "activation", "bias", "parallel_residual",
+        "logit_softcap",
+    ]  # fmt: skip
+    for name in fixed:
+        if name not in free and getattr(c, name) != row[name]:
+            raise UserError(
+                f"{name} {getattr(c, name)} cannot be exported: a Hugging Face {c.arch} has {name} {row[name]}"
+            )
+    if "activation" in free and c.is_glu != (row["activation"] in ("swiglu", "geglu")):
+        raise UserError(
+            f"activation {c.activation} cannot be exported: a Hugging Face {c.arch} has one like {row['activation']}"
+        )
+    if c.bias == "qkv" and c.arch != "qwen2":
+        raise UserError(f"bias qkv cannot be exported: a Hugging Face {c.arch} has no such choice")
+    if "n_kv_head" not in free and c.n_kv_head != c.n_head:
+        raise UserError(f"n_kv_head {c.n_kv_head} cannot be exported: a Hugging Face {c.arch} has as many as n_head")
+    if "head_dim" not in free and c.head_dim * c.n_head != c.n_embd:
+        raise UserError(f"head_dim {c.head_dim} cannot be exported: a Hugging Face {c.arch} has n_embd / n_head")
+    if c.rope_pct != 1 and c.arch != "gpt_neox":
+        raise UserError(
+            f"rope_pct {c.rope_pct} cannot be exported: a Hugging Face {c.arch} rotates whole heads (gpt_neox can)"
+        )
+
+
+def hf_rope(c: GPTConfig) -> dict[str, Any]:
+    """transformers' rope_parameters. NTK-aware scaling is a larger theta and needs no scaling there."""
+    theta, original = c.rope_theta, c.rope_original_block_size or c.block_size
+    if c.rope_scaling == "ntk":
+        theta *= c.rope_factor ** (c.rope_dim / (c.rope_dim - 2))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if c.rope_scaling in ("linear", "yarn", "llama3"):
+        rope.update(rope_type=c.rope_scaling, factor=c.rope_factor)
+    if c.rope_scaling == "yarn":
+        rope.update(beta_fast=c.rope_beta_fast, beta_slow=c.rope_beta_slow, original_max_position_embeddings=original)
+        rope["attention_factor"] = rope_frequencies(c)[1]
+    if c.rope_scaling == "llama3":
+        rope.update(low_freq_factor=c.rope_low_freq_factor, high_freq_factor=c.rope_high_freq_factor)
+        rope["original_max_position_embeddings"] = original
+    if c.rope_pct != 1:
+        rope["partial_rotary_factor"] = c.rope_pct
+    return rope
+
+
+HF_CLASSES = {
+    "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "nanochat": "NanoChatForCausalLM",
+}  # fmt: skip
+
+
+def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """config.json, for transformers 5 (rope_parameters, dtype) and 4 (rope_theta, rope_scaling, torch_dtype) alike."""
+    eos = tokenizer.eot if tokenizer.eot is not None else tokenizer.special.get(IM_END)
+    config: dict[str, Any] = {
+        "architectures": [HF_CLASSES[c.arch]], "model_type": c.arch, "dtype": dtype, "torch_dtype": dtype,
+        "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_word_embeddings,
+        "bos_token_id": tokenizer.bos[0] if tokenizer.bos else eos, "eos_token_id": eos, "pad_token_id": eos,
+        "initializer_range": 0.02, "use_cache": True,
+    }  # fmt: skip
+    if c.arch == "gpt2":
+        config.update(
+            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.n_inner,
+            activation_function=HF_ACTIVATIONS[c.activation], layer_norm_epsilon=c.norm_eps, resid_pdrop=c.resid_pdrop,
+            embd_pdrop=c.embd_pdrop, attn_pdrop=c.attn_pdrop,
+        )  # fmt: skip
+        return config
+    rope = hf_rope(c)
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    config.update(
+        hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, intermediate_size=c.n_inner,
+        hidden_act=HF_ACTIVATIONS[c.activation], max_position_embeddings=c.context, attention_dropout=c.attn_pdrop,
+        rope_parameters=rope, rope_theta=rope["rope_theta"], rope_scaling=None if rope["rope_type"] == "default" else scaling,
+    )  # fmt: skip
+    if c.arch == "gpt_neox":
+        config.update(
+            layer_norm_eps=c.norm_eps, use_parallel_residual=c.parallel_residual, rotary_pct=c.rope_pct,
+            rotary_emb_base=rope["rope_theta"], hidden_dropout=c.resid_pdrop, attention_bias=True,
+        )  # fmt: skip
+        return config
+    config.update(num_key_value_heads=c.n_kv_head, rms_norm_eps=c.norm_eps, attention_bias=c.bias in ("attn", "all"))
+    if c.arch in ("llama", "qwen3"):
+        config["head_dim"] = c.head_dim
+    if c.arch == "llama":
+        config["mlp_bias"] = c.bias == "all"
+    if c.arch == "qwen2":
+        config.update(use_sliding_window=False)
+        del config["attention_bias"]
+    if c.arch == "nanochat":
+        config["final_logit_softcapping"] = c.logit_softcap or None
+    return config
+
+
+def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
+    """The GPTConfig of a transformers config.json. Raises UserError for what this GPT cannot be."""
+    arch = j.get("model_type")
+    if arch not in ARCHS:
+        raise UserError(f"{path}: model_type {arch!r} is not supported; those that are: {', '.join(ARCHS)}")
+    if j.get("use_sliding_window") or j.get("scale_attn_by_inverse_layer_idx") or j.get("reorder_and_upcast_attn"):
+        raise UserError(f"{path}: sliding windows and GPT-2's attention variants are not supported")
+
+    def get(*names: str) -> Any:
+        for name in names:
+            if j.get(name) is not None:
+                return j[name]
+        raise UserError(f"{path}: config.json has no {names[0]}")
+
+    values: dict[str, Any] = {**ARCHS[arch], "arch": arch, "vocab_size": get("vocab_size")}
+    values["tie_word_embeddings"] = bool(j.get("tie_word_embeddings", arch == "gpt2"))
+    ours = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
+    activation = j.get("activation_function") or j.get("hidden_act") or {"gpt2": "gelu_new", "gpt_neox": "gelu", "nanochat": "relu2"}.get(arch, "silu")  # fmt: skip
+    activation = ours.get(activation, activation)
+    if values["activation"] == "swiglu":
+        activation = {"silu": "swiglu", "gelu": "geglu"}.get(activation, activation)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{path}: activation {activation!r} is not supported")
+    values["activation"] = activation
+    if arch == "gpt2":
+        values.update(
+            block_size=get("n_positions", "n_ctx"), n_embd=get("n_embd"), n_layer=get("n_layer"), n_head=get("n_head"),
+            n_inner=j.get("n_inner") or 0, norm_eps=j.get("layer_norm_epsilon", 1e-5),
+            resid_pdrop=j.get("resid_pdrop", 0.1), embd_pdrop=j.get("embd_pdrop", 0.1), attn_pdrop=j.get("attn_pdrop", 0.1),
+        )  # fmt: skip
+        return GPTConfig(**values)
+    rope = {**(j.get("rope_scaling") or {}), **(j.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise UserError(f"{path}: RoPE scaling {kind!r} is not supported; those that are: linear, yarn, llama3")
+    context = get("max_position_embeddings")
+    theta = rope.get("rope_theta") or j.get("rope_theta") or j.get("rotary_emb_base") or 10000.0
+    values.update(
+        n_embd=get("hidden_size"), n_layer=get("num_hidden_layers"), n_head=get("num_attention_heads"),
+        n_inner=get("intermediate_size"), block_size=context, rope_theta=float(theta), attn_pdrop=j.get("attention_dropout", 0.0),
+        norm_eps=j.get("layer_norm_eps" if arch == "gpt_neox" else "rms_norm_eps", values.get("norm_eps", 1e-5)),
+    )  # fmt: skip
+    if kind != "default":
+        factor = rope.get("factor") or 1.0
+        original = rope.get("original_max_position_embeddings") or (
+            int(context / factor) if kind == "linear" else context
+        )
+        values.update(rope_scaling=kind, rope_factor=float(factor), rope_original_block_size=original)
+        if kind == "yarn":
+            values.update(
+                rope_attention_factor=rope.get("attention_factor") or 0.0,
+                rope_beta_fast=float(rope.get("beta_fast") or 32), rope_beta_slow=float(rope.get("beta_slow") or 1),
+            )  # fmt: skip
+        if kind == "llama3":
+            values.update(rope_low_freq_factor=rope["low_freq_factor"], rope_high_freq_factor=rope["high_freq_factor"])
+    if arch == "gpt_neox":
+        values.update(
+            rope_pct=rope.get("partial_rotary_factor") or j.get("rotary_pct", 0.25), resid_pdrop=j.get("hidden_dropout", 0.0),
+            parallel_residual=j.get("use_parallel_residual", True),
+        )  # fmt: skip
+        return GPTConfig(**values)
+    values["n_kv_head"] = j.get("num_key_value_heads") or 0
+    values["head_dim"] = j.get("head_dim") or (128 if arch == "qwen3" else 0)
+    if arch == "llama":
+        values["bias"] = "none" if not j.get("attention_bias") else "all" if j.get("mlp_bias") else "attn"
+    if arch == "nanochat":
+        values["logit_softcap"] = j.get("final_logit_softcapping", 15.0) or 0.0
+    return GPTConfig(**values)
+
+
+HF_ALIASES = {
+    "120M": "openai-community/gpt2", "300M": "openai-community/gpt2-medium", "700M": "openai-community/gpt2-large",
+    "1B": "openai-community/gpt2-xl",
+}  # fmt: skip
+
+
+def hub_directory(name: str) -> Path:
+    """The local copy of a hub model, `owner/name` or `owner/name@revision`, fetched if it is not there yet."""
+    import huggingface_hub
+
+    repo, _, revision = name.partition("@")
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    get = functools.partial(huggingface_hub.snapshot_download, repo, revision=revision or None, allow_patterns=wanted)
+    try:
+        return Path(get(local_files_only=True))
+    except Exception:  # not there, or not whole
+        pass
+    try:
+        say(f"fetching {name} from the Hugging Face hub", file=sys.stderr)
+        return Path(get())
+    except Exception as e:  # httpx, requests, the hub's own
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"{name} is neither a local checkpoint nor to be had from the Hugging Face hub: {reason[:200]}"
+        ) from None
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face directory: one, or the shards of its index."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if (folder / "pytorch_model.bin").exists():
+        raise UserError(
+            f"{folder} has only pickled weights (pytorch_model.bin), which can run code: convert them to safetensors"
+        )
+    raise UserError(f"{folder} has no model.safetensors")
+
+
+HF_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+
+
+def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: Any) -> GPT:
+    """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place."""
+    from safetensors import SafetensorError, safe_open
+
+    config = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.build_rope()
+    model.compute_dtype = dtype
+    params = dict(model.named_parameters())
+    for name in ("wte.weight", "lm_head.weight"):
+        if name in params:
+            params[name].data[config.vocab_size :] = 0
+    wanted = {theirs: (params[ours].data[rows], how) for theirs, ours, rows, how in hf_tensors(config)}
+    prefix = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}.get(config.arch, "model.")
+    for file in safetensors_files(folder):
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():
+                    key = name if name in wanted or name.startswith((prefix, "lm_head", "embed_out")) else prefix + name
+                    if key.endswith(HF_BUFFERS) or (
+                        config.tie_word_embeddings and key in ("lm_head.weight", "embed_out.weight")
+                    ):
+                        continue
+                    if key not in wanted:
+                        raise UserError(f"{file}: tensor {name} has no place in a {config.arch} of this config.json")
+                    target, how = wanted.pop(key)
+                    source = hf_layout(f.get_tensor(name), how, config, back=True)
+                    if source.shape != target.shape:
+                        raise UserError(
+                            f"{file}: tensor {name} has shape {tuple(source.shape)}, config.json says {tuple(target.shape)}"
+                        )
+                    target.copy_(source)
+        except (SafetensorError, FileNotFoundError) as e:
+            raise UserError(f"{file} cannot be read as safetensors: {e}") from None
+    if wanted:
+        raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} are)")
+    return model
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def to_hf_tokenizer(tokenizer: Tokenizer) -> Any:
+    """A tokenizers.Tokenizer that gives the ids of one of ours."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+    if tokenizer.kind == "hf":
+        return tokenizers.Tokenizer.from_str(tokenizer.spec["json"])
+    char = byte_to_unicode()
+    ranks = tokenizer.backend._mergeable_ranks
+    merges = []
+    for token in sorted(ranks, key=ranks.get):  # tiktoken merges any two tokens whose bytes are a token: list them all
+        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    text = {token: "".join(char[b] for b in token) for token in ranks}
+    hf = tokenizers.Tokenizer(
+        models.BPE(vocab={text[t]: rank for t, rank in ranks.items()}, merges=[(text[a], text[b]) for a, b in merges])
+    )
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.kind != "byte")
+    hf.decoder = decoders.ByteLevel()
+    hf.post_processor = processors.ByteLevel(trim_offsets=False)
+    hf.add_special_tokens([AddedToken(t, special=True) for t in sorted(tokenizer.special, key=tokenizer.special.get)])
+    return hf
+
+
+def chat_template(tokenizer: Tokenizer) -> str | None:
+    """The Jinja template that renders conversations for a model; None for one without chat tokens."""
+    own = tokenizer.spec.get("chat_template")
+    return own or (CHATML if {IM_START, IM_END} <= tokenizer.special.keys() else None)
+
+
+def export_hf(
+    model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, max_shard_bytes: int, card: str
+) -> None:
+    """Write a directory that transformers opens by itself. The folder appears when it is whole and verified."""
+    from safetensors.torch import save_file
+
+    c = model.config
+    check_exportable(c)
+    state = model.state_dict()
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for theirs, ours, rows, how in hf_tensors(c):
+        tensor = hf_layout(state[ours][rows].to(dtype), how, c).contiguous().clone()
+        n_bytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + n_bytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][theirs] = tensor
+        size += n_bytes
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    config = hf_config(c, tokenizer, str(dtype).removeprefix("torch."))
+    write_json(folder / "config.json", config)
+    ends = [i for i in (tokenizer.special.get(IM_END), tokenizer.eot) if i is not None]
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": config["pad_token_id"]}
+    write_json(folder / "generation_config.json", generation)
+    to_hf_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    name_of = {i: t for t, i in tokenizer.special.items()}
+    eos = tokenizer.spec.get("eos_token") or name_of.get(config["eos_token_id"])
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.spec.get("bos_token") or eos, "eos_token": eos,
+        "pad_token": eos, "unk_token": eos, "model_max_length": c.context, "clean_up_tokenization_spaces": False,
+    })  # fmt: skip
+    if template := chat_template(tokenizer):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def verify_export(model: GPT, folder: Path, dtype: torch.dtype) -> float:
+    """Read an export back and return the largest difference between its logits and the model's at that precision."""
+    again = load_hf_model(folder, torch.float32, "cpu").eval()
+    same = GPT(model.config).eval()
+    same.load_state_dict({k: v.to(dtype).float() for k, v in model.state_dict().items()})
+    c = model.config
+    idx = torch.arange(min(64, c.block_size)).remainder(c.vocab_size)[None]
+    with torch.no_grad():
+        return (again(idx) - same(idx)).abs().max().item()
+
+
+def model_card(checkpoint: dict[str, Any], name: str, c: GPTConfig) -> str:
+    """The README.md of an export, with the metadata that the hub reads."""
+    metrics, data = checkpoint.get("metrics", {}).get("last", {}), checkpoint.get("data", {}).get("path")
+    dataset = Path(data).name if data else "unknown"
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if data:
+        head += ["datasets:", f"- {dataset}"]
+    if "val_loss" in metrics:
+        head += [
+            "model-index:", f"- name: {name}", "  results:", "  - task:", "      type: text-generation", "    dataset:",
+            f"      name: {dataset}", f"      type: {dataset}", "    metrics:", "    - name: validation loss", "      type: loss",
+            f"      value: {metrics['val_loss']:.4f}", "    - name: perplexity", "      type: perplexity",
+            f"      value: {metrics['val_ppl']:.4f}",
+        ]  # fmt: skip
+    command = " ".join(["python model.py", checkpoint.get("kind", ""), *checkpoint.get("arguments", [])[1:]])
+    trained = f"\nTrained with `{command}`" if "kind" in checkpoint else ""
+    measured = (
+        f": validation loss {metrics['val_loss']:.4f}, perplexity {metrics['val_ppl']:.2f}"
+        if "val_loss" in metrics
+        else ""
+    )
+    return (
+        "\n".join(head)
+        + f"""
+---
+
+# {name}
+
+A {c.arch} language model of {count_parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.context}.
+{trained}{measured}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
+    )
+
+
+def export_gguf(model: GPT, tokenizer: Tokenizer, path: Path, kind: str, name: str) -> None:
+    """Write one GGUF file for llama.cpp, by the gguf package. Matrices are f32, f16, bf16 or q8_0; vectors stay f32."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("export --format gguf needs the gguf package: pip install gguf") from None
+    c = model.config
+    check_exportable(c)
+    arch = {"gpt_neox": "gptneox"}.get(c.arch, c.arch)
+    if (
+        c.arch == "nanochat"
+        or c.activation == "geglu"
+        or (c.arch == "gpt2" and c.activation not in ("gelu", "gelu_new"))
+    ):
+        raise UserError(
+            f"llama.cpp has no {c.arch} with activation {c.activation}: it knows gpt2, gpt_neox, llama, qwen2 and qwen3"
+        )
+    if c.arch == "gpt_neox" and c.activation not in ("gelu", "gelu_new"):
+        raise UserError(f"llama.cpp's gpt_neox has gelu and not {c.activation}")
+    if c.bias == "all" and c.arch == "llama":
+        raise UserError("llama.cpp's llama has no biases in the MLP")
+    w = gguf.GGUFWriter(None, arch)
+    w.add_name(name)
+    w.add_context_length(c.context)
+    w.add_embedding_length(c.n_embd)
+    w.add_block_count(c.n_layer)
+    w.add_feed_forward_length(c.n_inner)
+    w.add_head_count(c.n_head)
+    w.add_head_count_kv(c.n_kv_head)
+    w.add_vocab_size(c.vocab_size)
+    if c.norm == "layernorm":
+        w.add_layer_norm_eps(c.norm_eps)
+    else:
+        w.add_layer_norm_rms_eps(c.norm_eps)
+        w.add_key_length(c.head_dim)
+        w.add_value_length(c.head_dim)
+    if c.pos_embd == "rope":
+        rope = hf_rope(c)
+        w.add_rope_dimension_count(c.rope_dim)
+        w.add_rope_freq_base(rope["rope_theta"])
+        if rope["rope_type"] in ("linear", "yarn"):
+            w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+            w.add_rope_scaling_factor(c.rope_factor)
+        if rope["rope_type"] == "yarn":
+            w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if c.arch == "gpt_neox":
+        w.add_parallel_residual(c.parallel_residual)
+    kinds = gguf.GGMLQuantizationType
+    quantization = {"f32": kinds.F32, "f16": kinds.F16, "bf16": kinds.BF16, "q8_0": kinds.Q8_0}[kind]
+    w.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}[kind])
+    add_gguf_tokenizer(w, tokenizer, c)
+
+    def put(key: str, x: Tensor) -> None:
+        array = x.float().contiguous().numpy()
+        small = array.ndim == 1 or (kind == "q8_0" and array.shape[-1] % 32)
+        q = kinds.F32 if small else quantization
+        w.add_tensor(key, gguf.quants.quantize(array, q), raw_dtype=q)
+
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH_NAMES and {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], c.n_layer
+    )
+    state = model.state_dict()
+    for theirs, ours, rows, how in hf_tensors(c):
+        x = state[ours][rows]
+        if c.arch == "gpt_neox" and how == "interleave":
+            how = ""  # llama.cpp keeps q, k and v apart, as we do
+        if c.arch == "llama" and theirs.split(".")[-2] in (
+            "q_proj",
+            "k_proj",
+        ):  # its llama rotates neighbours (2i, 2i + 1)
+            x = x.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        put(names.get_name(theirs, try_suffixes=(".weight", ".bias")), x)  # as (out, in), which `transpose` already is
+    if c.rope_scaling == "llama3":  # what each frequency is divided by
+        factors = rope_frequencies(replace(c, rope_scaling="none"))[0] / rope_frequencies(c)[0]
+        w.add_tensor("rope_freqs.weight", factors.numpy())
+    w.write_header_to_file(path)
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def add_gguf_tokenizer(w: Any, tokenizer: Tokenizer, c: GPTConfig) -> None:
+    """The vocabulary, merges, special tokens and chat template, from the tokenizer.json form."""
+    import gguf
+
+    j = json.loads(to_hf_tokenizer(tokenizer).to_str())
+    if j["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(j):
+        raise UserError(
+            f"tokenizer {tokenizer.name} is not a byte-level BPE, the only kind that export --format gguf writes"
+        )
+    token_of = {i: t for t, i in j["model"]["vocab"].items()} | {a["id"]: a["content"] for a in j["added_tokens"]}
+    control = {a["id"] for a in j["added_tokens"] if a["special"]}
+    types = gguf.TokenType
+    tokens = [token_of.get(i, f"[PAD{i}]") for i in range(c.vocab_size)]
+    pre = "gpt-2"
+    if tokenizer.kind == "hf":
+        digits = '"Digits"' in json.dumps(j["pre_tokenizer"])
+        pre = "smollm" if digits else "qwen2" if r"\\p{N}" in json.dumps(j["pre_tokenizer"]) else "gpt-2"
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre(pre)
+    w.add_token_list(tokens)
+    w.add_token_types(
+        [
+            types.CONTROL if i in control else types.UNUSED if i not in token_of else types.NORMAL
+            for i in range(c.vocab_size)
+        ]
+    )
+    w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in j["model"]["merges"]])
+    eot, im_end = tokenizer.eot, tokenizer.special.get(IM_END)
+    if eot is not None:
+        w.add_bos_token_id(tokenizer.bos[0] if tokenizer.bos else eot)
+        w.add_eos_token_id(eot)
+    if im_end is not None:
+        w.add_eot_token_id(im_end)
+    w.add_add_bos_token(bool(tokenizer.bos))
+    if template := chat_template(tokenizer):
+        w.add_chat_template(template)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2272,7 +3264,15 @@ def cmd_sample(args: argparse.Namespace) -> None:
         say(f"using {path}", file=sys.stderr)
     out(prompt)
     texts = generate_text(
-        model, tokenizer, prompt, args.length, settings, args.num_samples, args.seed, args.stop or (), out
+        model,
+        tokenizer,
+        tokenizer.prompt(prompt),
+        args.length,
+        settings,
+        args.num_samples,
+        args.seed,
+        args.stop or (),
+        out,
     )
     out("\n")
     for text in texts[1:]:
@@ -2447,8 +3447,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each time,
+    and the page faults of getting them again took half of a training step with GPT-2's vocabulary."""
+    import ctypes
+
+    if sys.platform == "linux":
+        with suppress_oserror():
+            libc = ctypes.CDLL("libc.so.6")
+            M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
 def main() -> None:
     args = make_parser().parse_args()
+    keep_freed_memory()
     try:
         args.run(args)
     except (UserError, OSError) as e:
