@@ -30,6 +30,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -905,6 +906,9 @@ def hf_tokenizer(path: Path) -> Tokenizer:
     template = file.with_name("chat_template.jinja")
     spec = {"kind": "hf", "name": file.parent.name, "json": text, "special": special}
     spec["bos"] = backend.encode("").ids  # what its post-processor puts before a text
+    spec["eos_token"] = eos
+    bos = config.get("bos_token")
+    spec["bos_token"] = bos["content"] if isinstance(bos, dict) else bos
     spec["chat_template"] = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
     return Tokenizer(spec)
 
@@ -915,10 +919,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         return gpt2_tokenizer()
     if name == "byte":
         return byte_tokenizer()
-    if Path(name).exists():
-        if Path(name).suffix == ".pt":
-            return Tokenizer(load_checkpoint(Path(name))["tokenizer"])
-        return hf_tokenizer(Path(name))
+    for path in (Path(name), CHECKPOINT_DIR / name):
+        if path.exists():
+            return Tokenizer(load_checkpoint(path)["tokenizer"]) if path.suffix == ".pt" else hf_tokenizer(path)
     raise UserError(
         f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, or a folder or file with a tokenizer.json"
     )
@@ -1218,7 +1221,7 @@ def suppress_oserror() -> Iterator[None]:
 def tokenize_text(
     folder: Path,
     sources: list[str],
-    tokenizer: str = "gpt2",
+    tokenizer: str | Tokenizer = "gpt2",
     vocab_size: int = 8192,
     encoding: str = "utf-8-sig",
     errors: str = "strict",
@@ -1242,7 +1245,7 @@ def tokenize_text(
         if tokenizer == "bpe":
             made = train_bpe(bpe_sample(files, total, encoding, errors), vocab_size)
         else:
-            made = load_tokenizer(tokenizer)
+            made = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         writer = DataWriter(folder, made, overwrite)
         try:
             with progress_bar(total=total, unit="B", unit_scale=True, desc="tokenize") as bar:
@@ -1394,7 +1397,9 @@ def encode_conversation(
     return array, np.ones(len(ids), np.uint8) if train_on_all else np.array(mask, np.uint8)
 
 
-def open_records(source: str, split: str, config: str | None, revision: str | None, streaming: bool) -> Any:
+def open_records(
+    source: str, split: str = "train", config: str | None = None, revision: str | None = None, streaming: bool = False
+) -> Any:
     """A `datasets` data set: of the hub, or a local folder or file of parquet, json, jsonl, csv, text or arrow."""
     import datasets
 
@@ -1420,6 +1425,30 @@ def open_records(source: str, split: str, config: str | None, revision: str | No
             else f"{source} is neither a local data set nor to be had from the hub"
         )
         raise UserError(f"{where}: {reason[:300]}") from None
+
+
+RECORD_FILES = (".parquet", ".json", ".jsonl", ".csv", ".arrow")
+
+
+def record_tokenizer(name: str, vocab_size: int, source: str, column: str | None = None, **options: Any) -> Tokenizer:
+    """The tokenizer that --tokenizer names; a bpe is learned from the first 100 MB of the records' text."""
+    if name != "bpe":
+        return load_tokenizer(name)
+
+    def texts() -> Iterator[str]:
+        size = 0
+        for record in open_records(source, streaming=True, **options):
+            value = record[column] if column in record else None
+            messages = (
+                None if isinstance(value, str) else messages_of(record if value is None else {"utterances": value})
+            )
+            parts = [m["content"] for m in messages] if messages else [value or record.get("text") or ""]
+            yield from parts
+            size += sum(map(len, parts))
+            if size > 100_000_000:
+                return
+
+    return train_bpe(texts(), vocab_size)
 
 
 class RecordEncoder:
@@ -1700,15 +1729,16 @@ def is_utf8(path: Path) -> bool:
 
 def describe_meta(folder: Path, meta: dict[str, Any]) -> str:
     n, val = meta["n_tokens"], meta["n_tokens"] - meta["val_start"]
+    bytes_per_token = f", {meta['n_bytes'] / n:.2f} bytes per token" if "n_bytes" in meta else ""
     return (
-        f"{folder}: {n:,} tokens, {meta['n_bytes'] / n:.2f} bytes per token, tokenizer {meta['tokenizer']['name']}; "
+        f"{folder}: {n:,} tokens{bytes_per_token}, tokenizer {meta['tokenizer']['name']}; "
         f"validation begins at token {meta['val_start']:,} ({val:,} tokens)"
     )
 
 
-def find_data(spec: str | None, tokenizer: str = "gpt2", vocab_size: int = 8192) -> Data:
-    """Open what --data names: a name under data/, a folder, a .bin file, or a text file, which is tokenized first.
-    Without a name: the newest data set under data/, or Python's standard library."""
+def find_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
+    """Open what --data names: a name under data/, a folder, a .bin file, or a file of text or records, which is tokenized
+    first. Without a name: the newest data set under data/, or Python's standard library."""
     if spec is None:
         made = sorted(DATA_DIR.glob("*/meta.json"), key=lambda p: p.stat().st_mtime)
         if made:
@@ -1718,19 +1748,29 @@ def find_data(spec: str | None, tokenizer: str = "gpt2", vocab_size: int = 8192)
         if path.is_dir() or path.suffix == ".bin" and path.is_file():
             return Data(path, tokenizer)
         if path.is_file():
-            folder = DATA_DIR / path.stem
+            folder = DATA_DIR / (path.stem if isinstance(tokenizer, str) else f"{path.stem}_{tokenizer.name}")
             if (folder / "meta.json").exists():
-                if read_json(folder / "meta.json").get("source") != describe_sources([str(path)]):
+                source = read_json(folder / "meta.json").get("source")
+                if (source.get("files") if isinstance(source, dict) else source) != describe_sources([str(path)]):
                     raise UserError(
                         f"{folder} is in the way of {path}: it was made from something else; tokenize it under another name"
                     )
                 return Data(folder)
-            say(describe_meta(folder, tokenize_text(folder, [str(path)], tokenizer, vocab_size)))
+            say(describe_meta(folder, tokenize_file(folder, path, tokenizer, vocab_size)))
             return Data(folder)
     names = ", ".join(p.parent.name for p in sorted(DATA_DIR.glob("*/meta.json")))
     raise UserError(
         f"no data at {spec} or {DATA_DIR / spec}" + (f"; there is: {names}" if names else "; make it with tokenize")
     )
+
+
+def tokenize_file(folder: Path, path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """Make a data folder of one file, of text or of records."""
+    if path.suffix not in RECORD_FILES:
+        return tokenize_text(folder, [str(path)], tokenizer, vocab_size)
+    if isinstance(tokenizer, str):
+        tokenizer = record_tokenizer(tokenizer, vocab_size, str(path))
+    return tokenize_records(folder, str(path), tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1815,11 +1855,13 @@ def generate(
     max_new_tokens: int,
     settings: SamplingSettings,
     generator: torch.Generator | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
-    context, its last half is read again into an empty cache and generation goes on from there.
+    context, its last half is read again into an empty cache and generation goes on from there. With a cache of the
+    caller's, prompts continue what it holds, and generation ends when it is full.
     """
     context, device = model.config.context, model.wte.weight.device
     idx, pad = left_pad(prompts, device)
@@ -1828,9 +1870,11 @@ def generate(
             f"the prompt has {idx.size(1):,} tokens and the model's context is {context:,}: shorten it"
             + (", or extend the context with --rope_scaling yarn --rope_factor N" if model.rope_cos is not None else "")
         )
-    cache, new = None, idx
+    own_cache, new = cache is None, idx
     for i in range(max_new_tokens):
         if cache is None or cache.length + new.size(1) > cache.max_length:
+            if not own_cache:
+                return
             if cache is not None:  # full
                 new = idx[:, -(context // 2 or 1) :]
                 pad = None if pad is None else (pad - (idx.size(1) - new.size(1))).clamp(min=0)
@@ -1843,6 +1887,68 @@ def generate(
         yield new[:, 0]
 
 
+@torch.inference_mode()
+def speculative_generate(
+    model: GPT,
+    draft: GPT,
+    stats: dict[str, int],
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    settings: SamplingSettings,
+    generator: torch.Generator | None = None,
+    n_draft: int = 4,
+) -> Iterator[Tensor]:
+    """generate for one prompt, with a small model's proposals: the same distribution, fewer passes of the large one
+    (arXiv 2211.17192, algorithm 1). The draft proposes n_draft tokens, the model scores them in one pass, each is kept
+    with probability min(1, p / q), and the first that is not is drawn again from max(p - q, 0). stats counts `proposed`
+    and `accepted`."""
+    (prompt,) = prompts
+    device, limit = model.wte.weight.device, len(prompt) + max_new_tokens
+    for m in (model, draft):
+        if limit + n_draft > m.config.context:
+            raise UserError(
+                f"prompt and --length need {limit + n_draft:,} tokens and a context is {m.config.context:,}: shorten them, or leave "
+                "--draft_checkpoint out"
+            )
+    caches = []
+    for m in (model, draft):
+        like = torch.empty(0, dtype=m.compute_dtype, device=device)
+        caches.append(KVCache(m.config, 1, limit + n_draft, like))
+    ids = torch.tensor([prompt], device=device)
+    n_vocab = min(model.config.vocab_size, draft.config.vocab_size)
+    stats.update(proposed=0, accepted=0)
+
+    def last_probs(m: GPT, cache: KVCache, n: int) -> list[Tensor]:
+        """The distributions (1, n_vocab) after each of the last n tokens of ids."""
+        hidden = m.hidden(ids[:, cache.length :], cache)[:, -n:]
+        logits = m.logits(hidden)[..., :n_vocab]
+        length = ids.size(1)
+        return [next_token_probs(logits[:, i], settings, ids[:, : length - n + 1 + i]) for i in range(n)]
+
+    while ids.size(1) < limit:
+        before = ids.size(1)
+        q = []
+        for _ in range(min(n_draft, limit - before - 1)):
+            q += last_probs(draft, caches[1], 1)
+            ids = torch.cat((ids, draw(q[-1], generator)[:, None]), dim=1)
+        p = last_probs(model, caches[0], len(q) + 1)
+        kept = 0
+        while kept < len(q):
+            token = ids[0, before + kept]
+            u = torch.rand((), device=device, generator=generator)
+            if u * q[kept][0, token] >= p[kept][0, token]:
+                break
+            kept += 1
+        stats["proposed"] += len(q)
+        stats["accepted"] += kept
+        rest = p[kept] if kept == len(q) else (p[kept] - q[kept]).clamp(min=0)
+        ids = torch.cat((ids[:, : before + kept], draw(rest, generator)[:, None]), dim=1)
+        for cache in caches:  # forget what was not kept
+            cache.length = min(cache.length, ids.size(1) - 1)
+        for i in range(before, ids.size(1)):
+            yield ids[:, i]
+
+
 def generate_text(
     model: GPT,
     tokenizer: Tokenizer,
@@ -1853,19 +1959,22 @@ def generate_text(
     seed: int = 1337,
     stop: Iterable[str] = (),
     on_text: Callable[[str], None] = lambda text: None,
+    tokens_from: Callable[..., Iterator[Tensor]] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[str]:
     """Continuations of a prompt of token ids, drawn as one batch; each ends at `length` tokens, at the end-of-text token, or before
-    one of the `stop` strings. The first one is handed to on_text as it grows."""
+    one of the `stop` strings. The first one is handed to on_text as it grows. tokens_from stands in for generate."""
     ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
     device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = generator or torch.Generator(device).manual_seed(seed)
     streams = [TextStream(tokenizer) for _ in range(num_samples)]
     texts, done = [""] * num_samples, [False] * num_samples
     held = max((len(s) for s in stop), default=1) - 1  # characters that may turn out to be the start of a stop string
     shown = 0
     was_training = model.training
     model.eval()
-    for tokens in generate(model, [prompt] * num_samples, length, settings, generator):
+    tokens_from = tokens_from or functools.partial(generate, model)
+    for tokens in tokens_from([prompt] * num_samples, length, settings, generator):
         for i, token in enumerate(tokens.tolist()):
             if done[i]:
                 continue
@@ -1935,17 +2044,26 @@ def find_checkpoint(spec: str | None) -> Path:
 
 
 def open_model(
-    spec: str | None, device: str = "cpu", dtype: torch.dtype | None = None, **overrides: Any
-) -> tuple[GPT, Tokenizer, dict]:
-    """Open a model to use it: (model in eval mode, tokenizer, checkpoint). Weights are held in `dtype`."""
-    path = find_checkpoint(spec)
+    spec: str | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Open a model: one of our checkpoints, a Hugging Face directory, or a hub id, `owner/name` or `owner/name@revision`.
+    Returns it in eval mode with weights and activations in dtype, its tokenizer, and the rest of its checkpoint."""
+    is_hub_id = spec is not None and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", spec) and not spec.endswith(".pt")
+    local = spec is not None and any(p.exists() for p in (Path(spec), CHECKPOINT_DIR / spec))
+    path = hub_directory(spec) if is_hub_id and not local else find_checkpoint(spec)
+    if path.is_dir():
+        model, tokenizer = load_hf_model(path, dtype, device, **overrides), hf_tokenizer(path)
+        if tokenizer.n_vocab > model.config.vocab_size:
+            raise UserError(
+                f"{path}: its tokenizer has {tokenizer.n_vocab:,} tokens and its model only {model.config.vocab_size:,}: "
+                "they do not belong together"
+            )
+        return model.eval(), tokenizer, {"path": path, "variant": path.name}
     checkpoint = load_checkpoint(path)
-    config = GPTConfig(**{**checkpoint["config"], **overrides})
-    model = build_model(config, checkpoint["model"], path)
-    if dtype is not None:
-        model.to(dtype)
-        model.compute_dtype = dtype
-    return model.to(device).eval(), Tokenizer(checkpoint["tokenizer"]), {**checkpoint, "path": path}
+    model = build_model(GPTConfig(**{**checkpoint["config"], **overrides}), checkpoint["model"], path).to(dtype)
+    model.compute_dtype = dtype
+    rest = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    return model.to(device).eval(), Tokenizer(checkpoint["tokenizer"]), {**rest, "path": path}
 
 
 def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path) -> GPT:
@@ -2358,9 +2476,11 @@ def fit(
 
     def micro_batches(step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This process's share of a step, on its way to the device, and the number of targets in the whole batch."""
-        starts = np.array([windows[i] for i in sampler(step)])
-        mine = np.array_split(starts, world_size())[rank()]
-        batches = [data.batch("train", part, block_size) for part in np.array_split(mine, t.grad_accum)]
+        mine = np.array_split(sampler(step), world_size())[rank()]
+        parts = np.array_split(mine, t.grad_accum)
+        batches = [data.batch("train", np.array([windows[i] for i in part]), block_size) for part in parts]
+        if getattr(objective, "cache", None) is not None:
+            batches = [{**batch, "blocks": torch.from_numpy(part)} for batch, part in zip(batches, parts, strict=True)]
         n_targets = torch.tensor(float(sum(int((b["targets"] >= 0).sum()) for b in batches)), device=device)
         if device.type == "cuda":
             batches = [{k: v.pin_memory().to(device, non_blocking=True) for k, v in b.items()} for b in batches]
@@ -2493,6 +2613,400 @@ def trim_log(path: Path, step: int) -> None:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
         with atomic_write(path) as f:
             f.write("".join(line + "\n" for line in lines).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distillation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature, and
+    its gradient (rows, n) by the student's logits before the temperature.
+
+    forward_kl: KL(p || q) (arXiv 1503.02531). reverse_kl: KL(q || p) (arXiv 2306.08543). jsd: the generalised
+    Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv 2306.13649,
+    equation 1), which at beta 0 is the forward and at beta 1 the reverse KL, as in TRL.
+    """
+    if kind == "jsd" and beta in (0.0, 1.0):
+        kind = "reverse_kl" if beta else "forward_kl"
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward_kl":
+        return (p * (log_p - log_q).where(p > 0, 0.0)).sum(-1), (q - p) / temperature
+    if kind == "reverse_kl":
+        inner = (log_q - log_p).where(q > 0, 0.0)
+        value = (q * inner).sum(-1)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+        inner = (1 - beta) * (log_q - log_m).where(q > 0, 0.0)
+        value = beta * (p * (log_p - log_m).where(p > 0, 0.0)).sum(-1) + (q * inner).sum(-1)
+    return value, q * (inner - (q * inner).sum(-1, keepdim=True)) / temperature
+
+
+@dataclass
+class DistillConfig:
+    """What a student learns from its teacher: alpha T^2 divergence + (1 - alpha) cross-entropy (arXiv 1503.02531)."""
+
+    temperature: float = setting(2.0, "softens teacher and student alike")
+    alpha: float = setting(0.5, "weight of the teacher; the rest is the cross-entropy with the text")
+    divergence: str = setting("forward_kl", "between teacher and student", ("forward_kl", "reverse_kl", "jsd"))
+    beta: float = setting(0.5, "of jsd: 0 is forward_kl, 1 is reverse_kl")
+    cache_teacher: int = setting(
+        0, "keep the teacher's K most likely tokens per position beside the data (0: run it live)"
+    )
+    on_policy: float = setting(0.0, "fraction of the batches that the student writes and the teacher scores")
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "on_policy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be between 0 and 1")
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}: it must be above 0")
+        if self.cache_teacher < 0:
+            raise UserError(f"cache_teacher is {self.cache_teacher}: it must be at least 0")
+        if self.cache_teacher and self.on_policy:
+            raise UserError(
+                "cache_teacher and on_policy exclude each other: the student's own text is new in each step"
+            )
+
+
+class DistillLoss:
+    """Objective of linear_loss for a chunk of tokens: the teacher's logits are made from its hidden states here, chunk by
+    chunk, so that neither model's full logits ever exist."""
+
+    def __init__(self, d: DistillConfig, targets: Tensor, teacher_logp: Callable[[slice], Any], n_vocab: int) -> None:
+        self.d, self.teacher_logp, self.n_vocab = d, teacher_logp, n_vocab
+        self.cross_entropy, self.counted = CrossEntropy(targets), targets.flatten() >= 0
+        self.parts = torch.zeros(2, device=targets.device)  # divergence, cross-entropy
+
+    def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
+        d, counted = self.d, self.counted[rows]
+        z = logits[:, : self.n_vocab]
+        z = z if z.dtype == torch.float64 else z.float()
+        log_q = (z / d.temperature).log_softmax(dim=-1)
+        teacher = self.teacher_logp(rows)
+        if isinstance(teacher, tuple):
+            value, grad_z = self.with_tail(log_q, *teacher)
+        else:
+            value, grad_z = divergence(teacher, log_q, d.divergence, d.beta, d.temperature)
+        scale = d.alpha * d.temperature**2
+        grad = torch.zeros_like(logits, dtype=z.dtype)
+        grad[:, : self.n_vocab] = grad_z * (scale * counted[:, None])
+        cross_entropy = torch.zeros((), dtype=z.dtype, device=z.device)
+        if d.alpha < 1:
+            cross_entropy, grad_ce = self.cross_entropy(logits, rows, True)
+            grad += (1 - d.alpha) * grad_ce
+        value = (value * counted).sum()
+        self.parts += torch.stack((value, cross_entropy)).to(self.parts.dtype)
+        return scale * value + (1 - d.alpha) * cross_entropy, grad.to(logits.dtype) if with_grad else None
+
+    def with_tail(self, log_q: Tensor, index: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence over the teacher's K most likely tokens, index (rows, K), and one more outcome, "any other token",
+        whose mass is what they leave: log_p (rows, K + 1). Lumping outcomes can only lower a divergence (data-processing
+        inequality), it stays 0 for equal distributions, and the student keeps its own ranking within the tail, where
+        spreading the mass evenly or cutting it off would teach it something false."""
+        d = self.d
+        top = log_q.gather(1, index)
+        tail = log_q.scatter(1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
+        value, grad = divergence(log_p, torch.cat((top, tail), dim=1), d.divergence, d.beta, d.temperature)
+        within = (log_q - tail).exp()  # the tail's gradient, shared out by the student's own probabilities
+        return value, (within * grad[:, -1:]).scatter(1, index, grad[:, :-1])
+
+
+class TeacherCache:
+    """A teacher's top K probabilities of each position of each training block, made the first time a block is read.
+
+    Beside the data, in teacher_cache/: ids.bin (uint32) and probs.bin (float16), (blocks, block_size, K); done.bin, a byte
+    a block; meta.json, which says for which teacher, data, temperature and shape. Files are sparse until filled.
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int) -> None:
+        shape = (n_blocks, block_size, K)
+        there = read_json(folder / "meta.json", {})
+        wrong = next((k for k in meta if there and there.get(k) != meta[k]), None)
+        if wrong:
+            raise UserError(
+                f"{folder} was made for another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is {meta[wrong]}): "
+                "delete it, or run without --cache_teacher"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if not there:
+            say(f"teacher cache {folder}: {n_blocks * block_size * K * 6 / 1e6:,.1f} MB when full")
+            with atomic_write(folder / "meta.json") as f:
+                f.write(json.dumps(meta, indent=1).encode())
+
+        def open_array(name: str, dtype: str, shape: tuple[int, ...]) -> np.memmap:
+            path = folder / name
+            if not path.exists():
+                with open(path, "wb") as f:
+                    f.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+            return np.memmap(path, dtype, "r+", shape=shape)
+
+        self.ids, self.probs = open_array("ids.bin", "<u4", shape), open_array("probs.bin", "<f2", shape)
+        self.done = open_array("done.bin", "u1", (n_blocks,))
+
+    def write(self, block: int, ids: Tensor, probs: Tensor) -> None:
+        """ids and probs (block_size, K) of a block. The mark that it is done comes last."""
+        self.ids[block], self.probs[block] = ids.cpu().numpy(), probs.cpu().numpy()
+        self.done[block] = 1
+
+
+class Distillation:
+    """Objective of fit: what a student's loss on a batch is, given its teacher."""
+
+    def __init__(self, teacher: GPT, d: DistillConfig, n_vocab: int, cache: TeacherCache | None = None) -> None:
+        self.teacher, self.d, self.n_vocab, self.cache = teacher.eval().requires_grad_(False), d, n_vocab, cache
+        self.sums, self.n_targets = torch.zeros(2), 0
+
+    def __call__(self, student: GPT, batch: dict[str, Tensor]) -> Tensor:
+        d, batch = self.d, dict(batch)
+        blocks = batch.pop("blocks", None)
+        if d.alpha == 0 and not d.on_policy:  # exactly train
+            return student.loss(**batch)
+        loss = d
+        if d.on_policy and torch.rand(()).item() < d.on_policy:
+            batch, loss = self.student_writes(student, batch), replace(d, alpha=1.0)
+        idx, targets, segments = batch["idx"], batch["targets"], batch.get("segments")
+        if self.cache is None:
+            teacher_logp = self.live(idx, segments)
+        else:
+            teacher_logp = self.cached(idx, segments, blocks)
+        objective = DistillLoss(loss, targets, teacher_logp, self.n_vocab)
+        value = linear_loss(student.hidden(idx, segments=segments), student, objective)
+        self.sums += objective.parts.cpu()
+        self.n_targets += int((targets >= 0).sum())
+        return value
+
+    def take_parts(self) -> dict[str, float]:
+        """The divergence and the cross-entropy per target since the last call, for the log."""
+        divergence, cross_entropy = (self.sums / max(self.n_targets, 1)).tolist()
+        self.sums, self.n_targets = torch.zeros(2), 0
+        return {"divergence": divergence, "cross_entropy": cross_entropy}
+
+    @torch.no_grad()
+    def live(self, idx: Tensor, segments: Tensor | None) -> Callable[[slice], Tensor]:
+        """The teacher's log-probabilities, as a function of the rows wanted."""
+        hidden = self.teacher.hidden(idx, segments=segments).flatten(0, 1)
+
+        def teacher_logp(rows: slice) -> Tensor:
+            logits = self.teacher.logits(hidden[rows])[:, : self.n_vocab]
+            return (logits / self.d.temperature).log_softmax(dim=-1)
+
+        return teacher_logp
+
+    @torch.no_grad()
+    def cached(self, idx: Tensor, segments: Tensor | None, blocks: Tensor) -> Callable[[slice], tuple[Tensor, Tensor]]:
+        """Token ids (rows, K) and log-probabilities (rows, K + 1), the last of them the tail's, from the cache."""
+        numbers, K, T = blocks.tolist(), self.cache.ids.shape[2], idx.size(1)
+        missing = [i for i, block in enumerate(numbers) if not self.cache.done[block]]
+        if missing:
+            rows = torch.tensor(missing, device=idx.device)
+            teacher_logp = self.live(idx[rows], None if segments is None else segments[rows])
+            for j, i in enumerate(missing):
+                log_p, ids = teacher_logp(slice(j * T, (j + 1) * T)).topk(K)
+                self.cache.write(numbers[i], ids, log_p.exp())
+        ids = torch.from_numpy(np.concatenate([self.cache.ids[b] for b in numbers]).astype(np.int64))
+        probs = torch.from_numpy(np.concatenate([self.cache.probs[b] for b in numbers]).astype(np.float32))
+        tail = (1 - probs.sum(dim=1, keepdim=True)).clamp(min=1e-6)
+        log_p = torch.cat((probs, tail), dim=1).clamp(min=1e-12).log().log_softmax(dim=1)
+        ids, log_p = ids.to(idx.device), log_p.to(idx.device)
+        return lambda rows: (ids[rows], log_p[rows])
+
+    @torch.no_grad()
+    def student_writes(self, student: GPT, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch whose second half is the student's own continuation of the first (arXiv 2306.13649, algorithm 1)."""
+        idx = batch["idx"]
+        keep = idx.size(1) // 2
+        was_training = student.training
+        student.eval()
+        prompts, seed = idx[:, :keep].tolist(), int(torch.randint(2**31, ()))
+        generator = torch.Generator(idx.device).manual_seed(seed)
+        new = list(generate(student, prompts, idx.size(1) + 1 - keep, SamplingSettings(), generator))
+        student.train(was_training)
+        rows = torch.cat((idx[:, :keep], torch.stack(new, dim=1).clone()), dim=1)
+        targets = rows[:, 1:].clone()
+        targets[:, : keep - 1] = -1  # only what the student wrote
+        return {"idx": rows[:, :-1].contiguous(), "targets": targets}
+
+
+def every_kth_layer(teacher: GPT, student: GPT) -> None:
+    """Start a student as the teacher with only every k-th of its layers (as DistilGPT2 was made, arXiv 1910.01108)."""
+    chosen = [
+        round(i * (len(teacher.blocks) - 1) / max(len(student.blocks) - 1, 1)) for i in range(len(student.blocks))
+    ]
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name, tensor in ours.items():
+        source = name
+        if name.startswith("blocks."):
+            _, i, rest = name.split(".", 2)
+            source = f"blocks.{chosen[int(i)]}.{rest}"
+        value = theirs.get(source)
+        if (
+            value is None
+            or value.shape[1:] != tensor.shape[1:]
+            or (value.dim() and value.size(0) < tensor.size(0) and "w" not in source[:2])
+        ):
+            raise UserError(
+                f"--init_from_teacher: {name} is {tuple(tensor.shape)} in the student and "
+                f"{'not in the teacher' if value is None else str(tuple(value.shape)) + ' in the teacher'}: widths must agree"
+            )
+        rows = min(len(tensor), len(value))  # vocabulary and learned positions may be shorter
+        tensor[:rows].copy_(value[:rows])
+
+
+def weights_digest(model: GPT) -> str:
+    digest = hashlib.blake2b(json.dumps(asdict(model.config), sort_keys=True).encode(), digest_size=8)
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perplexity(
+    model: GPT, tokens: np.ndarray, context: int, stride: int, batch_tokens: int = 16384
+) -> tuple[float, int]:
+    """The sum of -log p in nats of all tokens but the first, and their number. Windows of `context` tokens move on by
+    `stride`; each token is scored once, in the first window that has it, with all of that window before it."""
+    device, n = model.wte.weight.device, len(tokens)
+    jobs = []  # (begin, end, first target that is scored)
+    scored = 1
+    for begin in range(0, max(n - 1, 1), stride):
+        end = min(begin + context, n)
+        if end > scored:
+            jobs.append((begin, end, scored))
+            scored = end
+        if end == n:
+            break
+    total, batch_size = 0.0, max(1, batch_tokens // context)
+    with progress_bar(total=n - 1, unit=" tokens", desc="eval") as bar:
+        for i in range(0, len(jobs), batch_size):
+            group = jobs[i : i + batch_size]
+            longest = max(end - begin for begin, end, _ in group)
+            idx = torch.zeros(len(group), longest, dtype=torch.int64)
+            targets = torch.full((len(group), longest), -1)
+            for row, (begin, end, first) in enumerate(group):
+                ids = torch.from_numpy(tokens[begin:end].astype(np.int64))
+                idx[row, : len(ids)] = ids
+                targets[row, first - begin - 1 : len(ids) - 1] = ids[first - begin :]
+            total += model.loss(idx.to(device), targets.to(device)).item()
+            bar.update(sum(end - first for _, end, first in group))
+    return total, n - 1
+
+
+def evaluate_text(model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, stride: int) -> dict[str, float]:
+    """loss (nats per token), perplexity, bits_per_byte, word_perplexity (words parted by white space), tokens."""
+    total, n = perplexity(model, tokens, context, stride)
+    text_bytes = int(tokenizer.token_bytes()[tokens[1:].astype(np.int64)].sum())
+    words = len(tokenizer.decode(tokens.tolist()).split())
+    return {
+        "loss": total / n, "perplexity": math.exp(min(total / n, 700)), "bits_per_byte": total / math.log(2) / max(text_bytes, 1),
+        "word_perplexity": math.exp(min(total / max(words, 1), 700)), "tokens": n,
+    }  # fmt: skip
+
+
+def lm_eval_adapter(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
+    """The model as EleutherAI's lm-eval takes it: loglikelihood, loglikelihood_rolling and generate_until."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    device, context = model.wte.weight.device, model.config.context
+
+    class Adapter(TemplateLM):
+        @property
+        def eot_token_id(self) -> int:
+            return tokenizer.eot if tokenizer.eot is not None else tokenizer.special[IM_END]
+
+        @property
+        def prefix_token_id(self) -> int:
+            return tokenizer.bos[0] if tokenizer.bos else self.eot_token_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            return tokenizer.encode_rendered(string)
+
+        @torch.no_grad()
+        def _loglikelihood_tokens(
+            self, requests: list, disable_tqdm: bool = False, **kwargs: Any
+        ) -> list[tuple[float, bool]]:
+            results: list[Any] = [None] * len(requests)
+            order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+            for begin in progress_range(0, len(order), batch_size, "loglikelihood"):
+                group = order[begin : begin + batch_size]
+                rows = [(requests[i][1] + requests[i][2])[-(context + 1) :][:-1] for i in group]
+                idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+                for k, row in enumerate(rows):
+                    idx[k, : len(row)] = torch.tensor(row)  # padded at the right, which causal attention never sees
+                hidden = model.hidden(idx.to(device))
+                for k, i in enumerate(group):
+                    target = torch.tensor(requests[i][2], device=device)[-context:]
+                    logits = model.logits(hidden[k, len(rows[k]) - len(target) : len(rows[k])])
+                    log_p = logits.log_softmax(dim=-1).gather(1, target[:, None])
+                    results[i] = (log_p.sum().item(), bool((logits.argmax(dim=-1) == target).all()))
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+            return results
+
+        def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+            totals = []
+            for request in requests:
+                windows = utils.get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=context, context_len=1
+                )
+                pairs = [(None, *utils.make_disjoint_window(w)) for w in windows]
+                totals.append(sum(value for value, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)))
+            return totals
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+            results: list[Any] = [None] * len(requests)
+            groups: dict[str, list[int]] = {}
+            for i, request in enumerate(requests):
+                groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            for members in groups.values():
+                options = dict(requests[members[0]].args[1])
+                until = options.get("until") or []
+                until = [until] if isinstance(until, str) else list(until)
+                length = options.get("max_gen_toks", 256)
+                temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
+                for begin in range(0, len(members), batch_size):
+                    group = members[begin : begin + batch_size]
+                    prompts = [self.tok_encode(requests[i].args[0])[-max(context - length, 1) :] for i in group]
+                    settings = SamplingSettings(temperature=temperature)
+                    for i, text in zip(
+                        group, complete(model, tokenizer, prompts, length, settings, until), strict=True
+                    ):
+                        results[i] = text
+            return results
+
+    return Adapter()
+
+
+def complete(
+    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], length: int, s: SamplingSettings, until: list[str]
+) -> list[str]:
+    """Continuations of different prompts as one batch, each up to `length` tokens, the end of text or one of `until`."""
+    ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
+    ids: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    for tokens in generate(model, prompts, length, s):
+        for i, token in enumerate(tokens.tolist()):
+            if not done[i]:
+                done[i] = token in ends
+                ids[i] += [] if done[i] else [token]
+                done[i] = done[i] or any(stop in tokenizer.decode(ids[i][-64:]) for stop in until)
+        if all(done):
+            break
+    texts = [tokenizer.decode(row) for row in ids]
+    return [text[: min((text.find(stop) for stop in until if stop in text), default=len(text))] for text in texts]
+
+
+def progress_range(begin: int, end: int, step: int, desc: str) -> Iterator[int]:
+    with progress_bar(total=end - begin, desc=desc) as bar:
+        for i in range(begin, end, step):
+            yield i
+            bar.update(min(step, end - i))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2844,6 +3358,26 @@ def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: An
     return model
 
 
+def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with <|im_start|> and <|im_end|>, which a base model of the hub may lack. Their embeddings, and the
+    head's rows, start as the mean of all others."""
+    if chat_template(tokenizer) is not None:
+        return tokenizer
+    backend = tokenizer.backend
+    backend.add_special_tokens([t for t in (IM_START, IM_END) if backend.token_to_id(t) is None])
+    special = {**tokenizer.special, **{t: backend.token_to_id(t) for t in (IM_START, IM_END)}}
+    made = Tokenizer({**tokenizer.spec, "json": backend.to_str(), "special": special})
+    old, c = model.config.vocab_size, replace(model.config, vocab_size=max(model.config.vocab_size, made.n_vocab))
+    model.config = c
+    for module in (model.wte, model.lm_head):
+        if module is not None:
+            weight = module.weight.data
+            rows = weight[:old].mean(dim=0, keepdim=True).repeat(c.padded_vocab_size, 1)
+            rows[:old] = weight[:old]
+            module.weight = nn.Parameter(rows)
+    return made
+
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -3111,15 +3645,28 @@ def add_gguf_tokenizer(w: Any, tokenizer: Tokenizer, c: GPTConfig) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def chosen(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+def chosen(args: argparse.Namespace, cls: type, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a dataclass that the user gave on the command line."""
-    return {f.name: getattr(args, f.name) for f in fields(cls) if getattr(args, f.name, None) is not None}
+    names = only or [f.name for f in fields(cls)]
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def cmd_tokenize(args: argparse.Namespace) -> None:
     if Path(args.dataset).name != args.dataset:
         raise UserError(f"--dataset {args.dataset!r} must be a plain name: the folder under {DATA_DIR}/")
     folder = DATA_DIR / args.dataset
+    if Path(args.txt[0]).suffix in RECORD_FILES:
+        if len(args.txt) > 1:
+            raise UserError("one file of records at a time: for several, put them into a folder and use hf_tokenize")
+        check_data_folder_free(folder, args.overwrite)
+        if not Path(args.txt[0]).exists():
+            raise UserError(f"{args.txt[0]}: no such file")
+        tokenizer = record_tokenizer(args.tokenizer, args.vocab_size, args.txt[0])
+        meta = tokenize_records(
+            folder, args.txt[0], tokenizer, None, chat_format=args.chat_format, train_on_all=args.train_on_all,
+            val_fraction=args.val_fraction, overwrite=args.overwrite,
+        )  # fmt: skip
+        return say(describe_meta(folder, meta))
     meta = tokenize_text(
         folder, args.txt, args.tokenizer, args.vocab_size, args.encoding, args.errors, args.val_fraction, args.overwrite
     )
@@ -3209,12 +3756,27 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
         raise UserError(
             f"{data.path} is not the data that {files.last} was trained on ({checkpoint['data']['path']}): its contents differ"
         )
-    model = build_model(GPTConfig(**checkpoint["config"]), checkpoint["model"], files.last)
+    config = GPTConfig(**checkpoint["config"])
+    if lora_rank := checkpoint.get("lora_rank"):
+        model = add_lora(GPT(config), lora_rank)
+        model.load_state_dict(checkpoint["model"])
+    else:
+        model = build_model(config, checkpoint["model"], files.last)
     model = prepare(model, t)
+    options: dict[str, Any] = {}
+    if "distill" in checkpoint:
+        spec = checkpoint["teacher"]
+        teacher, _, _ = open_teacher(spec["path"], spec["variant"], model.wte.weight.device)
+        teacher = teacher_like(teacher, model)
+        options["objective"] = make_distillation(
+            teacher, DistillConfig(**checkpoint["distill"]), data, checkpoint["block_size"]
+        )
     say(f"resuming {files.last} at step {checkpoint['step']}")
     announce(model, data, t, checkpoint["variant"])
-    extra = {k: checkpoint[k] for k in ("kind", "variant", "arguments")}
-    finish_run(fit(model, data, t, files, extra, resume=checkpoint, prompt=sample_prompt(data)), files)
+    kept = ("kind", "variant", "arguments", "lora_rank", "distill", "teacher")
+    extra = {k: checkpoint[k] for k in kept if k in checkpoint}
+    options.update(resume=checkpoint, prompt=sample_prompt(data), block_size=checkpoint["block_size"])
+    finish_run(fit(model, data, t, files, extra, **options), files)
 
 
 def sample_prompt(data: Data) -> str:
@@ -3247,9 +3809,9 @@ def cmd_sample(args: argparse.Namespace) -> None:
     settings = SamplingSettings(**chosen(args, SamplingSettings))
     if args.length < 1 or args.num_samples < 1:
         raise UserError("--length and --num_samples must be at least 1")
-    path = find_checkpoint(args.model_checkpoint)
     device = choose_device(args.device)
-    model, tokenizer, checkpoint = open_model(str(path), str(device))
+    model, tokenizer, checkpoint = open_model(args.model_checkpoint, device)
+    path = checkpoint["path"]
     if args.variant is not None:
         check_variant(args.variant, model.config, path)
     dtype = choose_dtype(args.dtype, device, model.config.n_embd)
@@ -3262,6 +3824,17 @@ def cmd_sample(args: argparse.Namespace) -> None:
     out = lambda text: print(text, end="", flush=True)  # noqa: E731
     if args.model_checkpoint is None:
         say(f"using {path}", file=sys.stderr)
+    tokens_from, stats = None, {}
+    if args.draft_checkpoint:
+        if args.num_samples > 1:
+            raise UserError("--draft_checkpoint works on one sample at a time: leave --num_samples out")
+        draft, draft_tokenizer, _ = open_model(args.draft_checkpoint, device)
+        draft.to(dtype).compute_dtype = dtype
+        if draft_tokenizer.digest != tokenizer.digest:
+            raise UserError(
+                f"the draft has tokenizer {draft_tokenizer.describe()} and the model {tokenizer.describe()}: they must be the same"
+            )
+        tokens_from = functools.partial(speculative_generate, model, draft, stats)
     out(prompt)
     texts = generate_text(
         model,
@@ -3273,10 +3846,521 @@ def cmd_sample(args: argparse.Namespace) -> None:
         args.seed,
         args.stop or (),
         out,
+        tokens_from,
     )
     out("\n")
+    if stats:
+        say(f"accepted {stats['accepted']} of {stats['proposed']} drafted tokens", file=sys.stderr)
     for text in texts[1:]:
         out(f"---\n{prompt}{text}\n")
+
+
+def cmd_export(args: argparse.Namespace) -> None:
+    import shutil
+    import tempfile
+
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.overwrite:
+        raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
+    model, tokenizer, checkpoint = open_model(args.model_path or args.model_checkpoint)
+    if args.variant:
+        check_variant(args.variant, model.config, checkpoint["path"])
+    if args.rope_scaling:
+        model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.describe()} is larger than the model's vocabulary of {model.config.vocab_size:,}"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    scratch.chmod(0o755)
+    try:
+        if args.format == "gguf":
+            name = f"{output.name}-{args.quantize}.gguf"
+            export_gguf(model, tokenizer, scratch / name, args.quantize, output.name)
+            done = f"{output / name}: {(scratch / name).stat().st_size / 1e6:,.1f} MB"
+        else:
+            dtype = getattr(torch, args.dtype)
+            card = model_card(checkpoint, output.name, model.config)
+            export_hf(model, tokenizer, scratch, dtype, parse_size(args.max_shard_size), card)
+            difference = verify_export(model, scratch, dtype)
+            if not difference <= 1e-3:
+                raise RuntimeError(f"the export read back differs from the model by {difference} in its logits")
+            done = f"{output}: {model.config.arch}, {args.dtype}; read back, logits differ by at most {difference:.1e}"
+        if output.exists():
+            shutil.rmtree(output) if args.format == "hf" else None
+        output.mkdir(exist_ok=True)
+        for file in scratch.iterdir():
+            os.replace(file, output / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    say(done)
+
+
+def parse_size(text: str) -> int:
+    """5GB, 200MB or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UserError(f"{text!r} is not a size: write 5GB, 200MB or a number of bytes")
+    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
+
+
+def cmd_hf_tokenize(args: argparse.Namespace) -> None:
+    folder = DATA_DIR / args.dataset
+    check_data_folder_free(folder, args.overwrite)
+    say(describe_meta(folder, tokenize_hub_data(args, folder, None)))
+
+
+def tokenize_hub_data(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Make a data folder of what the --hf_ flags name."""
+    where = {"split": args.hf_split, "config": args.hf_config, "revision": args.hf_revision}
+    if tokenizer is None:
+        tokenizer = record_tokenizer(args.tokenizer, args.vocab_size, args.hf_dataset, args.hf_text_column, **where)
+    return tokenize_records(
+        folder,
+        args.hf_dataset,
+        tokenizer,
+        args.hf_text_column,
+        **where,
+        streaming=args.streaming,
+        num_proc=args.num_proc,
+        max_tokens=args.max_tokens,
+        chat_format=args.chat_format,
+        train_on_all=args.train_on_all,
+        val_fraction=args.val_fraction,
+        overwrite=args.overwrite,
+    )
+
+
+def cmd_finetune(args: argparse.Namespace) -> None:
+    init_distributed(args.device or "auto")
+    if args.resume:
+        return resume_training(args, RunFiles.named(args.name or f"finetuned_{args.variant or 'model'}"))
+    device = choose_device(args.device or "auto")
+    model, tokenizer, checkpoint = open_model(
+        args.model_checkpoint, device, **chosen(args, GPTConfig, FINETUNE_SETTINGS)
+    )
+    if args.variant and "config" in checkpoint:
+        check_variant(args.variant, model.config, checkpoint["path"])
+    variant = args.variant or checkpoint.get("variant") or checkpoint["path"].stem
+    tokenizer = add_chat_tokens(model, tokenizer) if tokenizer.kind == "hf" else tokenizer
+    if args.rope_scaling:
+        model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
+    if args.command == "hf_finetune":
+        folder = DATA_DIR / f"{Path(args.hf_dataset).name}_{args.hf_split}_{tokenizer.name}"
+        if not (folder / "meta.json").exists():
+            say(describe_meta(folder, tokenize_hub_data(args, folder, tokenizer)))
+        data = Data(folder)
+    else:
+        data = find_data(args.data, tokenizer)
+    if data.tokenizer.digest != tokenizer.digest:
+        raise UserError(
+            f"{data.path} was made with tokenizer {data.tokenizer.describe()} and the model has {tokenizer.describe()}: make the data "
+            f"with tokenize --tokenizer {checkpoint['path']}"
+        )
+    files = RunFiles.named(args.name or f"finetuned_{variant}")
+    files.check_free(args.overwrite)
+    block_size = args.block_size or min(512, model.config.context)
+    if block_size > model.config.context:
+        raise UserError(f"--block_size {block_size} is more than the model's context of {model.config.context}")
+    recipe = {
+        "max_iters": 1000,
+        "batch_size": 8,
+        "learning_rate": 1e-3 if args.lora_rank else 1e-4,
+        "weight_decay": 0.01,
+    }
+    given = chosen(args, TrainConfig)
+    if args.finetune_iters:
+        given["max_iters"] = args.finetune_iters
+    t = TrainConfig(**{**recipe, **given, "sample_interval": -1})
+    torch.manual_seed(t.seed)
+    full = count_parameters(model.config)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank)
+    model = prepare(model, t)
+    announce(model, data, t, variant)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(
+        f"training {trained:,} of {full:,} parameters: weights, gradients and AdamW's moments take "
+        f"{(4 * full + 12 * trained) / 2**30:.2f} GB"
+        + (f" ({16 * full / 2**30:.2f} GB without LoRA)" if args.lora_rank else "")
+    )
+    report_long_conversations(data, block_size)
+    show_sample(args, model, tokenizer, data, "before")
+    extra = {"kind": args.command, "variant": variant, "arguments": sys.argv[1:], "lora_rank": args.lora_rank}
+    results = fit(model, data, t, files, extra, block_size=block_size)
+    show_sample(args, model, tokenizer, data, "after")
+    finish_run(results, files)
+
+
+FINETUNE_SETTINGS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradient_checkpointing")
+
+
+def report_long_conversations(data: Data, block_size: int) -> None:
+    if data.starts is not None:
+        lengths = np.diff(np.append(data.starts, len(data.tokens)))
+        if n := int((lengths > block_size + 1).sum()):
+            say(
+                f"{n:,} of {len(lengths):,} conversations are longer than a block of {block_size} and will be cut: raise --block_size"
+            )
+
+
+def show_sample(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, data: Data, when: str) -> None:
+    """Print the answer to --prompt: as a turn of a conversation where the data is conversations."""
+    if args.prompt is None or rank():
+        return
+    prompt = tokenizer.prompt(args.prompt)
+    if data.starts is not None:
+        rendered = render_chat(tokenizer, [{"role": "user", "content": args.prompt}], add_generation_prompt=True)
+        prompt = tokenizer.encode_rendered(rendered)
+    settings = SamplingSettings(temperature=args.sample_temperature)
+    text = generate_text(model, tokenizer, prompt, args.sample_length, settings)[0]
+    say(f"--- {when} finetuning ---\n{args.prompt}\n{text}\n---")
+
+
+def cmd_distill(args: argparse.Namespace) -> None:
+    init_distributed(args.device or "auto")
+    name = args.name or f"distilled_{args.student_variant or 'model'}"
+    files = RunFiles.named(name)
+    if args.resume:
+        return resume_training(args, files)
+    d = DistillConfig(**chosen(args, DistillConfig))
+    device = choose_device(args.device or "auto")
+    teacher, tokenizer, teacher_checkpoint = open_teacher(args.teacher_model_path, args.teacher_variant, device)
+    data = find_data(args.data, tokenizer)
+    check_same_vocabulary(tokenizer, data, args.teacher_model_path)
+    student = make_student(args, teacher, teacher_checkpoint, data)
+    block_size = args.block_size or min(
+        student.config.block_size, 512 if args.student_variant is None else student.config.block_size
+    )
+    if teacher.config.context < block_size:
+        raise UserError(
+            f"the teacher's context is {teacher.config.context} and the block is {block_size}: use a smaller --block_size"
+        )
+    n_teacher, n_student = count_parameters(teacher.config), count_parameters(student.config)
+    if n_student > n_teacher:
+        say(
+            f"warning: the student ({n_student:,} parameters) is larger than the teacher ({n_teacher:,})",
+            file=sys.stderr,
+        )
+    variant = args.student_variant or "7M"
+    t = train_config(args, variant if args.student_variant else "", student.config.arch, student.config.n_embd)
+    files.check_free(args.overwrite)
+    student = prepare(student, t)
+    teacher = teacher_like(teacher, student)
+    announce(student, data, t, args.student_variant or "student")
+    say(
+        f"teacher {teacher_checkpoint['path']}: {n_teacher:,} parameters; alpha {d.alpha}, temperature {d.temperature}, {d.divergence}"
+    )
+    objective = make_distillation(teacher, d, data, block_size)
+    teacher_spec = {"path": args.teacher_model_path, "variant": args.teacher_variant}
+    extra = {
+        "kind": "distill",
+        "variant": args.student_variant,
+        "arguments": sys.argv[1:],
+        "distill": asdict(d),
+        "teacher": teacher_spec,
+    }
+    finish_run(fit(student, data, t, files, extra, objective, prompt=sample_prompt(data), block_size=block_size), files)
+
+
+def open_teacher(path: str, variant: str | None, device: torch.device) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The teacher that --teacher_model_path names; `hf` is the GPT-2 of --teacher_variant's size."""
+    if path == "hf":
+        if variant not in HF_ALIASES:
+            raise UserError(
+                f"--teacher_model_path hf needs a --teacher_variant that names a GPT-2: {', '.join(HF_ALIASES)}"
+            )
+        path = HF_ALIASES[variant]
+    return open_model(path, device)
+
+
+def teacher_like(teacher: GPT, student: GPT) -> GPT:
+    """The teacher in the student's precision: it is only read."""
+    teacher.to(student.compute_dtype).compute_dtype = student.compute_dtype
+    return teacher
+
+
+def check_same_vocabulary(tokenizer: Tokenizer, data: Data, teacher_path: str) -> None:
+    """Raise UserError unless the data's ids mean the same tokens to the teacher: by content, not by size or name."""
+    if tokenizer.digest == data.tokenizer.digest:
+        return
+    ours, theirs = data.tokenizer, tokenizer
+    n = min(ours.n_vocab, theirs.n_vocab)
+    differ = [
+        i
+        for i in range(n)
+        if ours.decode([i]) != theirs.decode([i]) and i not in (*ours.special.values(), *theirs.special.values())
+    ]
+    if differ or abs(ours.n_vocab - theirs.n_vocab) > 64:
+        raise UserError(
+            f"the teacher has tokenizer {theirs.describe()} and {data.path} was made with {ours.describe()}: make matching data with "
+            f"tokenize --tokenizer {teacher_path}"
+        )
+
+
+def make_student(args: argparse.Namespace, teacher: GPT, teacher_checkpoint: dict[str, Any], data: Data) -> GPT:
+    """The student: from --student_checkpoint, or new, or new with the teacher's layers (--init_from_teacher)."""
+    overrides = chosen(args, GPTConfig)
+    overrides.pop("block_size", None) if args.student_variant is None else None
+    if args.student_checkpoint:
+        student, tokenizer, _ = open_model(args.student_checkpoint)
+        if tokenizer.digest != data.tokenizer.digest:
+            raise UserError(
+                f"the student has tokenizer {tokenizer.describe()} and {data.path} has {data.tokenizer.describe()}"
+            )
+        return student
+    if args.student_variant is None:
+        if not args.init_from_teacher:
+            raise UserError("name the student: --student_variant, --student_checkpoint, or --init_from_teacher")
+        config = replace(teacher.config, **{"n_layer": max(1, teacher.config.n_layer // 2), **overrides})
+    else:
+        config = make_config(args.student_variant, data.tokenizer.n_vocab, overrides)
+    torch.manual_seed(1337 if args.seed is None else args.seed)
+    student = GPT(config)
+    if args.init_from_teacher:
+        every_kth_layer(teacher, student)
+    return student
+
+
+def make_distillation(teacher: GPT, d: DistillConfig, data: Data, block_size: int) -> Distillation:
+    n_vocab = min(data.tokenizer.n_vocab, teacher.config.vocab_size)
+    cache = None
+    if d.cache_teacher:
+        if d.cache_teacher > n_vocab:
+            raise UserError(f"cache_teacher is {d.cache_teacher}: the vocabulary has only {n_vocab:,} tokens")
+        folder = (data.path if data.path.is_dir() else data.path.parent) / "teacher_cache"
+        meta = {
+            "teacher": weights_digest(teacher), "data": data.digest, "temperature": d.temperature, "block_size": block_size,
+            "top_k": d.cache_teacher, "format_version": FORMAT_VERSION,
+        }  # fmt: skip
+        cache = TeacherCache(folder, meta, len(data.windows("train", block_size)), block_size, d.cache_teacher)
+    return Distillation(teacher, d, n_vocab, cache)
+
+
+def cmd_eval(args: argparse.Namespace) -> None:
+    device = choose_device(args.device)
+    rows = []
+    for spec in [args.model_checkpoint, *args.compare]:
+        model, tokenizer, checkpoint = open_model(spec, device)
+        dtype = choose_dtype(args.dtype, device, model.config.n_embd)
+        model.to(dtype).compute_dtype = dtype
+        if args.rope_scaling:
+            model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
+        name = str(checkpoint["path"])
+        if args.tasks:
+            rows += evaluate_tasks(model, tokenizer, name, args)
+            continue
+        context = args.block_size or model.config.context
+        if context > model.config.context and model.rope_cos is None:
+            raise UserError(
+                f"--block_size {context} is more than the context of {name}, {model.config.context}, and its positions are learned"
+            )
+        if context > model.config.context:  # RoPE goes on, untrained
+            model.config = replace(
+                model.config,
+                block_size=context,
+                rope_original_block_size=model.config.rope_original_block_size or model.config.block_size,
+            )
+            model.build_rope()
+        stride = args.stride or context
+        if not 1 <= stride <= context:
+            raise UserError(f"--stride is {stride}: it must be between 1 and the context, {context}")
+        where, tokens = evaluation_tokens(args.data, tokenizer, name)
+        rows.append(
+            {
+                "model": name,
+                "data": where,
+                "context": context,
+                "stride": stride,
+                **evaluate_text(model, tokenizer, tokens, context, stride),
+            }
+        )
+    print_rows(rows, args.json)
+
+
+def evaluation_tokens(spec: str | None, tokenizer: Tokenizer, name: str) -> tuple[str, np.ndarray]:
+    """What eval runs on: a text file, in the model's own tokens, or the validation split of a data set."""
+    path = Path(spec) if spec else None
+    if path is not None and path.is_file() and path.suffix != ".bin":
+        text = "".join(read_text(path, "utf-8-sig", "strict"))
+        if not text:
+            raise UserError(f"{path} is empty")
+        return str(path), np.array(tokenizer.bos + tokenizer.encode(text))
+    data = find_data(spec)
+    if data.tokenizer.digest != tokenizer.digest:
+        raise UserError(
+            f"{data.path} was made with tokenizer {data.tokenizer.describe()} and {name} has {tokenizer.describe()}: give eval a text file"
+        )
+    return str(data.path), data.tokens[data.val_start :] if data.val_tokens is None else data.val_tokens
+
+
+def evaluate_tasks(model: GPT, tokenizer: Tokenizer, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of lm-eval's results on --tasks."""
+    import difflib
+
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("eval --tasks needs EleutherAI's harness: pip install lm-eval") from None
+    manager = TaskManager(include_path=args.include_path)
+    tasks = args.tasks.split(",")
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, 5)
+            raise UserError(f"lm-eval has no task {task!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    adapter = lm_eval_adapter(model, tokenizer, args.batch_size)
+    results = lm_eval.simple_evaluate(adapter, tasks=tasks, task_manager=manager, limit=args.limit, bootstrap_iters=0)[
+        "results"
+    ]
+    rows = []
+    for task, values in results.items():
+        metrics = {k.split(",")[0]: v for k, v in values.items() if isinstance(v, (int, float)) and "stderr" not in k}
+        rows.append({"model": name, "task": task, **metrics})
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A table on standard output, or JSON."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    cells = [columns] + [
+        [f"{v:.4f}" if isinstance(v, float) else str(v) for v in (row.get(k, "") for k in columns)] for row in rows
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def cmd_chat(args: argparse.Namespace) -> None:
+    settings = SamplingSettings(**{"temperature": 0.7, "top_p": 0.95, **chosen(args, SamplingSettings)})
+    device = choose_device(args.device)
+    model, tokenizer, checkpoint = open_model(args.model_checkpoint, device)
+    dtype = choose_dtype(args.dtype, device, model.config.n_embd)
+    model.to(dtype).compute_dtype = dtype
+    render_chat(tokenizer, [{"role": "user", "content": ""}])  # a model without a chat template shows now
+    session = ChatSession(model, tokenizer, settings, args.length, args.seed)
+    if args.system:
+        session.messages = [{"role": "system", "content": args.system}]
+    say(
+        f"chatting with {checkpoint['path']}: /reset, /system TEXT, /save FILE, /quit; Ctrl-C stops an answer",
+        file=sys.stderr,
+    )
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            break
+        elif word == "/reset":
+            session.messages = [m for m in session.messages if m["role"] == "system"]
+        elif word == "/system":
+            session.messages = [{"role": "system", "content": rest}] if rest else []
+        elif word == "/save":
+            target = Path(rest or "conversation.jsonl")
+            with open(target, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"messages": session.messages}, ensure_ascii=False) + "\n")
+            print(f"saved to {target}")
+        elif word.startswith("/"):
+            print("there is /reset, /system TEXT, /save FILE and /quit")
+        elif line:
+            session.answer(line, lambda text: print(text, end="", flush=True))
+            print()
+
+
+class ChatSession:
+    """A conversation whose keys and values stay in the cache from turn to turn: only what is new is read."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SamplingSettings, length: int, seed: int) -> None:
+        self.model, self.tokenizer, self.settings, self.length = model, tokenizer, settings, length
+        self.messages: list[dict[str, str]] = []
+        self.generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+        like = torch.empty(0, dtype=model.compute_dtype, device=model.wte.weight.device)
+        self.cache = KVCache(model.config, 1, model.config.context, like)
+        self.cached: list[int] = []  # the tokens in the cache
+
+    def answer(self, text: str, on_text: Callable[[str], None]) -> str:
+        """The assistant's next turn, streamed to on_text. The oldest turns are dropped when the context is full."""
+        self.messages.append({"role": "user", "content": text})
+        while True:
+            rendered = render_chat(self.tokenizer, self.messages, add_generation_prompt=True)
+            ids = self.tokenizer.encode_rendered(rendered)
+            if len(ids) + min(self.length, self.model.config.context // 2) <= self.model.config.context:
+                break
+            system = 1 if self.messages[0]["role"] == "system" else 0
+            if len(self.messages) <= system + 1:
+                self.messages.pop()
+                raise UserError(
+                    f"the message has more tokens than the context of {self.model.config.context} has room for: shorten it"
+                )
+            del self.messages[system : system + 2]
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b),
+            min(len(ids), len(self.cached)),
+        )
+        self.cache.length = min(same, len(ids) - 1)
+        new: list[int] = []
+
+        def tokens_from(*args: Any) -> Iterator[Tensor]:
+            for token in generate(self.model, [ids[self.cache.length :]], *args[1:], cache=self.cache):
+                new.append(int(token))
+                yield token
+
+        parts: list[str] = []
+
+        def show(piece: str) -> None:
+            parts.append(piece)
+            on_text(piece)
+
+        try:
+            generate_text(self.model, self.tokenizer, ids, self.length, self.settings, on_text=show, tokens_from=tokens_from,
+                          generator=self.generator)  # fmt: skip
+        except KeyboardInterrupt:
+            pass
+        self.cached = (ids + new)[: self.cache.length]
+        self.messages.append({"role": "assistant", "content": "".join(parts)})
+        return "".join(parts)
+
+
+def cmd_plot(args: argparse.Namespace) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paths = [Path(p) for p in args.logs] or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for path in paths:
+        path = path if path.exists() else CHECKPOINT_DIR / f"{path}_model.jsonl"
+        if not path.exists():
+            raise UserError(f"no log at {path}: name a .jsonl file or a run under {CHECKPOINT_DIR}/")
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        label = path.stem.removesuffix("_model")
+        (line,) = axes.plot([r[args.x] for r in records], [r["loss"] for r in records], alpha=0.35)
+        scored = [r for r in records if "val_loss" in r]
+        best = f" (best {min(r['val_loss'] for r in scored):.3f})" if scored else ""
+        axes.plot(
+            [r[args.x] for r in scored], [r["val_loss"] for r in scored], color=line.get_color(), label=label + best
+        )
+    if not paths:
+        raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
+    axes.set(
+        xlabel={"step": "step", "tokens": "tokens", "seconds": "seconds of training"}[args.x],
+        ylabel="loss (nats per token)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(title="validation (pale: training)")
+    figure.tight_layout()
+    figure.savefig(args.output, dpi=120)
+    say(f"wrote {args.output}")
 
 
 def check_variant(variant: str, c: GPTConfig, path: Path) -> None:
@@ -3443,7 +4527,225 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of weights and computation (default: auto)",
     )
+    sub.add_argument(
+        "--draft_checkpoint", metavar="CHECKPOINT", help="a small model that drafts for this one (speculative decoding)"
+    )
     add_settings(sub, "beyond the trained context", GPTConfig, only=("rope_scaling", "rope_factor"))
+
+    def model_flag(sub: argparse.ArgumentParser, required: bool = False) -> None:
+        sub.add_argument(
+            "--model_checkpoint", metavar="CHECKPOINT", required=required,
+            help="a checkpoint, a Hugging Face directory or a hub id (default: the newest under checkpoints/)",
+        )  # fmt: skip
+        sub.add_argument("--variant", choices=VARIANTS, help="check that the checkpoint is of this shape")
+
+    def device_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+        sub.add_argument(
+            "--dtype",
+            default="auto",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            help="of weights and computation (default: auto)",
+        )
+
+    def run_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--name", help="of the run: checkpoints/NAME_model.pt")
+        sub.add_argument("--resume", action="store_true", help="go on with the run of this name")
+        sub.add_argument("--overwrite", action="store_true", help="replace the run, and data, of this name")
+
+    def conversation_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--chat_format",
+            choices=CHAT_FORMATS,
+            help="the form of the conversations, where their columns do not show it",
+        )
+        sub.add_argument(
+            "--train_on_all",
+            action="store_true",
+            help="every token of a conversation is a target, not only the assistant's",
+        )
+
+    def hub_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--hf_dataset",
+            required=True,
+            metavar="ID",
+            help="a data set of the hub, or a local folder or file of parquet, json, jsonl, csv, text or arrow",
+        )
+        sub.add_argument("--hf_split", default="train", help="default: train")
+        sub.add_argument("--hf_text_column", metavar="COLUMN", help="text or turns (default: what the columns show)")
+        sub.add_argument("--hf_config", help="configuration of the data set")
+        sub.add_argument("--hf_revision", help="branch, tag or commit of the data set")
+        sub.add_argument("--streaming", action="store_true", help="read it as it comes, without a copy on the disk")
+        sub.add_argument("--num_proc", type=int, default=1, help="processes that tokenize (default: 1)")
+        sub.add_argument("--max_tokens", type=int, default=0, help="stop after about this many (default: 0, all)")
+        sub.add_argument(
+            "--val_fraction",
+            type=float,
+            default=0.1,
+            help="the last part, for validation, at most 10M tokens (default: 0.1)",
+        )
+        conversation_flags(sub)
+
+    conversation_flags(commands.choices["tokenize"])
+
+    sub = command(
+        "export", cmd_export, "write a model for transformers, vLLM or llama.cpp",
+        "  python model.py export --variant 7M --model_path 7M_model.pt --output_dir exported_7M\n"
+        "  python model.py export --model_path finetuned_7M_model.pt --output_dir chat_7M --dtype bfloat16\n"
+        "  python model.py export --model_path 26M_model.pt --output_dir gguf_26M --format gguf --quantize q8_0",
+    )  # fmt: skip
+    sub.add_argument(
+        "--model_path",
+        metavar="CHECKPOINT",
+        help="a checkpoint, a Hugging Face directory or a hub id (default: the newest under checkpoints/)",
+    )
+    model_flag(sub)
+    sub.add_argument("--output_dir", required=True, metavar="DIR")
+    sub.add_argument("--format", default="hf", choices=("hf", "gguf"), help="default: hf")
+    sub.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of --format hf (default: float32)",
+    )
+    sub.add_argument(
+        "--quantize", default="f16", choices=("f32", "f16", "bf16", "q8_0"), help="of --format gguf (default: f16)"
+    )
+    sub.add_argument("--max_shard_size", default="5GB", help="a larger model becomes several files (default: 5GB)")
+    sub.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
+    add_settings(sub, "beyond the trained context", GPTConfig, only=("rope_scaling", "rope_factor"))
+
+    sub = command(
+        "hf_tokenize", cmd_hf_tokenize, "turn a Hugging Face data set into a data folder",
+        "  python model.py hf_tokenize --hf_dataset roskoN/dailydialog --hf_split train --hf_text_column utterances --dataset dailydialog_train\n"
+        "  python model.py hf_tokenize --hf_dataset ./parquet_folder --hf_text_column text --dataset corpus --num_proc 2\n"
+        "  python model.py hf_tokenize --hf_dataset HuggingFaceFW/fineweb-edu --hf_config sample-10BT --streaming --max_tokens 100000000 --dataset fineweb",
+    )  # fmt: skip
+    sub.add_argument("--dataset", required=True, metavar="NAME", help="the folder under data/ to make")
+    hub_flags(sub)
+    tokenizer_flags(sub)
+    sub.add_argument("--overwrite", action="store_true", help="replace a data folder of this name")
+
+    def finetune_flags(sub: argparse.ArgumentParser) -> None:
+        model_flag(sub)
+        sub.add_argument("--finetune_iters", type=int, help="optimizer steps (default: 1000)")
+        sub.add_argument(
+            "--lora_rank",
+            type=int,
+            default=0,
+            help="train low-rank adapters of this rank and merge them on save (default: 0, all weights)",
+        )
+        sub.add_argument("--prompt", help="show an answer to this before and after")
+        sub.add_argument("--sample_length", type=int, default=100, help="tokens of that answer (default: 100)")
+        sub.add_argument("--sample_temperature", type=float, default=0.8, help="default: 0.8")
+        run_flags(sub)
+        add_settings(
+            sub, "training (defaults here: 1000 steps of 8, learning_rate 1e-4, or 1e-3 with LoRA)", TrainConfig
+        )
+        sub.add_argument(
+            "--block_size", type=int, help="tokens of a training window (default: the context, at most 512)"
+        )
+        add_settings(sub, "model", GPTConfig, only=(*FINETUNE_SETTINGS, "rope_scaling", "rope_factor"))
+
+    sub = command(
+        "finetune", cmd_finetune, "finetune a model on conversations or text",
+        "  python model.py finetune --variant 7M --model_checkpoint 7M_model.pt --data conversations.jsonl --finetune_iters 1000\n"
+        '  python model.py finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16 --prompt "Hello"',
+    )  # fmt: skip
+    sub.add_argument(
+        "--data",
+        help="conversations as .jsonl, .json, .parquet or .csv, a text file, or a data folder made with the model's tokenizer",
+    )
+    finetune_flags(sub)
+
+    sub = command(
+        "hf_finetune", cmd_finetune, "finetune a model on a Hugging Face data set",
+        "  python model.py hf_finetune --variant 120M --model_checkpoint distilled_120M_model.pt --hf_dataset roskoN/dailydialog \\\n"
+        '    --hf_split train --hf_text_column utterances --finetune_iters 1000 --prompt "Hello, how are you?"',
+    )  # fmt: skip
+    hub_flags(sub)
+    finetune_flags(sub)
+
+    sub = command(
+        "distill", cmd_distill, "train a small model with the help of a large one",
+        "  python model.py distill --teacher_model_path hf --teacher_variant 120M --student_variant 7M --data data/shakespeare/data.bin \\\n"
+        "    --temperature 2.0 --alpha 0.5\n"
+        "  python model.py distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare --cache_teacher 64\n"
+        "  python model.py distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data corpus.txt",
+    )  # fmt: skip
+    sub.add_argument(
+        "--teacher_model_path",
+        required=True,
+        metavar="CHECKPOINT",
+        help="a checkpoint, a Hugging Face directory, a hub id, or hf: the GPT-2 of --teacher_variant",
+    )
+    sub.add_argument(
+        "--teacher_variant",
+        choices=VARIANTS,
+        help="with hf: " + ", ".join(f"{k} is {v}" for k, v in HF_ALIASES.items()),
+    )
+    sub.add_argument(
+        "--student_variant",
+        choices=VARIANTS,
+        help="shape of the student (default with --init_from_teacher: the teacher's, half as deep)",
+    )
+    sub.add_argument("--student_checkpoint", metavar="CHECKPOINT", help="go on from this model")
+    sub.add_argument("--init_from_teacher", action="store_true", help="start with every k-th layer of the teacher")
+    sub.add_argument("--arch", choices=ARCHS, help="how the student is built (default: the variant's)")
+    sub.add_argument("--data", help="a data set made with the teacher's tokenizer, or a text file")
+    run_flags(sub)
+    add_settings(sub, "distillation", DistillConfig)
+    add_settings(sub, "training (the variant's recipe comes before these defaults)", TrainConfig)
+    add_settings(sub, "architecture of the student", GPTConfig)
+
+    sub = command(
+        "eval", cmd_eval, "measure a model",
+        "  python model.py eval --model_checkpoint 7M_model.pt --data shakespeare\n"
+        "  python model.py eval --model_checkpoint 7M_model.pt --compare distilled_7M_model.pt --data test.txt --stride 64\n"
+        "  python model.py eval --model_checkpoint 26M_model.pt --data book.txt --block_size 2048 --rope_scaling yarn --rope_factor 4\n"
+        "  python model.py eval --model_checkpoint HuggingFaceTB/SmolLM2-135M --tasks hellaswag,piqa --json",
+    )  # fmt: skip
+    model_flag(sub)
+    sub.add_argument("--compare", nargs="+", default=[], metavar="CHECKPOINT", help="more models for the same table")
+    sub.add_argument(
+        "--data", help="a data set, for its validation split, or a text file (default: the newest under data/)"
+    )
+    sub.add_argument("--block_size", type=int, help="context of the evaluation (default: the model's)")
+    sub.add_argument(
+        "--stride",
+        type=int,
+        help="tokens that a window moves on (default: the context; less gives each token more before it)",
+    )
+    sub.add_argument("--tasks", help="tasks of lm-eval, by commas: hellaswag,piqa,winogrande,mmlu")
+    sub.add_argument("--include_path", metavar="DIR", help="with your own lm-eval tasks")
+    sub.add_argument("--limit", type=float, help="examples of each task")
+    sub.add_argument("--batch_size", type=int, default=16, help="of --tasks (default: 16)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    device_flags(sub)
+    add_settings(sub, "beyond the trained context", GPTConfig, only=("rope_scaling", "rope_factor"))
+
+    sub = command(
+        "chat", cmd_chat, "talk with a model in the terminal",
+        "  python model.py chat --model_checkpoint finetuned_7M_model.pt\n"
+        '  python model.py chat --model_checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --system "You are brief."',
+    )  # fmt: skip
+    model_flag(sub)
+    sub.add_argument("--system", help="the system turn")
+    sub.add_argument("--length", type=int, default=512, help="tokens of an answer at most (default: 512)")
+    sub.add_argument("--seed", type=int, default=1337, help="of the random choices (default: 1337)")
+    device_flags(sub)
+    add_settings(sub, "sampling (defaults here: temperature 0.7, top_p 0.95)", SamplingSettings)
+
+    sub = command(
+        "plot", cmd_plot, "draw the loss curves of runs",
+        "  python model.py plot\n  python model.py plot 7M distilled_7M --x seconds --output curves.png",
+    )  # fmt: skip
+    sub.add_argument(
+        "logs", nargs="*", metavar="LOG", help=".jsonl logs, or names of runs (default: all under checkpoints/)"
+    )
+    sub.add_argument("--x", default="step", choices=("step", "tokens", "seconds"), help="default: step")
+    sub.add_argument("--output", default="loss.png", help="default: loss.png")
     return parser
 
 
