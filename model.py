@@ -188,9 +188,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 }
 
 # How an architecture is trained where that differs from the variant's own recipe.
-ARCH_RECIPES: dict[str, dict[str, Any]] = {
-    "nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0),
-}
+ARCH_RECIPES: dict[str, dict[str, Any]] = {"nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0)}
 
 # Shapes and recipes. The published ones (NGen3, NGen4, TransformerLM) stand as published.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -822,6 +820,11 @@ class Tokenizer:
         if self.kind != "hf":
             return list(self.special)
         return [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
+
+    @functools.cached_property
+    def begins_with_space(self) -> Tensor:
+        """(n_vocab,), true for the tokens whose text begins with a space."""
+        return torch.tensor([self.decode([i]).startswith(" ") for i in range(self.n_vocab)])
 
     def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
         """encode, as an array."""
@@ -1725,7 +1728,8 @@ def python_stdlib_data() -> Path:
         return folder
     root = Path(sysconfig.get_paths()["stdlib"])
     say(f"no --data given: making {folder} from the source of Python's standard library in {root}")
-    files = [p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts) and is_utf8(p)]
+    left_out = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other people's; tables, not programs
+    files = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and is_utf8(p)]
     files.sort(key=lambda p: hashlib.md5(p.relative_to(root).as_posix().encode()).digest())
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
@@ -1870,12 +1874,14 @@ def generate(
     settings: SamplingSettings,
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
+    first: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
     context, its last half is read again into an empty cache and generation goes on from there. With a cache of the
-    caller's, prompts continue what it holds, and generation ends when it is full.
+    caller's, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens may
+    come first.
     """
     context, device = model.config.context, model.wte.weight.device
     idx, pad = left_pad(prompts, device)
@@ -1896,6 +1902,8 @@ def generate(
             like = torch.empty(0, dtype=model.compute_dtype, device=device)
             cache = KVCache(model.config, idx.size(0), size, like, pad)
         logits = model.logits(model.hidden(new, cache)[:, -1])
+        if first is not None and i == 0:
+            logits = logits.masked_fill(~first, float("-inf"))
         new = sample_token(logits, settings, idx, generator)[:, None]
         idx = torch.cat((idx, new), dim=1)
         yield new[:, 0]
@@ -1975,9 +1983,13 @@ def generate_text(
     on_text: Callable[[str], None] = lambda text: None,
     tokens_from: Callable[..., Iterator[Tensor]] | None = None,
     generator: torch.Generator | None = None,
+    heal: bool = False,
 ) -> list[str]:
     """Continuations of a prompt of token ids, drawn as one batch; each ends at `length` tokens, at the end-of-text token, or before
-    one of the `stop` strings. The first one is handed to on_text as it grows. tokens_from stands in for generate."""
+    one of the `stop` strings. The first one is handed to on_text as it grows. tokens_from stands in for generate.
+
+    heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one, since
+    that is how the model has seen words ("def" and " name")."""
     ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
     device = model.wte.weight.device
     generator = generator or torch.Generator(device).manual_seed(seed)
@@ -1987,14 +1999,23 @@ def generate_text(
     shown = 0
     was_training = model.training
     model.eval()
-    tokens_from = tokens_from or functools.partial(generate, model)
+    space = heal and tokens_from is None and len(prompt) > 1 and tokenizer.decode(prompt[-1:]) == " "
+    if space and (first := tokenizer.begins_with_space).sum() > 1:
+        prompt, tokens_from = (
+            prompt[:-1],
+            functools.partial(
+                generate, model, first=F.pad(first, (0, model.config.vocab_size - len(first))).to(device)
+            ),
+        )
+    else:
+        space, tokens_from = False, tokens_from or functools.partial(generate, model)
     for tokens in tokens_from([prompt] * num_samples, length, settings, generator):
         for i, token in enumerate(tokens.tolist()):
             if done[i]:
                 continue
             if token in ends:
                 done[i] = True
-            texts[i] += streams[i](None if done[i] else token)
+            texts[i] += streams[i](None if done[i] else token).removeprefix(" " if space and not texts[i] else "")
             found = [at for at in (texts[i].find(s) for s in stop) if at >= 0]
             if found:
                 texts[i], done[i] = texts[i][: min(found)], True
@@ -2621,7 +2642,12 @@ def fit(
                     save(files.model, done, state=False)
             if sample_interval > 0 and (done % sample_interval == 0 or last) and rank() == 0:
                 text = generate_text(
-                    model, tokenizer, tokenizer.prompt(prompt), min(100, block_size), SamplingSettings(0.8, top_k=200)
+                    model,
+                    tokenizer,
+                    tokenizer.prompt(prompt),
+                    min(100, block_size),
+                    SamplingSettings(0.8, top_k=50),
+                    heal=True,
                 )[0]
                 say(f"--- sample at step {done} ---\n{prompt}{text}\n---")
             if stopping:
@@ -3871,6 +3897,7 @@ def cmd_sample(args: argparse.Namespace) -> None:
         args.stop or (),
         out,
         tokens_from,
+        heal=True,
     )
     out("\n")
     if stats:

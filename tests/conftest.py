@@ -1,0 +1,158 @@
+"""Helpers of the tests: text to learn from, tiny models, and the command line, called here or as a program."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # the reference data; not in a user's clone
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing from threads, and lose much on a busy machine
+if (SHARED / "tiktoken").is_dir():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
+
+hypothesis.settings.register_profile("default_here", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_here"))
+
+import torch  # noqa: E402
+
+import model  # noqa: E402
+
+torch.set_num_threads(1)
+
+# A run that takes a second: a small shape, and nothing chosen by the machine.
+TINY_SHAPE = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4)
+TINY_RUN = (*TINY_SHAPE, "--dtype", "float32", "--device", "cpu", "--compile", "false", "--eval_tokens", 256)
+
+
+def tiny_config(arch: str = "gpt2", **overrides) -> "model.GPTConfig":
+    """A model of some ten thousand parameters."""
+    values = dict(model.ARCHS[arch], vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=32)
+    return model.GPTConfig(**{**values, **overrides, "arch": arch})
+
+
+def random_gpt(config: "model.GPTConfig", seed: int = 0) -> "model.GPT":
+    """A GPT in which every parameter, biases and norms too, is random and matters to the output."""
+    torch.manual_seed(seed)
+    gpt = model.GPT(config)
+    with torch.no_grad():
+        for name, p in gpt.named_parameters():
+            p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3 if p.dim() < 2 else 0.2)
+    return gpt.eval()
+
+
+def random_tokens(*shape: int, vocab_size: int = 100, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stdlib_source(*modules: str) -> str:
+    """Text that every machine has: the source of modules of Python's standard library."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return "\n".join((folder / f"{m}.py").read_text(encoding="utf-8") for m in modules)
+
+
+@dataclass
+class Result:
+    """What a command left: its exit status, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> "Result":
+        assert self.code == 0, f"exit status {self.code}\n{self.out}\n{self.err}"
+        return self
+
+    @property
+    def error(self) -> str:
+        """The sentence of a user's mistake, checked: exit status 1 or 2, one error line, the last one, no traceback."""
+        assert self.code in (1, 2), f"exit status {self.code}\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err + self.out
+        lines = self.err.strip().splitlines()
+        assert sum(": error: " in line for line in lines) == 1, self.err
+        assert ": error: " in lines[-1], self.err
+        if self.code == 1:
+            assert len(lines) == 1, self.err
+        return lines[-1].split(": error: ", 1)[1]
+
+
+class Cli:
+    """model.py's command line, called in this process: cli("train", "--variant", "7M")."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, *args, stdin: bytes | None = None) -> Result:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        self.monkeypatch.setattr(sys, "argv", ["model.py", *map(str, args)])
+        self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b""), encoding="utf-8"))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                model.main()
+            except SystemExit as e:
+                code = e.code or 0
+        return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch) -> Path:
+    """An empty folder as the current one: data/ and checkpoints/ are made in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(workdir, monkeypatch) -> Cli:
+    return Cli(monkeypatch)
+
+
+@pytest.fixture
+def text_file(workdir) -> Path:
+    """60,000 characters of English and code."""
+    path = workdir / "input.txt"
+    path.write_text(stdlib_source("argparse", "textwrap", "tempfile")[:60_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def shakespeare() -> str:
+    """Tiny Shakespeare where it is at hand, else as much of the standard library's source."""
+    path = SHARED / "data" / "tinyshakespeare" / "input.txt"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    text = stdlib_source("argparse", "tempfile", "typing", "pydoc", "tarfile", "inspect", "ast")
+    return text[:1_115_394]
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer: from the cache beside the checkout, or fetched once."""
+    try:
+        return model.gpt2_tokenizer()
+    except model.UserError as e:
+        pytest.skip(f"needs GPT-2's vocabulary: {e}")
+
+
+def program(*args, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    """python model.py ARGS, as a program of its own."""
+    command = [sys.executable, str(ROOT / "model.py"), *map(str, args)]
+    kwargs = {"capture_output": True, "timeout": 240, **kwargs}
+    return subprocess.run(command, cwd=cwd, check=False, **kwargs)
+
+
+def write_conversations(folder: Path, conversations: list[tuple[list[int], list[int]]], val_fraction=0.1) -> dict:
+    """A data folder of conversations, each (ids, mask), over the byte tokenizer."""
+    writer = model.DataWriter(folder, model.byte_tokenizer(), overwrite=False)
+    for ids, mask in conversations:
+        writer.write(np.array(ids), np.array(mask))
+    return writer.finish(val_fraction, "made by hand")

@@ -1,0 +1,519 @@
+"""The command line: the published commands work, and every mistake ends in one sentence with nothing lost."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, Cli, program
+from test_data import PAGE, server  # noqa: F401  (a fixture)
+
+import model
+
+COMMANDS = re.findall(r"^\s+command\(\s*\"(\w+)\"|= command\(\s*\"(\w+)\"", (ROOT / "model.py").read_text(), re.M)
+BYTES = ("--data", "input.txt", "--tokenizer", "byte")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The files of a short run, RoPE, bytes, a context of 16: data/ and checkpoints/."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = (ROOT / "model.py").read_text()[:20_000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("input.txt").write_text(text)
+        Cli(patch)("train", *BYTES, *TINY_RUN, "--arch", "llama", "--max_iters", 4).ok()
+    return folder
+
+
+@pytest.fixture
+def run_files(trained, workdir) -> Path:
+    """A copy of that run in the current folder."""
+    shutil.copytree(trained, workdir, dirs_exist_ok=True)
+    return workdir
+
+
+def contents() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def refused(cli):
+    """Run a command that must fail: its sentence. No file may be changed, lost or left half-written."""
+
+    def run(*args, stdin=None) -> str:
+        before = contents()
+        error = cli(*args, stdin=stdin).error
+        after = contents()
+        assert {k: after.get(k) for k in before} == before
+        assert not [k for k in after if ".tmp" in k or "/.tokenize" in k]
+        assert len(error) > 15 and "\n" not in error
+        return error
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What works
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_commands(cli, server, gpt2):  # noqa: F811
+    """NGen3's README: tokenize a URL, train on data.bin, sample; here with two short steps."""
+    cli("tokenize", "--dataset", "tinyshakespeare", "--txt", f"{server}/input.txt").ok()
+    assert Path("data/tinyshakespeare/data.bin").stat().st_size == 2 * len(gpt2.encode(PAGE.decode()))
+    short = ("--max_iters", 2, "--batch_size", 2, "--eval_tokens", 128, "--sample_interval", -1)
+    cli("train", "--variant", "7M", "--data", "data/tinyshakespeare/data.bin", *short).ok()
+    line = ("sample", "--variant", "7M", "--model_checkpoint", "7M_model.pt", "--prompt", "To be, or not to be")
+    out = cli(*line, "--length", 100, "--temperature", 1.0).ok().out
+    assert out.startswith("To be, or not to be") and len(out) > 100
+
+
+def test_the_quickstart(cli, workdir, monkeypatch):
+    """train with nothing at hand makes data of Python's library (here a part of it), and sample works right after."""
+    library = Path("library")
+    (library / "site-packages").mkdir(parents=True)
+    for name in ("argparse", "textwrap", "tempfile"):
+        shutil.copy(Path(os.__file__).with_name(f"{name}.py"), library)
+    (library / "site-packages" / "other.py").write_text("never_this = 1\n" * 100)
+    (library / "latin.py").write_bytes(b"# caf\xe9\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(library)})
+    short = ("--max_iters", 3, "--batch_size", 2, "--eval_tokens", 128)
+    out = cli("train", "--variant", "7M", *short).ok().out
+    data = model.Data(Path("data/python_stdlib"))
+    text = data.tokenizer.decode(data.tokens.tolist())
+    assert out.count("no --data given") == 1 and "python_stdlib" in out
+    assert "class ArgumentParser" in text and "never_this" not in text and data.tokenizer.kind == "bpe"
+    made = Path("data/python_stdlib/meta.json").stat().st_mtime_ns
+    cli("train", "--variant", "7M", *short, "--overwrite").ok()
+    assert Path("data/python_stdlib/meta.json").stat().st_mtime_ns == made
+    sampled = cli("sample", "--prompt", "def ", "--length", 20).ok()
+    assert sampled.out.startswith("def ") and "7M_model.pt" in sampled.err
+
+
+def test_sample(cli, run_files):
+    flags = ("--length", 20, "--dtype", "float32", "--temperature", 0.7, "--seed", 3)
+    first = cli("sample", "--prompt", "ab", *flags).ok().out
+    assert first == cli("sample", "--prompt", "ab", *flags).ok().out
+    assert first == cli("sample", *flags, stdin=b"ab").ok().out  # standard input is the prompt
+    assert first != cli("sample", "--prompt", "ab", *flags[:-1], 4).ok().out
+    assert first == cli("sample", "--prompt", "ab", *flags, "--model_checkpoint", "checkpoints/7M_model.pt").ok().out
+    assert cli("sample", "--prompt", "ab", *flags, "--num_samples", 3).ok().out.count("ab") >= 3
+    cli("sample", "--prompt", "", "--length", 3).ok()
+    long = ("--length", 100, "--rope_scaling", "yarn", "--rope_factor", 8)
+    cli("sample", "--prompt", "x" * 100, *long).ok()  # six times the trained context
+
+
+def test_sample_takes_the_newest_checkpoint(cli, run_files):
+    shutil.copy("checkpoints/7M_model.pt", "checkpoints/other_model.pt")
+    os.utime("checkpoints/7M_model.pt", (1, 1))
+    assert "other_model.pt" in cli("sample", "--prompt", "a", "--length", 2).ok().err
+
+
+def test_greedy_sample_is_the_models_argmax(cli, run_files):
+    gpt, tokenizer, _ = model.open_model("7M_model.pt")
+    ids = list(b"def f")
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(gpt(torch.tensor([ids]))[0, -1].argmax().item())
+    flags = ("--length", 8, "--temperature", 0, "--dtype", "float32")
+    assert cli("sample", "--prompt", "def f", *flags).ok().out == tokenizer.decode(ids) + "\n"
+
+
+def test_requirements_are_the_script_metadata():
+    """`uv run model.py` and `pip install -r requirements.txt` install the same."""
+    head = re.match(r"# /// script\n(.*?)# ///\n", (ROOT / "model.py").read_text(), re.S).group(1)
+    toml = "".join(line[2:] + "\n" for line in head.splitlines())
+    dependencies = re.findall(r'^\s+"(.+)",$', toml.split("dependencies = [")[1], re.M)
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    assert dependencies == requirements and all("==" in r for r in requirements)
+
+
+@pytest.mark.parametrize("command", sorted({a or b for a, b in COMMANDS}))
+def test_help_ends_with_an_example(cli, command):
+    result = cli(command, "--help").ok()
+    last = result.out.rstrip().splitlines()[-1]
+    examples = result.out.split("examples:\n")[1]
+    assert last in examples and f"model.py {command}" in examples
+    flags = set(re.findall(r"(?<![\w-])--(\w+)", examples))
+    assert flags <= set(re.findall(r"^\s+(?:-\w, )?--(\w+)", result.out, re.M))
+
+
+def test_every_command_was_found():
+    assert {"tokenize", "train", "sample"} <= {a or b for a, b in COMMANDS}
+
+
+def test_help_lists_the_variants_with_their_sizes(cli):
+    text = cli("train", "--help").ok().out
+    for variant, shape in model.VARIANTS.items():
+        (line,) = [x for x in text.splitlines() if x.startswith(f"{variant} ")]
+        size = model.count_parameters(model.make_config(variant, 6400 if variant == "26M" else 50259, {}))
+        assert f"{size / 1e6:.1f} M" in line and f" {shape['n_embd']} " in line and "GB" in line
+
+
+def test_a_closed_pipe_is_no_error(run_files):
+    """sample | head: no traceback, no complaint."""
+    command = f'"{sys.executable}" "{ROOT / "model.py"}" sample --prompt abc --length 400 | head -c 2'
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
+    assert run.stdout == "ab"
+    assert "error" not in run.stderr.lower() and "Traceback" not in run.stderr, run.stderr
+
+
+def test_debug_shows_the_traceback(run_files):
+    run = program("sample", "--model_checkpoint", "nope.pt", "--debug", cwd=run_files, text=True)
+    assert run.returncode != 0 and "Traceback" in run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong text and data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_files(refused):
+    assert "nope.txt" in refused("tokenize", "--dataset", "d", "--txt", "nope.txt", "--tokenizer", "byte")
+    assert "nope.txt" in refused("train", "--data", "nope.txt")
+    assert not Path("checkpoints").exists()
+
+
+def test_a_name_that_is_no_data_set_lists_those_there_are(refused, run_files):
+    assert "input" in refused("train", "--data", "nope", "--name", "new")
+
+
+@pytest.mark.parametrize("command", ["tokenize --dataset d --txt", "train --data"])
+def test_an_empty_file(refused, command):
+    Path("empty.txt").write_text("")
+    assert "empty" in refused(*command.split(), "empty.txt", "--tokenizer", "byte")
+    assert not list(Path().rglob("meta.json"))
+
+
+def test_directories_without_text(refused):
+    Path("folder/sub").mkdir(parents=True)
+    assert "directory without text" in refused("tokenize", "--dataset", "d", "--txt", "folder", "--tokenizer", "byte")
+    Path("folder/image.png").write_bytes(b"\x89PNG\x00\x00")
+    assert "directory without text" in refused("tokenize", "--dataset", "d", "--txt", "folder", "--tokenizer", "byte")
+    assert "neither meta.json nor train.bin" in refused("train", "--data", "folder")
+
+
+def test_empty_standard_input(refused):
+    assert "empty" in refused("tokenize", "--dataset", "d", "--txt", "-", "--tokenizer", "byte", stdin=b"")
+
+
+@pytest.mark.parametrize("n, split", [(10, "training"), (200, "validation")])
+def test_data_shorter_than_a_block(refused, n, split):
+    Path("input.txt").write_text("x" * n)
+    error = refused("train", *BYTES, "--block_size", 32)
+    assert f"the {split} split" in error and "--block_size" in error
+    assert not list(Path().rglob("*.pt"))
+
+
+@pytest.mark.parametrize("tokenizer", ["nope", "./nope/tokenizer.json"])
+def test_an_unknown_tokenizer(refused, text_file, tokenizer):
+    assert "nope" in refused("tokenize", "--dataset", "d", "--txt", text_file, "--tokenizer", tokenizer)
+
+
+def test_a_vocabulary_too_small_for_bpe(refused, text_file):
+    flags = ("--tokenizer", "bpe", "--vocab_size", 100)
+    assert "259" in refused("tokenize", "--dataset", "d", "--txt", text_file, *flags)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 2])
+def test_a_validation_fraction_out_of_range(refused, text_file, fraction):
+    flags = ("--tokenizer", "byte", "--val_fraction", fraction)
+    assert "val_fraction" in refused("tokenize", "--dataset", "d", "--txt", text_file, *flags)
+
+
+def test_token_ids_beyond_the_vocabulary(refused):
+    np.array([1, 2, 300, 4] * 500, "<u2").tofile("ids.bin")
+    error = refused("train", "--data", "ids.bin", "--tokenizer", "byte")
+    assert "300" in error and "258" in error and "--tokenizer" in error
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"\x01\x00" * 500 + b"\x01", "truncated"), (b"", "empty"), (os.urandom(4000) + b"\xff\xff", "another tokenizer"),
+])  # fmt: skip
+def test_a_truncated_or_foreign_bin(refused, content, words):
+    Path("ids.bin").write_bytes(content)
+    assert words in refused("train", "--data", "ids.bin", "--tokenizer", "byte")
+
+
+def test_data_made_with_another_tokenizer(cli, refused, run_files):
+    """Resuming with it names both tokenizers."""
+    cli("tokenize", "--dataset", "other", "--txt", "input.txt", "--tokenizer", "bpe", "--vocab_size", 300).ok()
+    error = refused("train", "--resume", "--max_iters", 9, "--data", "other")
+    assert "bpe-300" in error and "byte" in error
+
+
+def test_asking_for_another_tokenizer_than_the_datas(refused, run_files):
+    """Not silently trained with the one that the data has."""
+    error = refused("train", "--data", "input", "--tokenizer", "gpt2", "--name", "new")
+    assert "byte" in error and "gpt2" in error
+
+
+def test_other_data_of_the_same_tokenizer(cli, refused, run_files):
+    Path("other.txt").write_text("other text " * 500)
+    cli("tokenize", "--dataset", "other", "--txt", "other.txt", "--tokenizer", "byte").ok()
+    assert "contents differ" in refused("train", "--resume", "--max_iters", 9, "--data", "other")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ("--n_head 7", "n_head 7"), ("--n_head 0", "n_head"), ("--n_head 4 --n_kv_head 3", "n_kv_head 3"),
+    ("--n_kv_head -1", "n_kv_head"), ("--n_layer 0", "n_layer"), ("--block_size 0", "block_size"),
+    ("--head_dim -8", "head_dim"), ("--n_inner -4", "n_inner"), ("--n_embd -32 --n_head 2", "n_embd"),
+    ("--resid_pdrop 1.0", "resid_pdrop"), ("--attn_pdrop -0.1", "attn_pdrop"), ("--norm_eps -1", "norm_eps"),
+    ("--rope_scaling yarn --rope_factor 2", "rope"), ("--arch llama --rope_pct 0.1", "rope_pct"),
+    ("--arch llama --rope_factor 0.5 --rope_scaling linear", "rope_factor"), ("--arch llama --rope_pct 2", "rope_pct"),
+    ("--arch llama --rope_pct -1", "rope_pct"), ("--arch llama --rope_theta 0", "rope_theta"),
+    ("--arch llama --head_dim 2 --rope_scaling ntk --rope_factor 2", "rope"),
+    ("--batch_size 0", "batch_size"), ("--batch_size 6 --grad_accum 4", "grad_accum"), ("--grad_accum 0", "grad_accum"),
+    ("--max_iters 0", "max_iters"), ("--max_iters -5", "max_iters"), ("--epochs -1", "epochs"),
+    ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"), ("--beta2 1.5", "beta2"),
+    ("--eval_interval -1", "eval_interval"), ("--log_interval 0", "log_interval"), ("--eval_tokens -1", "eval_tokens"),
+    ("--grad_clip -1", "grad_clip"), ("--warmup_iters -7", "warmup_iters"), ("--weight_decay -1", "weight_decay"),
+    ("--schedule wsd --decay_fraction 2", "decay_fraction"), ("--seed -1", "seed"),
+    ("--seed 99999999999999999999", "seed"), ("--device gpu", "gpu"), ("--device meta", "meta"),
+    ("--attn_implementation flash_attention_2", "flash-attn"), ("--name a/b", "name"), ("--name ../x", "name"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, word", WRONG, ids=[flags for flags, _ in WRONG])
+def test_wrong_settings(refused, text_file, flags, word):
+    """Found before data is made or a run is begun."""
+    assert word in refused("train", *BYTES, *TINY_RUN, "--max_iters", 1, *flags.split())
+    assert not list(Path().rglob("*.pt")) and not list(Path().rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--variant 8M", "8M"), ("--arch bert", "bert"), ("--pos_embd alibi", "alibi"), ("--n_layer two", "two"),
+    ("--tie_word_embeddings perhaps", "perhaps"), ("--dtype int8", "int8"), ("--no_such_flag 1", "no_such_flag"),
+])  # fmt: skip
+def test_wrong_usage_is_exit_status_2(cli, flags, word):
+    result = cli("train", *flags.split())
+    assert word in result.error and result.code == 2
+
+
+def test_an_unknown_variant_lists_those_there_are(cli):
+    assert all(v in cli("train", "--variant", "8M").error for v in model.VARIANTS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("command", ["train --data input", "sample --prompt a"])
+def test_a_device_that_is_not_there(refused, run_files, command):
+    assert "--device cpu" in refused(*command.split(), "--device", "cuda", *(["--name", "x"] * ("train" in command)))
+    if not torch.backends.mps.is_available():
+        assert "mps" in refused(*command.split(), "--device", "mps", *(["--name", "x"] * ("train" in command)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_the_way(cli, refused, run_files):
+    error = refused("train", *BYTES, *TINY_RUN, "--max_iters", 4)
+    assert all(word in error for word in ("7M_model", "--resume", "--overwrite", "--name"))
+    cli("train", *BYTES, *TINY_RUN, "--max_iters", 2, "--overwrite").ok()
+    assert torch.load("checkpoints/7M_model_last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_mistake_with_overwrite_keeps_the_old_run(refused, run_files):
+    for flags in ("--n_head 7", "--block_size 9999", "--device gpu", "--attn_implementation flash_attention_2"):
+        refused("train", *BYTES, *TINY_RUN, "--max_iters", 4, "--overwrite", *flags.split())
+
+
+def test_nothing_to_resume(refused, text_file):
+    assert "nothing to resume" in refused("train", *BYTES, "--resume")
+    assert not Path("checkpoints").exists()
+
+
+def test_no_checkpoint_at_all(refused):
+    assert "train" in refused("sample", "--prompt", "a")
+    assert "nope.pt" in refused("sample", "--prompt", "a", "--model_checkpoint", "nope.pt")
+
+
+class Malicious:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self):
+        return (open, ("owned.txt", "w"))
+
+
+def make_bad_checkpoint(kind: str, path: Path) -> None:
+    good = Path("checkpoints/7M_model.pt")
+    if kind == "text":
+        path.write_text("this is no checkpoint")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "random":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif kind == "zip":
+        shutil.make_archive("archive", "zip", "data")
+        shutil.move("archive.zip", path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "a pickle that runs code":
+        path.write_bytes(pickle.dumps({"model": Malicious()}))
+    elif kind == "a checkpoint that runs code":
+        torch.save({**torch.load(good), "extra": Malicious()}, path)
+    elif kind == "another program's":
+        torch.save({"model": {"w": torch.ones(3)}, "model_args": {}, "iter_num": 5}, path)
+    elif kind == "a state dictionary":
+        torch.save(torch.load(good)["model"], path)
+    elif kind == "a tensor":
+        torch.save(torch.ones(3), path)
+    else:
+        checkpoint = torch.load(good)
+        if kind == "a newer version":
+            checkpoint["format_version"] = 2
+        elif kind == "a newer version of other form":
+            checkpoint = {"format_version": 3, "weights": {}}
+        elif kind == "a missing tensor":
+            del checkpoint["model"]["blocks.1.mlp.fc.weight"]
+        elif kind == "an extra tensor":
+            checkpoint["model"]["blocks.2.mlp.fc.weight"] = torch.ones(2)
+        elif kind == "a misshapen tensor":
+            checkpoint["model"]["wte.weight"] = torch.ones(2, 2)
+        elif kind == "an unknown setting":
+            checkpoint["config"]["n_experts"] = 4
+        elif kind == "an impossible setting":
+            checkpoint["config"]["n_head"] = 7
+        elif kind == "no tokenizer":
+            checkpoint["tokenizer"] = {}
+        torch.save(checkpoint, path)
+
+
+BAD = {
+    "text": "not a checkpoint", "empty": "not a checkpoint", "random": "not a checkpoint", "zip": "not a checkpoint",
+    "a pickle that runs code": "not a checkpoint", "a checkpoint that runs code": "not a checkpoint", "folder": "bad.pt",
+    "another program's": "lacks", "a state dictionary": "lacks", "a tensor": "lacks", "a newer version": "newer",
+    "a newer version of other form": "newer", "a missing tensor": "blocks.1.mlp.fc.weight is missing",
+    "an extra tensor": "blocks.2.mlp.fc.weight does not belong", "a misshapen tensor": "wte.weight has shape (2, 2)",
+    "an unknown setting": "bad.pt", "an impossible setting": "n_head 7", "no tokenizer": "bad.pt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_checkpoint(refused, run_files, kind):
+    make_bad_checkpoint(kind, Path("bad.pt"))
+    assert BAD[kind] in refused("sample", "--prompt", "a", "--model_checkpoint", "bad.pt")
+    assert not Path("owned.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", "empty", "a checkpoint that runs code", "a newer version", "a missing tensor"]
+)
+def test_resuming_from_a_bad_checkpoint(refused, run_files, kind):
+    make_bad_checkpoint(kind, Path("bad.pt"))
+    shutil.move("bad.pt", "checkpoints/7M_model_last.pt")
+    assert "7M_model_last.pt" in refused("train", "--resume", "--max_iters", 9)
+    assert not Path("owned.txt").exists()
+
+
+def test_a_checkpoint_cut_off_anywhere(refused, run_files):
+    whole = Path("checkpoints/7M_model.pt").read_bytes()
+    for n in (1, 2, 100, 5000, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
+        Path("bad.pt").write_bytes(whole[:n])
+        assert "bad.pt" in refused("sample", "--prompt", "a", "--model_checkpoint", "bad.pt")
+
+
+def test_the_wrong_variant(refused, run_files):
+    error = refused("sample", "--prompt", "a", "--variant", "7M")
+    assert "n_layer 2" in error and "7M" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--temperature -0.5", "temperature"), ("--top_k -1", "top_k"), ("--top_p 0", "top_p"), ("--top_p 1.5", "top_p"),
+    ("--min_p 2", "min_p"), ("--repetition_penalty 0", "repetition_penalty"), ("--length 0", "length"),
+    ("--num_samples 0", "num_samples"), ("--rope_scaling linear --rope_factor 0.5", "rope_factor"),
+    ("--rope_factor 4", "rope_scaling"), ("--seed 99999999999999999999", "seed"),
+])  # fmt: skip
+def test_wrong_sampling_settings(refused, run_files, flags, word):
+    assert word in refused("sample", "--prompt", "a", *flags.split())
+
+
+def test_a_prompt_longer_than_the_context(cli, run_files):
+    result = cli("sample", "--prompt", "a" * 17)
+    assert "17 tokens" in result.error and "context is 16" in result.error and "--rope_scaling" in result.error
+    cli("sample", "--prompt", "a" * 16, "--length", 3).ok()
+
+
+@pytest.mark.parametrize("how", ["argument", "input"])
+def test_a_prompt_that_is_not_utf8(run_files, how):
+    """Bytes that are no text, as a shell passes them on."""
+    command = [sys.executable, str(ROOT / "model.py"), "sample", "--length", "3"]
+    command += ["--prompt", b"a\xffb"] if how == "argument" else []
+    run = subprocess.run(command, input=b"a\xffb" if how == "input" else b"", capture_output=True, check=False)
+    assert b"Traceback" not in run.stderr, run.stderr.decode()
+
+
+def test_rope_scaling_needs_rope(cli, refused, text_file):
+    cli("train", *BYTES, *TINY_RUN, "--max_iters", 1).ok()
+    assert "learned" in refused("sample", "--prompt", "a", "--rope_scaling", "yarn", "--rope_factor", 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places that cannot be written, a vocabulary that cannot be had
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_permission_to_write(refused, text_file):
+    """A file where a folder should be stops even the superuser."""
+    Path("data").write_text("")
+    assert "data" in refused("tokenize", "--dataset", "d", "--txt", text_file, "--tokenizer", "byte")
+    assert "data" in refused("train", *BYTES, *TINY_RUN)
+    Path("data").unlink()
+    Path("checkpoints").write_text("")
+    assert "checkpoints" in refused("train", *BYTES, *TINY_RUN, "--max_iters", 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs a user that is not root")
+def test_a_folder_that_is_read_only(refused, text_file):
+    Path("checkpoints").mkdir(mode=0o555)
+    assert "ermission" in refused("train", *BYTES, *TINY_RUN, "--max_iters", 1)
+
+
+def test_an_unreadable_disk_in_the_middle_of_a_run(cli, text_file, monkeypatch):
+    """A disk that fills up while saving: one sentence, and the checkpoint of before is still whole."""
+    original, calls = torch.save, []
+
+    def save(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device", "checkpoints/7M_model_last.pt")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    error = cli("train", *BYTES, *TINY_RUN, "--max_iters", 4, "--eval_interval", 1).error
+    assert "No space left on device" in error
+    assert torch.load("checkpoints/7M_model.pt", weights_only=True)["step"] == 1
+    assert not list(Path("checkpoints").glob(".*"))
+
+
+def test_no_vocabulary_and_no_network(refused, text_file, monkeypatch):
+    import tiktoken
+
+    def unreachable(name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    assert "--tokenizer bpe" in refused("tokenize", "--dataset", "d", "--txt", text_file)
+    assert not Path("data/d").exists()
+
+
+def test_meta_json_tells_where_the_text_is_from(cli, run_files):
+    assert json.loads(Path("data/input/meta.json").read_text())["source"][0]["bytes"] == 20_000

@@ -1,0 +1,611 @@
+"""The GPT against independent truths: transformers' own classes, plain PyTorch, numerical derivatives, closed forms."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import random_gpt, random_tokens, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import model
+
+ARCHS = list(model.ARCHS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers: our weights in its classes give our logits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rope_parameters(c: model.GPTConfig) -> dict:
+    """transformers' names for our RoPE settings. Its `dynamic` with factor 1 is static NTK by the input's length."""
+    original = c.rope_original_block_size or c.block_size
+    scaling = {
+        "none": {"rope_type": "default"},
+        "linear": {"rope_type": "linear", "factor": c.rope_factor},
+        "ntk": {"rope_type": "dynamic", "factor": 1.0},
+        "yarn": {
+            "rope_type": "yarn", "factor": c.rope_factor, "original_max_position_embeddings": original,
+            "beta_fast": c.rope_beta_fast, "beta_slow": c.rope_beta_slow,
+            "attention_factor": c.rope_attention_factor or None,
+        },
+        "llama3": {
+            "rope_type": "llama3", "factor": c.rope_factor, "original_max_position_embeddings": original,
+            "low_freq_factor": c.rope_low_freq_factor, "high_freq_factor": c.rope_high_freq_factor,
+        },
+    }[c.rope_scaling]  # fmt: skip
+    return {"rope_theta": c.rope_theta, "partial_rotary_factor": c.rope_pct, **scaling}
+
+
+def their_config(c: model.GPTConfig) -> transformers.PreTrainedConfig:
+    activation = {"swiglu": "silu", "geglu": "gelu"}.get(c.activation, c.activation)
+    common = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_word_embeddings, "attn_implementation": "eager"}
+    if c.arch == "gpt2":
+        return transformers.GPT2Config(
+            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.n_inner,
+            activation_function=activation, layer_norm_epsilon=c.norm_eps, **common,
+        )  # fmt: skip
+    common |= {
+        "hidden_size": c.n_embd,
+        "intermediate_size": c.n_inner,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "max_position_embeddings": c.block_size if c.rope_scaling == "ntk" else c.context,
+        "rope_parameters": rope_parameters(c),
+        "hidden_act": activation,
+    }
+    if c.arch == "gpt_neox":
+        return transformers.GPTNeoXConfig(
+            layer_norm_eps=c.norm_eps, use_parallel_residual=c.parallel_residual, **common
+        )
+    common |= {"num_key_value_heads": c.n_kv_head, "rms_norm_eps": c.norm_eps, "head_dim": c.head_dim}
+    if c.arch == "llama":
+        return transformers.LlamaConfig(attention_bias=c.bias in ("attn", "all"), mlp_bias=c.bias == "all", **common)
+    if c.arch == "nanochat":
+        return transformers.NanoChatConfig(final_logit_softcapping=c.logit_softcap, **common)
+    return {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[c.arch](**common)
+
+
+def their_weights(gpt: model.GPT) -> dict[str, torch.Tensor]:
+    """Our parameters under transformers' names and in its layouts, written down from its modeling_*.py files."""
+    c, ours = gpt.config, {k: v.detach() for k, v in gpt.state_dict().items()}
+    head = ours["wte.weight"] if c.tie_word_embeddings else ours["lm_head.weight"]
+    theirs = {}
+
+    def put(name: str, key: str, change=lambda x: x) -> None:
+        for part in ("weight", "bias"):
+            if f"{key}.{part}" in ours:
+                theirs[f"{name}.{part}"] = change(ours[f"{key}.{part}"])
+
+    names = {
+        "gpt2": ("transformer", "wte", "h", "ln_1", "ln_2", "ln_f"),
+        "gpt_neox": (
+            "gpt_neox",
+            "embed_in",
+            "layers",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "final_layer_norm",
+        ),
+    }
+    llama = ("model", "embed_tokens", "layers", "input_layernorm", "post_attention_layernorm", "norm")
+    root, embedding, layers, norm_1, norm_2, norm_f = names.get(c.arch, llama)
+    theirs[f"{root}.{embedding}.weight"] = ours["wte.weight"][: c.vocab_size]
+    theirs["lm_head.weight"] = head[: c.vocab_size]
+    put(f"{root}.{norm_f}", "norm_f")
+    if c.arch == "gpt2":
+        theirs["transformer.wpe.weight"] = ours["wpe.weight"]
+    transpose = lambda x: x.T if x.dim() == 2 else x  # noqa: E731  (GPT-2's Conv1D is (in, out))
+    q_rows, kv_rows = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    for i in range(c.n_layer):
+        block, layer = f"blocks.{i}", f"{root}.{layers}.{i}"
+        put(f"{layer}.{norm_1}", f"{block}.norm_1")
+        put(f"{layer}.{norm_2}", f"{block}.norm_2")
+        if c.arch == "gpt2":
+            put(f"{layer}.attn.c_attn", f"{block}.attn.qkv", transpose)
+            put(f"{layer}.attn.c_proj", f"{block}.attn.proj", transpose)
+            put(f"{layer}.mlp.c_fc", f"{block}.mlp.fc", transpose)
+            put(f"{layer}.mlp.c_proj", f"{block}.mlp.proj", transpose)
+            continue
+        if c.arch == "gpt_neox":  # query_key_value holds q, k and v of the first head, then of the second, ...
+            by_head = lambda x: x.unflatten(0, (3, c.n_head, c.head_dim)).transpose(0, 1).flatten(0, 2)  # noqa: E731
+            put(f"{layer}.attention.query_key_value", f"{block}.attn.qkv", by_head)
+            put(f"{layer}.attention.dense", f"{block}.attn.proj")
+            put(f"{layer}.mlp.dense_h_to_4h", f"{block}.mlp.fc")
+            put(f"{layer}.mlp.dense_4h_to_h", f"{block}.mlp.proj")
+            continue
+        for j, (name, rows) in enumerate({"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}.items()):
+            begin = (0, q_rows, q_rows + kv_rows)[j]
+
+            def part(x, begin=begin, rows=rows, name=name):
+                x = x[begin : begin + rows]
+                if c.arch == "nanochat" and name != "v_proj":  # rotates by -theta: the same with these rows negated
+                    x = x.unflatten(0, (-1, 2, c.head_dim // 2)) * torch.tensor([1.0, -1.0])[:, None, None]
+                    x = x.flatten(0, 2)
+                return x
+
+            put(f"{layer}.self_attn.{name}", f"{block}.attn.qkv", part)
+        put(f"{layer}.self_attn.o_proj", f"{block}.attn.proj")
+        if c.arch == "qwen3":
+            put(f"{layer}.self_attn.q_norm", f"{block}.attn.q_norm")
+            put(f"{layer}.self_attn.k_norm", f"{block}.attn.k_norm")
+        if c.arch == "nanochat":
+            put(f"{layer}.mlp.fc1", f"{block}.mlp.fc")
+            put(f"{layer}.mlp.fc2", f"{block}.mlp.proj")
+        else:
+            put(f"{layer}.mlp.gate_proj", f"{block}.mlp.fc", lambda x: x[: c.n_inner])
+            put(f"{layer}.mlp.up_proj", f"{block}.mlp.fc", lambda x: x[c.n_inner :])
+            put(f"{layer}.mlp.down_proj", f"{block}.mlp.proj")
+    return {k: v.clone() for k, v in theirs.items()}
+
+
+def in_transformers(gpt: model.GPT) -> transformers.PreTrainedModel:
+    theirs = transformers.AutoModelForCausalLM.from_config(their_config(gpt.config)).eval()
+    theirs.load_state_dict(their_weights(gpt), strict=True)
+    return theirs
+
+
+PARITY = {
+    "gpt2": ("gpt2", {}),
+    "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False)),
+    "gpt2 gelu": ("gpt2", dict(activation="gelu")),
+    "gpt2 relu": ("gpt2", dict(activation="relu")),
+    "gpt2 silu, n_inner 40, eps 1e-2": ("gpt2", dict(activation="silu", n_inner=40, norm_eps=1e-2)),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox rope_pct 0.25": ("gpt_neox", dict(rope_pct=0.25)),
+    "gpt_neox rope_pct 0.5, theta 1e6": ("gpt_neox", dict(rope_pct=0.5, rope_theta=1e6)),
+    "gpt_neox parallel": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.25, activation="gelu")),
+    "gpt_neox untied": ("gpt_neox", dict(tie_word_embeddings=False)),
+    "gpt_neox yarn of rope_pct 0.5": ("gpt_neox", dict(rope_pct=0.5, rope_scaling="yarn", rope_factor=4.0)),
+    "llama MHA": ("llama", {}),
+    "llama GQA 2": ("llama", dict(n_kv_head=2)),
+    "llama MQA": ("llama", dict(n_kv_head=1)),
+    "llama untied, theta 1e6": ("llama", dict(tie_word_embeddings=False, rope_theta=1e6)),
+    "llama head_dim 16": ("llama", dict(head_dim=16, n_kv_head=2)),
+    "llama biases": ("llama", dict(bias="all")),
+    "llama attention biases": ("llama", dict(bias="attn")),
+    "llama geglu": ("llama", dict(activation="geglu")),
+    "llama linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
+    "llama ntk": ("llama", dict(rope_scaling="ntk", rope_factor=4.0)),
+    "llama yarn": ("llama", dict(rope_scaling="yarn", rope_factor=4.0, n_kv_head=2)),
+    "llama yarn, own factors": (
+        "llama",
+        dict(rope_scaling="yarn", rope_factor=4.0, rope_attention_factor=1.3, rope_beta_fast=4.0, rope_beta_slow=0.5),
+    ),
+    "llama llama3": ("llama", dict(rope_scaling="llama3", rope_factor=4.0, rope_theta=5e5)),
+    "qwen2 GQA 2": ("qwen2", dict(n_kv_head=2)),
+    "qwen2 untied": ("qwen2", dict(tie_word_embeddings=False)),
+    "qwen3 MHA": ("qwen3", {}),
+    "qwen3 GQA 2, yarn": ("qwen3", dict(n_kv_head=2, rope_scaling="yarn", rope_factor=2.0)),
+    "qwen3 MQA, untied, head_dim 16": ("qwen3", dict(n_kv_head=1, tie_word_embeddings=False, head_dim=16)),
+    "nanochat": ("nanochat", {}),
+    "nanochat GQA 2": ("nanochat", dict(n_kv_head=2)),
+    "nanochat MQA, linear": ("nanochat", dict(n_kv_head=1, rope_scaling="linear", rope_factor=2.0)),
+}
+
+
+@pytest.mark.parametrize("arch, overrides", PARITY.values(), ids=PARITY)
+def test_logits_equal_transformers(arch, overrides):
+    gpt = random_gpt(tiny_config(arch, **overrides))
+    idx = random_tokens(2, gpt.config.context)
+    with torch.no_grad():
+        ours, theirs = gpt(idx), in_transformers(gpt)(idx).logits
+    assert ours.std() > 0.5  # else any two models would agree
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+ROPE = {
+    "linear": dict(rope_scaling="linear", rope_factor=8.0, rope_theta=1e4),
+    "Qwen2.5's yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_theta=1e6, rope_original_block_size=32768),
+    "yarn of a tiny context": dict(rope_scaling="yarn", rope_factor=2.0, rope_original_block_size=8),
+    "yarn, factor 1": dict(rope_scaling="yarn", rope_factor=1.0, rope_original_block_size=2048),
+    "Llama 3.1's": dict(rope_scaling="llama3", rope_factor=8.0, rope_theta=5e5, rope_original_block_size=8192),
+    "Llama 3.2's": dict(rope_scaling="llama3", rope_factor=32.0, rope_theta=5e5, rope_original_block_size=8192),
+    "ntk": dict(rope_scaling="ntk", rope_factor=8.0),
+    "ntk of theta 1e6": dict(rope_scaling="ntk", rope_factor=2.5, rope_theta=1e6),
+}
+
+
+@pytest.mark.parametrize("rope_pct", [1.0, 0.25])
+@pytest.mark.parametrize("overrides", ROPE.values(), ids=ROPE)
+def test_rope_frequencies_equal_transformers(overrides, rope_pct):
+    """At the sizes of published models: head_dim 128, contexts of thousands."""
+    c = tiny_config("llama", n_embd=512, block_size=2048, rope_pct=rope_pct, **overrides)
+    theirs = their_config(c)
+    kind = theirs.rope_parameters["rope_type"]
+    length = int(c.rope_factor * c.block_size) if kind == "dynamic" else None
+    expected, attention_factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", seq_len=length)
+    freqs, factor = model.rope_frequencies(c)
+    torch.testing.assert_close(freqs, expected, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(attention_factor, rel=1e-12)
+
+
+def test_extending_the_context_equals_building_with_it():
+    """extend_context on a trained model = the same weights in a model built with that scaling."""
+    gpt = random_gpt(tiny_config("llama"))
+    longer = model.GPT(tiny_config("llama", rope_scaling="yarn", rope_factor=2.0)).eval()
+    longer.load_state_dict(gpt.state_dict())
+    idx = random_tokens(1, 64)
+    gpt.extend_context("yarn", 2.0)
+    assert gpt.config.context == 64
+    assert torch.equal(gpt(idx), longer(idx))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_post_norm_equals_pytorch_encoder_layers():
+    """torch.nn.TransformerEncoderLayer with norm_first=False is the original transformer's block."""
+    c = tiny_config("gpt2", norm_position="post")
+    gpt, idx = random_gpt(c), random_tokens(2, 20)
+    x = gpt.wte(idx) + gpt.wpe.weight[:20]
+    for block in gpt.blocks:
+        layer = torch.nn.TransformerEncoderLayer(
+            c.n_embd, c.n_head, c.n_inner, 0.0, lambda x: F.gelu(x, approximate="tanh"), batch_first=True
+        ).eval()
+        names = {
+            "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc.",
+            "linear2.": "mlp.proj.", "norm1.": "norm_1.", "norm2.": "norm_2.",
+        }  # fmt: skip
+        state = block.state_dict()
+        layer.load_state_dict({f"{a}{p}": state[f"{b}{p}"] for a, b in names.items() for p in ("weight", "bias")})
+        x = layer(x, src_mask=torch.nn.Transformer.generate_square_subsequent_mask(20), is_causal=True)
+    torch.testing.assert_close(gpt(idx), x @ gpt.wte.weight[: c.vocab_size].T, atol=1e-4, rtol=0)
+
+
+def test_logit_softcap():
+    gpt, idx = random_gpt(tiny_config("llama")), random_tokens(2, 9)
+    plain = gpt(idx)
+    gpt.config.logit_softcap = 2.0
+    torch.testing.assert_close(gpt(idx), 2 * torch.tanh(plain / 2))
+
+
+def test_without_positions_the_order_of_the_past_is_unknown():
+    """With one block, the last token of a model without positions sees a set; any other model sees a sequence."""
+    idx = random_tokens(1, 12)
+    shuffled = idx[:, [5, 2, 9, 0, 10, 7, 1, 4, 3, 8, 6, 11]]
+    for pos_embd in ("none", "learned", "rope"):
+        gpt = random_gpt(tiny_config("gpt2", pos_embd=pos_embd, n_layer=1))
+        same = torch.allclose(gpt(idx)[:, -1], gpt(shuffled)[:, -1], atol=1e-4)
+        assert same == (pos_embd == "none")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_token_sees_the_future(arch):
+    gpt, idx = random_gpt(tiny_config(arch)), random_tokens(1, 20)
+    changed = idx.clone()
+    changed[:, 13:] = (changed[:, 13:] + 1) % 100
+    before, after = gpt(idx), gpt(changed)
+    torch.testing.assert_close(before[:, :13], after[:, :13], atol=1e-5, rtol=0)
+    assert (before[:, 13] - after[:, 13]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_dropout_is_active_in_training_only(name, kernel):
+    plain = random_gpt(tiny_config("gpt2"))
+    gpt = model.GPT(tiny_config("gpt2", attn_implementation=kernel, **{name: 0.5}))
+    gpt.load_state_dict(plain.state_dict())
+    idx = random_tokens(2, 16)
+    torch.testing.assert_close(gpt.eval()(idx), plain(idx), atol=1e-5, rtol=0)
+    gpt.train()
+    first, second = gpt(idx), gpt(idx)
+    assert (first - second).abs().max() > 0.1
+    torch.manual_seed(5)
+    again = gpt(idx)
+    torch.manual_seed(5)
+    assert torch.equal(again, gpt(idx))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast and plain agree: kernels, the cache, packing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def eager_and_sdpa(arch: str, **overrides) -> tuple[model.GPT, model.GPT]:
+    eager = random_gpt(tiny_config(arch, attn_implementation="eager", **overrides))
+    sdpa = model.GPT(tiny_config(arch, attn_implementation="sdpa", **overrides)).eval()
+    sdpa.load_state_dict(eager.state_dict())
+    return eager, sdpa
+
+
+@pytest.mark.parametrize("arch, n_kv_head", [("gpt2", 4), ("llama", 4), ("llama", 2), ("qwen3", 1), ("nanochat", 2)])
+@torch.no_grad()
+def test_eager_equals_sdpa(arch, n_kv_head):
+    """Causal, packed documents, a cache filled in two goes, and left padding."""
+    eager, sdpa = eager_and_sdpa(arch, n_kv_head=n_kv_head)
+    assert eager.blocks[0].attn.kernel is not sdpa.blocks[0].attn.kernel
+    idx = random_tokens(3, 24)
+    segments = torch.tensor([[0] * 10 + [1] * 14, [0] * 1 + [1] * 1 + [2] * 22, [0] * 24])
+    compare = lambda run: torch.testing.assert_close(run(eager), run(sdpa), atol=1e-5, rtol=0)  # noqa: E731
+    # hidden states are of size 1, so that 1e-5 means something
+    compare(lambda gpt: gpt.hidden(idx))
+    compare(lambda gpt: gpt.hidden(idx, segments=segments))
+    for pad in (None, torch.tensor([5, 0, 2])):
+
+        def in_two_goes(gpt, pad=pad):
+            cache = model.KVCache(gpt.config, 3, 24, torch.empty(0), pad)
+            first, second = gpt.hidden(idx[:, :15], cache), gpt.hidden(idx[:, 15:], cache)
+            hidden = torch.cat((first, second), dim=1)
+            return hidden if pad is None else torch.cat([row[p:] for row, p in zip(hidden, pad, strict=True)])
+
+        compare(in_two_goes)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("arch, overrides", [
+    ("gpt2", {}),
+    ("gpt2", dict(norm_position="post", pos_embd="none")),
+    ("gpt_neox", dict(rope_pct=0.5, parallel_residual=True)),
+    ("llama", dict(n_kv_head=2)),
+    ("llama", dict(n_kv_head=1, rope_scaling="yarn", rope_factor=2.0)),
+    ("qwen2", dict(n_kv_head=2)),
+    ("qwen3", dict(n_kv_head=2)),
+    ("nanochat", dict(n_kv_head=2)),
+])  # fmt: skip
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_pass(arch, overrides, kernel):
+    """Prompts of different lengths in one batch, token by token; each row must be what it is on its own."""
+    gpt = random_gpt(tiny_config(arch, attn_implementation=kernel, **overrides))
+    rows, lengths, total = random_tokens(3, 24), (3, 9, 6), 15
+    prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
+    idx, pad = model.left_pad(prompts, torch.device("cpu"))
+    assert pad.tolist() == [6, 0, 3]
+    cache = model.KVCache(gpt.config, 3, 9 + total, torch.empty(0), pad)
+    assert cache.k.shape == (gpt.config.n_layer, 3, gpt.config.n_kv_head, 9 + total, gpt.config.head_dim)
+    logits = gpt(idx, cache)[:, -1:]
+    for i in range(total + 1):
+        for row, n in enumerate(lengths):
+            alone = gpt(rows[row : row + 1, : n + i])[:, -1]
+            torch.testing.assert_close(logits[row : row + 1, -1], alone, atol=1e-4, rtol=0)
+        if i < total:
+            logits = gpt(torch.stack([rows[row, n + i] for row, n in enumerate(lengths)])[:, None], cache)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_packed_documents_are_as_if_alone(arch):
+    gpt, idx = random_gpt(tiny_config(arch)), random_tokens(2, 24)
+    cuts = [(0, 7, 8, 24), (0, 13, 20, 24)]
+    segments = torch.stack([torch.bucketize(torch.arange(24), torch.tensor(c[1:-1]), right=True) for c in cuts])
+    packed = gpt(idx, segments=segments)
+    for row, cut in enumerate(cuts):
+        for begin, end in zip(cut, cut[1:], strict=False):
+            alone = gpt(idx[row : row + 1, begin:end])[0]
+            torch.testing.assert_close(packed[row, begin:end], alone, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(logit_softcap=4.0, norm_position="post")])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradient_of_the_loss_is_the_numerical_derivative(arch, overrides):
+    """Central differences in double precision, at random coordinates of every parameter; float32 must agree too."""
+    size = dict(
+        vocab_size=20, block_size=8, n_layer=2, n_embd=8, n_head=2, n_kv_head=0 if arch in MHA else 1, n_inner=12
+    )
+    gpt, idx = random_gpt(tiny_config(arch, **size, **overrides), seed=1), random_tokens(2, 9, vocab_size=20)
+    x, y = idx[:, :-1], idx[:, 1:].clone()
+    y[0, 3:5] = -1
+    gpt.loss(x, y).backward()
+    double = copy.deepcopy(gpt).double()
+    double.compute_dtype = torch.float64
+    double.zero_grad()
+    double.loss(x, y).backward()
+    rng, h = torch.Generator().manual_seed(2), 1e-5
+    for (name, p), single in zip(double.named_parameters(), gpt.parameters(), strict=True):
+        torch.testing.assert_close(single.grad, p.grad.float(), rtol=1e-3, atol=1e-4)
+        flat = p.data.view(-1)
+        for i in torch.randint(flat.numel(), (12,), generator=rng).tolist():
+            value, f = flat[i].item(), []
+            for step in (h, -h):
+                flat[i] = value + step
+                with torch.no_grad():
+                    f.append(double.loss(x, y).item())
+            flat[i] = value
+            assert p.grad.view(-1)[i].item() == pytest.approx((f[0] - f[1]) / (2 * h), rel=1e-5, abs=1e-7), (
+                f"{name}[{i}]"
+            )
+
+
+MHA = ("gpt2", "gpt_neox")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch, n_kv_head", [("gpt2", 4), ("llama", 2), ("nanochat", 1)])
+def test_gradients_of_eager_and_sdpa_agree(arch, n_kv_head, dtype):
+    """In bfloat16, where training on a CPU takes a path of its own, against the float32 reference."""
+    eager, sdpa = eager_and_sdpa(arch, n_kv_head=n_kv_head)
+    sdpa.compute_dtype = dtype
+    idx = random_tokens(2, 33)
+    for gpt in (eager, sdpa):
+        gpt.train().loss(idx[:, :-1], idx[:, 1:]).backward()
+    for (name, p), q in zip(eager.named_parameters(), sdpa.parameters(), strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize("rows", [64, 80, 99, 160, 1000])
+@pytest.mark.parametrize("overrides", [
+    {}, dict(tie_word_embeddings=False), dict(logit_softcap=3.0), dict(logit_softcap=3.0, tie_word_embeddings=False),
+])  # fmt: skip
+def test_fused_loss_equals_cross_entropy_of_full_logits(overrides, rows, monkeypatch):
+    """160 rows in chunks that divide them or not; targets of -1 do not count; padding rows of the head get nothing."""
+    monkeypatch.setattr(model, "LOSS_CHUNK_ELEMENTS", rows * 128)
+    gpt, idx = random_gpt(tiny_config("llama", block_size=80, **overrides)), random_tokens(2, 81)
+    x, y = idx[:, :-1], idx[:, 1:].clone()
+    y[0, :5] = y[1, -1] = -1
+    reference = copy.deepcopy(gpt)
+    expected = F.cross_entropy(reference(x).flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
+    (expected / 7).backward()
+    loss = gpt.loss(x, y)
+    (loss / 7).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for (name, p), q in zip(gpt.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert gpt.config.padded_vocab_size == 128 and not gpt.head_weight.grad[100:].any()
+    with torch.no_grad():
+        torch.testing.assert_close(gpt.loss(x, y), expected.detach(), rtol=1e-5, atol=0)
+
+
+def test_loss_where_nothing_is_a_target_is_zero():
+    gpt, idx = random_gpt(tiny_config()), random_tokens(1, 8)
+    loss = gpt.loss(idx, torch.full_like(idx, -1))
+    loss.backward()
+    assert loss.item() == 0 and not any(p.grad.any() for p in gpt.parameters())
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "nanochat"])
+def test_gradient_checkpointing_gives_the_same_gradients(arch):
+    """With dropout as well: the recomputed pass must drop the same elements."""
+    grads = []
+    for checkpointing in (False, True):
+        gpt = random_gpt(tiny_config(arch, gradient_checkpointing=checkpointing, resid_pdrop=0.2, attn_pdrop=0.2))
+        idx = random_tokens(2, 17)
+        torch.manual_seed(3)
+        gpt.train().loss(idx[:, :-1], idx[:, 1:]).backward()
+        grads.append({n: p.grad for n, p in gpt.named_parameters()})
+    assert all(g.abs().max() > 0 for g in grads[0].values())
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and initial weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def built_size(c: model.GPTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in model.GPT(c).parameters())
+
+
+# DESIGN.md's table: millions of parameters with GPT-2's vocabulary (26M with its own 6,400 tokens)
+PUBLISHED = {"7M": 7.2, "26M": 25.8, "50M": 50.9, "120M": 63.6, "300M": 303, "500M": 497, "700M": 690, "1B": 1010}
+
+
+@pytest.mark.parametrize("variant", model.VARIANTS)
+def test_variant_sizes(variant):
+    c = model.make_config(variant, 6400 if variant == "26M" else 50259, {})
+    assert model.count_parameters(c) == built_size(c)
+    assert model.count_parameters(c) / 1e6 == pytest.approx(PUBLISHED[variant], rel=0.008)
+
+
+def test_gpt2_small_has_the_known_size():
+    """124,439,808 parameters (openai-community/gpt2), here with 47 rows of padding on its 50,257."""
+    c = model.GPTConfig(**model.ARCHS["gpt2"], vocab_size=50257)
+    assert model.count_parameters(c) == built_size(c) == 124_439_808 + 47 * 768
+
+
+@settings(max_examples=150)
+@given(
+    arch=st.sampled_from(ARCHS),
+    heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3), (1, 1)]),
+    overrides=st.fixed_dictionaries({}, optional={
+        "pos_embd": st.sampled_from(["none", "learned", "rope"]),
+        "norm": st.sampled_from(["layernorm", "rmsnorm"]),
+        "norm_weight": st.booleans(),
+        "norm_position": st.sampled_from(["pre", "post"]),
+        "embd_norm": st.booleans(),
+        "qk_norm": st.booleans(),
+        "activation": st.sampled_from(sorted(model.ACTIVATIONS)),
+        "bias": st.sampled_from(["none", "qkv", "attn", "all"]),
+        "parallel_residual": st.booleans(),
+        "tie_word_embeddings": st.booleans(),
+        "head_dim": st.sampled_from([0, 8, 20]),
+        "n_inner": st.sampled_from([0, 33, 64]),
+        "n_layer": st.integers(1, 3),
+        "vocab_size": st.sampled_from([63, 64, 65, 300]),
+    }),
+)  # fmt: skip
+def test_parameter_formula_for_any_combination(arch, heads, overrides):
+    c = tiny_config(arch, n_head=heads[0], n_kv_head=heads[1], **{"n_embd": 24 * heads[0], **overrides})
+    assert model.count_parameters(c) == built_size(c)
+
+
+def test_flops_per_token_of_gpt2_small():
+    """PaLM's appendix B by hand: 6 N without positions, and 12 L H Q T."""
+    c = model.GPTConfig(**model.ARCHS["gpt2"], vocab_size=50304)
+    weights = 12 * (12 * 768**2 + 13 * 768) + 2 * 768 + 50304 * 768
+    assert model.training_flops_per_token(c) == 6 * weights + 12 * 12 * 12 * 64 * 1024
+
+
+def stds(gpt: model.GPT) -> dict[str, float]:
+    return {n: p.std().item() for n, p in gpt.named_parameters() if p.dim() > 1}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_initial_weights(arch):
+    """gpt2: GPT-2 paper 2.3 and nanoGPT; the others: transformers' initializer_range 0.02; nanochat: its gpt.py."""
+    torch.manual_seed(0)
+    c = tiny_config(arch, n_layer=3, n_embd=128, vocab_size=512, block_size=128)
+    gpt = model.GPT(c)
+    for name, p in gpt.named_parameters():
+        if p.dim() == 1:
+            assert torch.all(p == (0 if name.endswith("bias") else 1)), name
+    for name, std in stds(gpt).items():
+        expected = 0.02
+        if arch == "gpt2" and name.endswith("proj.weight"):
+            expected = 0.02 / math.sqrt(6)
+        if arch == "nanochat":
+            kind = name.split(".")[-2]
+            expected = {"wte": 1.0, "lm_head": 0.001, "proj": 0.0}.get(kind, 128**-0.5)
+        assert std == pytest.approx(expected, rel=0.03), name
+    if arch == "nanochat":
+        assert gpt.blocks[0].mlp.fc.weight.abs().max() <= math.sqrt(3 / 128)  # uniform, not normal
+
+
+def test_a_new_model_knows_nothing():
+    """The first loss is that of a uniform guess, ln(vocab_size)."""
+    for arch in ARCHS:
+        torch.manual_seed(0)
+        gpt, idx = model.GPT(tiny_config(arch, n_embd=64)), random_tokens(4, 33)
+        loss = gpt.loss(idx[:, :-1], idx[:, 1:]) / idx[:, 1:].numel()
+        assert loss.item() == pytest.approx(math.log(100), abs=0.1), arch
+
+
+@pytest.mark.parametrize("vocab_size", [100, 1000, 50_259])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+def test_bfloat16_loss_is_that_of_the_same_logits_in_float32(vocab_size, scale):
+    """Summed over 99 rows, likely and unlikely targets: within a thousandth; gradients within the rounding."""
+    rng = torch.Generator().manual_seed(0)
+    logits = (torch.randn(99, vocab_size, generator=rng) * scale).bfloat16()
+    targets = torch.randint(vocab_size, (99,), generator=rng)
+    targets[::3] = logits[::3].argmax(dim=-1)
+    targets[::7] = -1
+    reference = logits.float().requires_grad_()
+    expected = F.cross_entropy(reference, targets, ignore_index=-1, reduction="sum")
+    expected.backward()
+    loss, grad = model.CrossEntropy(targets)(logits.clone(), slice(0, 99), True)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    torch.testing.assert_close(grad.float(), reference.grad, rtol=1e-2, atol=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_half_precision_is_close_to_float32(arch, dtype):
+    gpt, idx = model.GPT(tiny_config(arch)).eval(), random_tokens(2, 17)
+    gpt.load_state_dict(random_gpt(tiny_config(arch)).state_dict())
+    expected = gpt(idx)
+    gpt.compute_dtype = dtype
+    half = gpt(idx)
+    assert half.dtype == torch.float32 and gpt.wte.weight.dtype == torch.float32
+    assert 0 < (half - expected).abs().max() < 0.06 * expected.abs().max()
+    plain = random_gpt(tiny_config(arch))
+    plain.loss(idx[:, :-1], idx[:, 1:]).backward()
+    gpt.loss(idx[:, :-1], idx[:, 1:]).backward()
+    for (name, p), q in zip(gpt.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32, name
+        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name

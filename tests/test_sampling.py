@@ -1,0 +1,242 @@
+"""Choosing the next token, against transformers' logits processors; generating, against recomputing everything."""
+
+import pytest
+import torch
+from conftest import random_gpt, random_tokens, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.generation import logits_process as theirs
+
+import model
+from model import SamplingSettings
+
+GREEDY = SamplingSettings(temperature=0)
+
+
+def probs_of_transformers(logits: torch.Tensor, s: SamplingSettings, seen: torch.Tensor) -> torch.Tensor:
+    """Its processors in the order in which its generate() applies them."""
+    if s.repetition_penalty != 1:
+        logits = theirs.RepetitionPenaltyLogitsProcessor(s.repetition_penalty)(seen, logits)
+    if s.temperature != 1:
+        logits = theirs.TemperatureLogitsWarper(s.temperature)(seen, logits)
+    if s.top_k:
+        logits = theirs.TopKLogitsWarper(s.top_k)(seen, logits)
+    if s.top_p < 1:
+        logits = theirs.TopPLogitsWarper(s.top_p)(seen, logits)
+    if s.min_p:
+        logits = theirs.MinPLogitsWarper(s.min_p)(seen, logits)
+    return logits.softmax(dim=-1)
+
+
+@given(
+    settings=st.fixed_dictionaries({}, optional={
+        "temperature": st.sampled_from([0.1, 0.8, 1.0, 1.5, 5.0]),
+        "top_k": st.sampled_from([0, 1, 2, 5, 20, 40, 1000]),
+        "top_p": st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.99, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
+        "repetition_penalty": st.sampled_from([0.5, 1.0, 1.2, 3.0]),
+    }),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_next_token_probs_equal_transformers(settings, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, 40, generator=generator) * 3
+    seen = torch.randint(40, (4, 12), generator=generator)  # with repeats
+    s = SamplingSettings(**settings)
+    ours = model.next_token_probs(logits, s, seen)
+    ours = ours / ours.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(ours, probs_of_transformers(logits, s, seen), atol=1e-6, rtol=1e-5)
+
+
+def test_greedy_is_the_most_likely_token():
+    logits = torch.randn(5, 30)
+    assert torch.equal(model.sample_token(logits, GREEDY, None, None), logits.argmax(dim=-1))
+    assert torch.equal(model.next_token_probs(logits, GREEDY).argmax(dim=-1), logits.argmax(dim=-1))
+    penalised = model.sample_token(
+        logits, SamplingSettings(temperature=0, repetition_penalty=1e6), logits.topk(1)[1], None
+    )
+    logits = logits.abs() + 1
+    assert not torch.equal(penalised, logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(temperature=-0.1), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=-0.1), dict(min_p=1.5),
+    dict(repetition_penalty=0.0), dict(temperature=float("nan")),
+])  # fmt: skip
+def test_settings_that_make_no_sense(wrong):
+    with pytest.raises(model.UserError, match=next(iter(wrong))):
+        SamplingSettings(**wrong)
+
+
+def chi_squared(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    expected = probs * counts.sum()
+    return ((counts - expected)[probs > 0].square() / expected[probs > 0]).sum().item()
+
+
+def test_draws_follow_the_distribution():
+    """Chi-squared of 100,000 draws; 22.5 is exceeded by chance once in a thousand for 6 degrees of freedom."""
+    weights = torch.tensor([0.0, 3.0, 0.5, 0.0, 1.0, 0.05, 2.0, 0.2, 0.25, 0.0])  # not normalised
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.draw(weights.expand(100_000, -1), generator)
+    counts = drawn.bincount(minlength=10).double()
+    assert not counts[weights == 0].any()
+    assert chi_squared(counts, (weights / weights.sum()).double()) < 22.5
+
+
+def test_generated_tokens_follow_the_models_distribution():
+    """4,000 first tokens of one prompt against the softmax of the full pass, top_k 8: 24.3 for 7 degrees of freedom."""
+    gpt, prompt = random_gpt(tiny_config("llama")), [5, 17, 80]
+    generator = torch.Generator().manual_seed(3)
+    settings = SamplingSettings(temperature=2.0, top_k=8)
+    tokens = next(model.generate(gpt, [prompt] * 4000, 1, settings, generator))
+    logits = gpt(torch.tensor([prompt]))[0, -1].detach() / 2.0
+    probs = logits.masked_fill(logits < logits.topk(8).values[-1], float("-inf")).softmax(dim=-1).double()
+    counts = tokens.bincount(minlength=100).double()
+    assert not counts[probs == 0].any() and (counts > 0).sum() > 3
+    assert chi_squared(counts, probs) < 24.3
+
+
+@torch.no_grad()
+def recomputed(gpt: model.GPT, prompts: list[list[int]], n: int, s: SamplingSettings = GREEDY) -> list[list[int]]:
+    """Greedy generation without a cache, a row at a time: the window starts as the longest prompt and grows; when it
+    has filled the context, its last half goes on."""
+    context, longest = gpt.config.context, max(map(len, prompts))
+    rows = []
+    for prompt in prompts:
+        columns, window = [None] * (longest - len(prompt)) + prompt, longest
+        for _ in range(n):
+            visible = [t for t in columns[-window:] if t is not None]
+            logits = gpt(torch.tensor([visible]))[:, -1]
+            seen = torch.tensor([[t for t in columns if t is not None]])
+            columns.append(model.next_token_probs(logits, s, seen).argmax().item())
+            window = window + 1 if window < context else context // 2
+        rows.append(columns[longest:])
+    return rows
+
+
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_greedy_generation_beyond_the_block_equals_recomputing(arch):
+    """32 tokens of context, prompts of different lengths, 90 new tokens: the window moves several times. The penalty
+    keeps the random model from saying one thing for ever."""
+    gpt, s = random_gpt(tiny_config(arch)), SamplingSettings(temperature=0, repetition_penalty=1.5)
+    prompts = [random_tokens(n, seed=n).tolist() for n in (1, 20, 7)]
+    tokens = torch.stack(list(model.generate(gpt, prompts, 90, s)), dim=1)
+    assert tokens.tolist() == recomputed(gpt, prompts, 90, s)
+    assert len(set(tokens.flatten().tolist())) > 30
+
+
+@pytest.mark.parametrize("length", [1, 31, 32])
+def test_prompts_up_to_the_context(length):
+    gpt, prompt = random_gpt(tiny_config()), random_tokens(length).tolist()
+    tokens = torch.stack(list(model.generate(gpt, [prompt], 5, GREEDY)), dim=1)
+    assert tokens.tolist() == recomputed(gpt, [prompt], 5)
+
+
+def test_a_prompt_longer_than_the_context():
+    for arch, hint in (("gpt2", False), ("llama", True)):
+        with pytest.raises(model.UserError, match="33 tokens.*context is 32") as e:
+            next(model.generate(random_gpt(tiny_config(arch)), [[1] * 33], 5, GREEDY))
+        assert ("--rope_scaling" in str(e.value)) == hint  # learned positions cannot be extended
+
+
+def test_rope_scaling_reaches_further():
+    """With yarn x 2 the context is 64: 60 tokens come from one window."""
+    gpt, prompt = random_gpt(tiny_config("llama")), random_tokens(4).tolist()
+    gpt.extend_context("yarn", 2.0)
+    tokens = torch.stack(list(model.generate(gpt, [prompt], 60, GREEDY)), dim=1)
+    sequence = torch.cat((torch.tensor([prompt]), tokens), dim=1)
+    with torch.no_grad():
+        assert torch.equal(gpt(sequence[:, :-1])[:, 3:].argmax(dim=-1), tokens)
+
+
+def test_repetition_penalty_counts_prompt_and_text():
+    gpt, prompt = random_gpt(tiny_config("llama")), random_tokens(6).tolist()
+    s = SamplingSettings(temperature=0, repetition_penalty=1.5)
+    tokens = torch.stack(list(model.generate(gpt, [prompt], 20, s)), dim=1)
+    assert tokens.tolist() == recomputed(gpt, [prompt], 20, s) != recomputed(gpt, [prompt], 20)
+
+
+def test_padding_rows_are_never_drawn():
+    """The 28 rows that pad 100 tokens to 128, made the most likely by far."""
+    gpt = random_gpt(tiny_config("llama", tie_word_embeddings=False))
+    with torch.no_grad():
+        gpt.lm_head.weight[100:] = gpt.lm_head.weight[:28] * 50
+    assert gpt(random_tokens(1, 5)).shape == (1, 5, 100)
+    tokens = torch.stack(list(model.generate(gpt, [[1], [2]], 40, SamplingSettings(temperature=10.0))), dim=1)
+    assert tokens.max() < 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def byte_gpt():
+    return random_gpt(tiny_config("llama", vocab_size=259)), model.byte_tokenizer()
+
+
+def text_of(byte_gpt, **kwargs) -> list[str]:
+    gpt, tokenizer = byte_gpt
+    values = dict(length=40, settings=SamplingSettings(), num_samples=1, seed=1, stop=())
+    return model.generate_text(gpt, tokenizer, tokenizer.encode("ab"), **{**values, **kwargs})
+
+
+def test_the_same_seed_gives_the_same_text(byte_gpt):
+    first = text_of(byte_gpt, num_samples=3)
+    assert first == text_of(byte_gpt, num_samples=3) != text_of(byte_gpt, num_samples=3, seed=2)
+    assert len(set(first)) == 3
+    assert len(set(text_of(byte_gpt, num_samples=3, settings=GREEDY))) == 1
+
+
+def test_what_is_streamed_is_the_result(byte_gpt):
+    pieces = []
+    texts = text_of(byte_gpt, num_samples=2, on_text=pieces.append, length=60)
+    assert "".join(pieces) == texts[0] and len(pieces) > 20
+
+
+def scripted(monkeypatch, *texts: bytes | list[int]) -> None:
+    """Make the model say these tokens, one row each, padded with x."""
+    rows = [list(t) for t in texts]
+    n = max(map(len, rows))
+    columns = torch.tensor([row + [120] * (n - len(row)) for row in rows]).T
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: iter(columns))
+
+
+def test_stop_strings(byte_gpt, monkeypatch):
+    """Text ends before the first of them, whether within one token or over several, and none of it is shown."""
+    scripted(monkeypatch, b"one. two; three", b"none of them.xx", b";directly. and", "é\u20ac.".encode())
+    pieces = []
+    texts = text_of(byte_gpt, num_samples=4, stop=[". t", ";"], on_text=pieces.append)
+    assert texts == ["one", "none of them.xx", "", "é€." + "x" * 9]
+    assert "".join(pieces) == "one"
+    assert not any("." in p for p in pieces)
+
+
+def test_a_stop_string_that_does_not_come_is_shown_at_last(byte_gpt, monkeypatch):
+    scripted(monkeypatch, b"ends with STO")
+    pieces = []
+    assert text_of(byte_gpt, stop=["STOP"], on_text=pieces.append) == ["ends with STO"]
+    assert "".join(pieces) == "ends with STO"
+
+
+@pytest.mark.parametrize("token", [model.EOT, model.IM_END])
+def test_text_ends_with_the_document(byte_gpt, monkeypatch, token):
+    end = model.byte_tokenizer().special[token]
+    scripted(monkeypatch, [*b"first", end, *b"never"], [*b"second goes on", end, *b"x"])
+    assert text_of(byte_gpt, num_samples=2) == ["first", "second goes on"]
+
+
+def test_a_character_cut_off_by_the_length_is_marked(byte_gpt, monkeypatch):
+    scripted(monkeypatch, "ab🙂".encode()[:-1])
+    pieces = []
+    assert text_of(byte_gpt, on_text=pieces.append) == ["ab\ufffd"]
+    assert "".join(pieces) == "ab\ufffd"
+
+
+def test_generation_leaves_the_model_as_it_was(byte_gpt):
+    gpt, _ = byte_gpt
+    for mode in (True, False):
+        gpt.train(mode)
+        text_of(byte_gpt, length=3)
+        assert gpt.training == mode

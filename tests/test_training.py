@@ -1,0 +1,538 @@
+"""Training: the same run however it is cut up or interrupted, the numbers it reports, and that it learns."""
+
+import collections
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY_RUN, TINY_SHAPE, program, random_gpt, stdlib_source, tiny_config, write_conversations
+
+import model
+
+BYTES = ("--data", "input.txt", "--tokenizer", "byte")
+
+
+def log_of(name: str = "7M", timing: bool = False) -> list[dict]:
+    records = [json.loads(line) for line in Path(f"checkpoints/{name}_model.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if timing or k not in ("seconds", "tokens_per_s")} for r in records]
+
+
+def checkpoint_of(name: str = "7M", last: bool = True) -> dict:
+    return torch.load(f"checkpoints/{name}_model{'_last' if last else ''}.pt", weights_only=True)
+
+
+def tensors_of(x, path: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor and number in nested containers, by its path."""
+    if isinstance(x, dict):
+        return {k: v for key, value in x.items() for k, v in tensors_of(value, f"{path}/{key}").items()}
+    if isinstance(x, list | tuple):
+        return {k: v for i, value in enumerate(x) for k, v in tensors_of(value, f"{path}/{i}").items()}
+    return {path: x}
+
+
+def assert_same_run(a: str, b: str) -> None:
+    """Bit-identical: weights, optimizer, scaler, metrics, log, in the last and the best checkpoint."""
+    assert log_of(a) == log_of(b)
+    for last in (True, False):
+        first, second = checkpoint_of(a, last), checkpoint_of(b, last)
+        for c in (first, second):
+            c["metrics"].pop("seconds")
+            for key in ("arguments", "train_config"):
+                c.pop(key)
+        first, second = tensors_of(first), tensors_of(second)
+        assert first.keys() == second.keys()
+        different = [
+            k
+            for k in first
+            if not (torch.equal(first[k], second[k]) if torch.is_tensor(first[k]) else first[k] == second[k])
+        ]
+        assert not different, different
+    assert any("momentum" in k or "exp_avg" in k for k in tensors_of(checkpoint_of(a)))
+
+
+def stop_at(monkeypatch, *steps: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal while these steps, counted from the start of each run, are being computed."""
+    original, calls, remaining = model.train_step, [0], list(steps)
+
+    def train_step(*args, **kwargs):
+        calls[0] += 1
+        if remaining and calls[0] == remaining[0]:
+            remaining.pop(0)
+            calls[0] = 0
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model, "train_step", train_step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and resuming
+# ---------------------------------------------------------------------------------------------------------------------
+
+INTERVALS = ("--max_iters", 13, "--log_interval", 3, "--eval_interval", 5)
+DROPOUT = ("--resid_pdrop", 0.1, "--embd_pdrop", 0.1, "--attn_pdrop", 0.1)
+RUNS = {
+    "AdamW with dropout": DROPOUT,
+    "AdamW with dropout in micro-batches": (*DROPOUT, "--grad_accum", 2),
+    "Muon": ("--arch", "nanochat"),
+    "Muon and GQA": ("--arch", "llama", "--n_kv_head", 1, "--optimizer", "muon", "--schedule", "linear"),
+    "float16": ("--arch", "gpt_neox", "--dtype", "float16"),
+    "bfloat16": ("--arch", "qwen3", "--dtype", "bfloat16", "--gradient_checkpointing"),
+}
+
+
+@pytest.mark.parametrize("stops", [(1,), (5,), (7,), (12,), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_a_stopped_and_resumed_run_is_the_run_never_stopped(cli, text_file, monkeypatch, flags, stops):
+    run = ("train", *BYTES, *TINY_RUN, *INTERVALS, *flags)
+    cli(*run, "--name", "whole").ok()
+    stop_at(monkeypatch, *stops)
+    stopped = cli(*run, "--name", "parts")
+    assert stopped.code == 130 and f"stopped at step {stops[0]}" in stopped.out and "--resume" in stopped.out
+    assert checkpoint_of("parts")["step"] == stops[0]
+    for later in stops[1:]:
+        stopped = cli("train", "--name", "parts", "--resume")
+        assert stopped.code == 130, stopped.err
+        assert f"stopped at step {stops[0] + sum(stops[1 : stops.index(later) + 1])}" in stopped.out or len(stops) > 2
+    cli("train", "--name", "parts", "--resume").ok()
+    assert_same_run("whole", "parts")
+
+
+def test_sigterm_saves_and_leaves(cli, text_file, monkeypatch):
+    stop_at(monkeypatch, 4, number=signal.SIGTERM)
+    assert cli("train", *BYTES, *TINY_RUN, "--max_iters", 50).code == 143
+    assert checkpoint_of()["step"] == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_in_a_real_program(cli, text_file, workdir):
+    """The program itself, stopped whenever the signal happens to arrive, then resumed."""
+    run = ["train", *BYTES, *TINY_RUN, *DROPOUT, "--max_iters", 800, "--log_interval", 1, "--eval_interval", 300]
+    run += ["--sample_interval", -1]
+    command = [sys.executable, str(ROOT / "model.py"), *map(str, run), "--name", "parts"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = Path("checkpoints/parts_model.jsonl")
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "stopped at step" in out
+    assert 20 < checkpoint_of("parts")["step"] < 800
+    assert program("train", "--name", "parts", "--resume", cwd=workdir).returncode == 0
+    assert program(*run, "--name", "whole", cwd=workdir).returncode == 0
+    assert_same_run("whole", "parts")
+
+
+def test_a_run_can_be_resumed_for_longer(cli, text_file):
+    cli("train", *BYTES, *TINY_RUN, "--max_iters", 4).ok()
+    out = cli("train", "--resume", "--max_iters", 9).ok().out
+    assert "resuming" in out and checkpoint_of()["step"] == 9
+    assert "nothing to resume" in cli("train", "--resume").error
+
+
+def test_resuming_with_the_same_command_line(cli, text_file, monkeypatch):
+    """The natural thing to do: the command of before, and --resume."""
+    run = ("train", *BYTES, *TINY_RUN, *INTERVALS, *DROPOUT)
+    cli(*run, "--name", "whole").ok()
+    stop_at(monkeypatch, 6)
+    assert cli(*run, "--name", "parts").code == 130
+    cli(*run, "--name", "parts", "--resume").ok()
+    assert_same_run("whole", "parts")
+
+
+def test_nanogpt_data_can_be_resumed(cli, text_file, monkeypatch):
+    Path("nano").mkdir()
+    for name, n in (("train", 3000), ("val", 500)):
+        np.random.default_rng(0).integers(0, 200, n).astype("<u2").tofile(f"nano/{name}.bin")
+    run = ("train", "--data", "nano", "--tokenizer", "byte", *TINY_RUN, *INTERVALS)
+    stop_at(monkeypatch, 6)
+    assert cli(*run).code == 130
+    cli("train", "--resume").ok()
+    assert checkpoint_of()["step"] == 13
+
+
+def test_resuming_keeps_the_precision_that_was_chosen(cli, text_file, monkeypatch):
+    """`auto` times the processor; a run must not change its precision because the machine was busy the second time."""
+    run = [*TINY_SHAPE, "--device", "cpu", "--dtype", "auto", *INTERVALS]
+    monkeypatch.setattr(model, "cpu_bfloat16_pays", lambda *args: True)
+    cli("train", *BYTES, *run, "--name", "whole").ok()
+    stop_at(monkeypatch, 6)
+    cli("train", *BYTES, *run, "--name", "parts")
+    monkeypatch.setattr(model, "cpu_bfloat16_pays", lambda *args: False)
+    cli("train", "--name", "parts", "--resume").ok()
+    assert_same_run("whole", "parts")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (("--learning_rate", 1e-5), "learning_rate"), (("--n_layer", 3), "n_layer"), (("--seed", 5), "seed"),
+    (("--batch_size", 8), "batch_size"), (("--arch", "llama"), "arch"),
+])  # fmt: skip
+def test_resuming_with_another_setting_is_refused(cli, text_file, flags, word):
+    cli("train", *BYTES, *TINY_RUN, "--max_iters", 4).ok()
+    before = tensors_of(checkpoint_of())
+    assert word in cli("train", "--resume", "--max_iters", 8, *flags).error
+    assert str(before) == str(tensors_of(checkpoint_of()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# However a batch is cut up
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def close_runs(a: list[dict], b: list[dict], rel: float = 2e-4) -> None:
+    assert [r["step"] for r in a] == [r["step"] for r in b] and len(a) == 6
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            assert x[key] == pytest.approx(y[key], rel=rel), (x["step"], key)
+    assert a[-1]["loss"] < a[0]["loss"]
+
+
+def conversation_data(folder: str) -> None:
+    """Conversations of unequal length and unequal counts of targets, so that micro-batches weigh differently."""
+    rng = np.random.default_rng(0)
+    text = stdlib_source("textwrap").encode()
+    made = []
+    for n in rng.integers(3, 40, 150):
+        begin = int(rng.integers(0, len(text) - 50))
+        made.append((list(text[begin : begin + n]), (rng.random(n) < rng.random()).astype(int)))
+    write_conversations(Path(folder), made)
+
+
+SIXTEEN = (*TINY_RUN, "--batch_size", 16, "--max_iters", 6, "--log_interval", 1, "--eval_interval", 3)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "nanochat"])
+@pytest.mark.parametrize("data", ["text", "conversations"])
+def test_accumulation_changes_nothing(cli, text_file, data, arch):
+    """1 x 16 = 2 x 8 = 16 x 1, within float32's rounding; Muon orthogonalises in bfloat16, which rounds more."""
+    source = BYTES if data == "text" else ("--data", "chat")
+    conversation_data("chat")
+    for grad_accum in (1, 2, 16):
+        cli("train", *source, *SIXTEEN, "--arch", arch, "--grad_accum", grad_accum, "--name", grad_accum).ok()
+    rel = 2e-3 if arch == "nanochat" else 2e-4
+    close_runs(log_of("1"), log_of("2"), rel)
+    close_runs(log_of("1"), log_of("16"), rel)
+
+
+@pytest.mark.parametrize("data", ["text", "conversations"])
+def test_two_processes_equal_one(cli, text_file, workdir, data):
+    source = BYTES if data == "text" else ("--data", "chat")
+    conversation_data("chat")
+    cli("train", *source, *SIXTEEN, "--name", "one").ok()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "model.py"), "train", *map(str, source), *map(str, SIXTEEN), "--name", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("step 3:") == 1  # only the first process speaks
+    close_runs(log_of("one"), log_of("two"))
+    one, two = checkpoint_of("one")["model"], checkpoint_of("two")["model"]
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-4)  # a few of Adam's steps of 3e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_equals_pytorchs_on_unfused_matrices(weight_decay):
+    """q, k, v of a fused matrix and matrices of one shape, orthogonalised together here and one by one there."""
+    torch.manual_seed(0)
+    shapes = {"qkv": [(32, 32), (8, 32), (8, 32)], "fc": [(64, 32), (64, 32)], "proj": [(32, 64)], "other": [(32, 64)]}
+    fused, separate = [], []
+    for parts in shapes.values():
+        values = [torch.randn(shape) * 0.1 for shape in parts]
+        fused.append(torch.nn.Parameter(torch.cat(values)))
+        fused[-1].parts = [rows for rows, _ in parts]
+        separate.append([torch.nn.Parameter(v.clone()) for v in values])
+    start = [p.detach().clone() for p in fused]
+    flat = [p for parts in separate for p in parts]
+    ours = model.Muon(fused, lr=0.02, momentum=0.9, weight_decay=weight_decay)
+    theirs = torch.optim.Muon(flat, lr=0.02, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+    for _ in range(5):
+        for p, parts in zip(fused, separate, strict=True):
+            p.grad = torch.randn_like(p)
+            for part, grad in zip(parts, p.grad.split(p.parts), strict=True):
+                part.grad = grad.clone()
+        ours.step()
+        theirs.step()
+    for before, p, parts in zip(start, fused, separate, strict=True):
+        moved, expected = p - before, torch.cat(list(parts)) - before
+        assert (moved - expected).norm() < 0.01 * expected.norm()  # both work in bfloat16
+        assert expected.norm() > 0.1
+
+
+def run_of(gpt: model.GPT, **settings) -> list[torch.optim.Optimizer]:
+    return model.make_optimizers(gpt, model.TrainConfig(**settings))
+
+
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_adamw_decays_matrices_and_embeddings_only(arch):
+    gpt = model.GPT(tiny_config(arch))
+    (adamw,) = run_of(gpt, weight_decay=0.1, learning_rate=0.01)
+    assert sum(len(g["params"]) for g in adamw.param_groups) == len(list(gpt.parameters()))
+    before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
+    for p in gpt.parameters():
+        p.grad = torch.zeros_like(p)
+    adamw.step()
+    for name, p in gpt.named_parameters():
+        decayed = "norm" not in name and not name.endswith("bias")
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * 0.1) if decayed else before[name], msg=name)
+
+
+def test_adamw_is_pytorchs(cli, text_file):
+    """Three steps of `train` by hand: the same blocks, gradients clipped to 1, AdamW with two groups, warm-up."""
+    cli("train", *BYTES, *TINY_RUN, "--max_iters", 3, "--warmup_iters", 2, "--learning_rate", 1e-2).ok()
+    data, config = model.Data(Path("data/input")), model.GPTConfig(**checkpoint_of()["config"])
+    torch.manual_seed(1337)
+    gpt = model.GPT(config)
+    matrices, others = [p for p in gpt.parameters() if p.dim() > 1], [p for p in gpt.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    order = np.random.default_rng((1337, 0)).permutation(len(data.windows("train", 16)))
+    ids = torch.from_numpy(data.tokens.astype(np.int64))
+    for step, lr in enumerate((1e-2 / 3, 2e-2 / 3, 1e-2)):
+        rows = torch.stack([ids[16 * i : 16 * i + 17] for i in order[4 * step : 4 * step + 4]])
+        adamw.zero_grad()
+        F.cross_entropy(gpt(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        adamw.step()
+    for name, value in checkpoint_of()["model"].items():
+        torch.testing.assert_close(value, gpt.state_dict()[name], rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_muon_takes_the_block_matrices():
+    gpt = model.GPT(tiny_config("nanochat"))
+    adamw, muon = run_of(gpt, optimizer="muon", muon_lr=0.03, learning_rate=0.1, embd_lr=0.2, head_lr=0.3)
+    names = {id(p): n for n, p in gpt.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for o in (adamw, muon) for g in o.param_groups for p in g["params"]}
+    assert rates.pop("wte.weight") == 0.2 and rates.pop("lm_head.weight") == 0.3
+    assert set(rates.values()) == {0.03} and all(n.startswith("blocks.") for n in rates) and len(rates) == 8
+    assert gpt.blocks[0].attn.qkv.weight.parts == [32, 32, 32]
+
+
+@pytest.mark.parametrize("settings, expected", [
+    # warm-up of 10 steps ends at the peak; then half a cosine from 1 to 0.1 over 90 steps
+    (dict(schedule="cosine"), {0: 1 / 11, 9: 10 / 11, 10: 1.0, 55: 0.55, 40: 0.1 + 0.9 * 0.75, 70: 0.1 + 0.9 * 0.25}),
+    (dict(schedule="cosine", min_lr_ratio=0.0), {55: 0.5}),
+    (dict(schedule="linear"), {4: 5 / 11, 10: 1.0, 55: 0.5, 91: 0.1}),
+    (dict(schedule="wsd"), {10: 1.0, 59: 1.0, 60: 1.0, 80: 0.5, 99: 1 / 40}),  # 40% of the run decays
+    (dict(schedule="wsd", decay_fraction=0.1), {89: 1.0, 95: 0.5}),
+    (dict(schedule="constant"), {0: 1 / 11, 10: 1.0, 99: 1.0}),
+    (dict(schedule="constant", warmup_iters=0), {0: 1.0}),
+    (dict(schedule="cosine", warmup_iters=3), {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0}),
+    (dict(schedule="linear", max_iters=5000), {0: 1 / 101, 99: 100 / 101, 100: 1.0, 2550: 0.5}),  # at most 100
+])  # fmt: skip
+def test_learning_rate_schedules(settings, expected):
+    t = model.TrainConfig(**{"max_iters": 100, **settings})
+    assert {step: model.lr_factor(step, t) for step in expected} == pytest.approx(expected)
+    assert all(0 < model.lr_factor(step, t) <= 1 for step in range(t.max_iters))
+
+
+def test_the_log(cli, text_file):
+    """Steps, tokens and the learning rate of each record, as the settings say; each loss is a mean over its steps."""
+    flags = ("--max_iters", 20, "--eval_interval", 10, "--learning_rate", 1e-3, "--warmup_iters", 4)
+    for interval in (1, 4):
+        cli("train", *BYTES, *TINY_RUN, *flags, "--log_interval", interval, "--name", f"every{interval}").ok()
+    every, fourth = log_of("every1", timing=True), log_of("every4")
+    assert [r["step"] for r in every] == list(range(1, 21)) and [r["step"] for r in fourth] == [4, 8, 10, 12, 16, 20]
+    assert all(r["tokens"] == r["step"] * 4 * 16 and r["seconds"] >= 0 and r["tokens_per_s"] > 0 for r in every)
+    assert [r["step"] for r in every if "val_loss" in r] == [10, 20] == [r["step"] for r in fourth if "val_loss" in r]
+    assert every[0]["lr"] == pytest.approx(1e-3 / 5) and every[4]["lr"] == pytest.approx(1e-3)
+    losses = [r["loss"] for r in every]
+    means = [np.mean(losses[a:b]) for a, b in ((0, 4), (4, 8), (8, 10), (10, 12), (12, 16), (16, 20))]
+    assert [r["loss"] for r in fourth] == pytest.approx(means, rel=1e-5)
+    assert losses[0] == pytest.approx(math.log(259), abs=0.2)
+
+
+def test_epochs(cli, text_file):
+    """60,000 bytes: 54,000 for training are 3,374 blocks of 16 and a target, 844 batches of 4 (rounded up)."""
+    cli("train", *BYTES, *TINY_RUN, "--batch_size", 40, "--epochs", 0.5, "--sample_interval", -1).ok()
+    assert checkpoint_of()["step"] == math.ceil(0.5 * 3374 / 40)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_evaluation_by_hand(cli, text_file, tokenizer):
+    """Loss over every validation block, its exponential, and bits by the bytes of text that the targets stand for."""
+    cli("tokenize", "--dataset", "d", "--txt", text_file, "--tokenizer", tokenizer, "--vocab_size", 400).ok()
+    cli("train", "--data", "d", *TINY_SHAPE, "--max_iters", 3, "--eval_tokens", 10**9, "--dtype", "float32").ok()
+    record, data = log_of()[-1], model.Data(Path("data/d"))
+    gpt, _, _ = model.open_model("7M_model_last.pt")
+    ids = data.tokens[data.val_start :].astype(np.int64)
+    n = (len(ids) - 1) // 16 * 16
+    with torch.no_grad():
+        logits = gpt(torch.from_numpy(ids[:n]).view(-1, 16))
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(ids[1 : n + 1])).item()
+    n_bytes = sum(len(data.tokenizer.backend.decode_single_token_bytes(i)) for i in ids[1 : n + 1].tolist())
+    assert record["val_tokens"] == n
+    assert record["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["val_ppl"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert record["val_bpb"] == pytest.approx(loss * n / n_bytes / math.log(2), rel=1e-5)
+    assert (n_bytes == n) == (tokenizer == "byte")
+
+
+def test_evaluation_reads_the_same_blocks_every_time(workdir):
+    """Evenly spread, as many as eval_tokens allows, and the same in a second evaluator."""
+    writer = model.DataWriter(Path("d"), model.byte_tokenizer(), overwrite=False)
+    writer.write(np.arange(20_000) % 250)
+    writer.finish(0.5, "numbers")
+    data = model.Data(Path("d"))
+    evaluators = [model.Evaluator(data, 16, batch, 320) for batch in (4, 7)]
+    starts = [e.starts.tolist() for e in evaluators]
+    assert starts[0] == starts[1] and len(set(starts[0])) == 20
+    gaps = np.diff(starts[0])
+    assert min(starts[0]) == 10_000 and max(starts[0]) > 19_000 and max(gaps) - min(gaps) <= 16
+    gpt = random_gpt(tiny_config("llama", vocab_size=259))
+    results = [e(gpt) for e in evaluators]
+    assert results[0] == pytest.approx(results[1], rel=1e-5) and results[0]["val_tokens"] == 320
+
+
+def test_the_best_model_is_kept(cli, text_file, monkeypatch):
+    """Validation losses of 3, 2, 2.5: the best file is of the second evaluation, the last one of the third."""
+    losses = iter([3.0, 2.0, 2.5])
+    fake = lambda self, gpt: {"val_loss": next(losses), "val_ppl": 1.0, "val_bpb": 1.0, "val_tokens": 1}  # noqa: E731
+    monkeypatch.setattr(model.Evaluator, "__call__", fake)
+    out = cli("train", *BYTES, *TINY_RUN, "--max_iters", 6, "--eval_interval", 2).ok().out
+    assert checkpoint_of(last=False)["step"] == 4 and checkpoint_of()["step"] == 6
+    assert "best val_loss 2.0000" in out
+
+
+def test_a_checkpoint_holds_what_the_design_says(cli, text_file):
+    out = cli("train", *BYTES, *TINY_RUN, "--max_iters", 4).ok().out
+    best, last = checkpoint_of(last=False), checkpoint_of()
+    assert best["format_version"] == 1 and best["tokenizer"] == model.byte_tokenizer().spec
+    assert best["config"]["n_embd"] == 32 and best["step"] <= 4 and best["optimizer"] is None
+    assert last["optimizer"] and last["step"] == 4 and last["data"]["digest"] == model.Data(Path("data/input")).digest
+    assert not any(k.startswith(("_orig_mod.", "module.")) for k in best["model"])
+    n = sum(p.numel() for p in best["model"].values())
+    assert f"{n:,} parameters" in out
+    assert {p.name for p in Path("checkpoints").iterdir()} == {"7M_model.pt", "7M_model_last.pt", "7M_model.jsonl"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When numbers go wrong, and short number types
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(cli, text_file, monkeypatch, bad):
+    """At the step where it happened, with the last good state kept, from which the run can go on."""
+    original, calls = model.train_step, [0]
+
+    def train_step(gpt, *args):
+        calls[0] += 1
+        loss = original(gpt, *args)
+        if calls[0] == 7:
+            gpt.wte.weight.grad[3] = bad
+            return loss * bad
+        return loss
+
+    run = ("train", *BYTES, *TINY_RUN, "--max_iters", 20, "--eval_interval", 5, "--log_interval", 10)
+    cli(*run, "--name", "whole").ok()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "train_step", train_step)
+        error = cli(*run, "--name", "parts").error
+    assert "not finite at step 7" in error and "parts_model_last.pt" in error
+    assert checkpoint_of("parts")["step"] == 5
+    assert all(p.isfinite().all() for p in checkpoint_of("parts")["model"].values())
+    cli("train", "--name", "parts", "--resume").ok()
+    assert_same_run("whole", "parts")
+
+
+def test_a_learning_rate_far_too_high(cli, text_file):
+    error = cli("train", *BYTES, *TINY_RUN, "--max_iters", 60, "--learning_rate", 1e30, "--warmup_iters", 0).error
+    assert "not finite at step" in error and "--learning_rate" in error
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("arch", ["gpt2", "nanochat"])
+def test_short_number_types_learn_as_float32_does(cli, text_file, arch, dtype):
+    run = ("train", *BYTES, *TINY_RUN, "--arch", arch, "--max_iters", 60, "--sample_interval", -1)
+    cli(*run, "--name", "long").ok()
+    out = cli(*run, "--name", "short", "--dtype", dtype).ok().out
+    assert f"in {dtype}" in out
+    assert all(p.dtype == torch.float32 for p in checkpoint_of("short")["model"].values())
+    long, short = log_of("long"), log_of("short")
+    assert short[-1]["val_loss"] == pytest.approx(long[-1]["val_loss"], rel=0.02) != long[-1]["val_loss"]
+    assert short[-1]["val_loss"] < 0.9 * math.log(259)
+
+
+def test_float16_skips_steps_that_overflow(cli, text_file, monkeypatch):
+    """An overflowing gradient: the weights stay, the scale is halved, and the run goes on."""
+    seen, original = [], model.train_step
+
+    def train_step(gpt, batches, n_targets, objective, scaler):
+        loss = original(gpt, batches, n_targets, objective, scaler)
+        if len(seen) == 2:
+            gpt.wte.weight.grad[0, 0] = math.inf
+        seen.append((scaler.get_scale(), gpt.wte.weight.detach().clone()))
+        return loss
+
+    monkeypatch.setattr(model, "train_step", train_step)
+    cli("train", *BYTES, *TINY_RUN, "--dtype", "float16", "--max_iters", 5).ok()
+    scales, weights = zip(*seen, strict=True)
+    assert scales[2] > 1 and scales[3] == scales[2] / 2
+    assert torch.equal(weights[3], weights[2]) and not torch.equal(weights[4], weights[3])
+    assert all(p.isfinite().all() for p in checkpoint_of()["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_small_text_is_learned_by_heart(cli, shakespeare, arch):
+    """2,000 tokens to a training loss below 0.1 nats, in a few hundred steps."""
+    Path("input.txt").write_text(shakespeare[:2000], encoding="utf-8")
+    shape = ("--n_layer", 2, "--n_head", 4, "--n_embd", 128, "--block_size", 64, "--batch_size", 14)
+    flags = ("--max_iters", 250, "--learning_rate", 3e-3, "--dtype", "float32", "--eval_interval", 125)
+    cli("train", *BYTES, *shape, *flags, "--arch", arch, "--sample_interval", -1).ok()
+    assert log_of()[-1]["loss"] < 0.1
+    text = cli("sample", "--model_checkpoint", "7M_model_last.pt", "--prompt", shakespeare[:60], "--length", 60,
+               "--temperature", 0, "--dtype", "float32").ok().out  # fmt: skip
+    assert text.strip() == shakespeare[:120].strip()
+
+
+def test_architectures_learn(cli, shakespeare):
+    """150 steps of nanoGPT's shape for CPUs: both beat what counting bytes gives, nanochat by more than gpt2."""
+    Path("input.txt").write_text(shakespeare, encoding="utf-8")
+    shape = ("--n_layer", 4, "--n_head", 4, "--n_embd", 128, "--block_size", 64, "--batch_size", 12)
+    flags = ("--max_iters", 150, "--dtype", "float32", "--sample_interval", -1, "--learning_rate", 1e-3)
+    losses = {}
+    for arch in ("gpt2", "nanochat"):
+        own = flags[:-2] if arch == "nanochat" else flags
+        cli("train", *BYTES, *shape, *own, "--arch", arch, "--name", arch).ok()
+        losses[arch] = log_of(arch)[-1]["val_loss"]
+    data = model.Data(Path("data/input"))
+    train, val = data.tokens[: data.val_start], data.tokens[data.val_start :]
+    counts = np.bincount(train, minlength=259) + 0.1
+    unigram = -np.log(counts[val] / counts.sum()).mean()
+    pairs = collections.Counter(zip(train[:-1].tolist(), train[1:].tolist(), strict=True))
+    bigram = -np.mean(
+        [math.log((pairs[a, b] + 0.1) / (counts[a] + 25.9)) for a, b in zip(val[:-1], val[1:], strict=True)]
+    )
+    assert losses["gpt2"] < unigram - 0.5
+    assert losses["nanochat"] < bigram
+    assert losses["nanochat"] < losses["gpt2"] - 0.1
