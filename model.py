@@ -274,6 +274,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+class Int8Linear(nn.Module):
+    """A linear layer for generation on a CPU: int8 weights with one scale a row, bfloat16 activations. Half the memory
+    to read per token, which is what limits a single sequence."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        scale = weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127
+        self.register_buffer("weight_int8", (weight.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.bfloat16())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.weight_int8, self.scale)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm, with or without learned weights."""
 
@@ -494,6 +511,10 @@ class Block(nn.Module):
         self.norm_2, self.mlp = Norm(c, c.n_embd), MLP(c)
         self.pre_norm, self.parallel = c.norm_position == "pre", c.parallel_residual
 
+    def linears(self) -> list[tuple[nn.Module, str]]:
+        """Where the linear layers hang: (module, name of its attribute)."""
+        return [(self.attn, "qkv"), (self.attn, "proj"), (self.mlp, "fc"), (self.mlp, "proj")]
+
     def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
         if self.pre_norm and self.parallel:  # Pythia
             return x + self.attn(self.norm_1(x), *attention_inputs) + self.mlp(self.norm_2(x))
@@ -622,7 +643,10 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) -> logits (..., vocab_size), float32; padding rows of the head are left out."""
-        logits = linear(x, self.head_weight[: self.config.vocab_size]).float()
+        if isinstance(self.lm_head, Int8Linear):
+            logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        else:
+            logits = linear(x, self.head_weight[: self.config.vocab_size]).float()
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -2248,6 +2272,18 @@ def set_precision(model: GPT, name: str) -> None:
     model.to(dtype).compute_dtype = dtype
 
 
+def quantize_int8(model: GPT) -> None:
+    """Give a model on the CPU int8 weights in its blocks and its head, for generation. Activations become bfloat16."""
+    if model.wte.weight.device.type != "cpu":
+        raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
+    set_precision(model, "bfloat16")
+    model.lm_head = Int8Linear(model.head_weight.data, None)
+    for block in model.blocks:
+        for parent, name in block.linears():
+            layer = getattr(parent, name)
+            setattr(parent, name, Int8Linear(layer.weight.data, layer.bias))
+
+
 def lr_factor(step: int, t: TrainConfig) -> float:
     """The learning rate of a step as a fraction of its peak."""
     warmup = min(100, t.max_iters // 10) if t.warmup_iters < 0 else t.warmup_iters
@@ -2349,7 +2385,7 @@ def add_lora(model: GPT, lora_rank: int) -> GPT:
     """Freeze a model and give each linear layer of its blocks a trainable low-rank term."""
     model.requires_grad_(False)
     for block in model.blocks:
-        for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc"), (block.mlp, "proj")):
+        for parent, name in block.linears():
             setattr(parent, name, LoRALinear(getattr(parent, name), lora_rank))
     return model
 
@@ -3866,6 +3902,8 @@ def cmd_sample(args: argparse.Namespace) -> None:
     if args.variant is not None:
         check_variant(args.variant, model.config, path)
     set_precision(model, args.dtype)
+    if args.quantize == "int8":
+        quantize_int8(model)
     if args.rope_scaling:
         model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
     prompt = args.prompt
@@ -4290,6 +4328,8 @@ def cmd_chat(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     model, tokenizer, checkpoint = open_model(args.model_checkpoint, device)
     set_precision(model, args.dtype)
+    if args.quantize == "int8":
+        quantize_int8(model)
     render_chat(tokenizer, [{"role": "user", "content": ""}])  # a model without a chat template shows now
     session = ChatSession(model, tokenizer, settings, args.length, args.seed)
     if args.system:
@@ -4497,90 +4537,6 @@ def make_parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--vocab_size", type=int, default=8192, help="tokens of --tokenizer bpe (default: 8192)")
 
-    sub = command(
-        "tokenize", cmd_tokenize, "turn text into a data folder",
-        "  python model.py tokenize --dataset shakespeare --txt input.txt\n"
-        "  python model.py tokenize --dataset notes --txt ~/notes more.txt --tokenizer bpe --vocab_size 4096\n"
-        "  zcat corpus.gz | python model.py tokenize --dataset corpus --txt - --tokenizer byte",
-    )  # fmt: skip
-    sub.add_argument("--dataset", required=True, metavar="NAME", help="the folder under data/ to make")
-    sub.add_argument(
-        "--txt",
-        required=True,
-        nargs="+",
-        metavar="SOURCE",
-        help="files, folders, http(s) URLs, or - for standard input",
-    )
-    tokenizer_flags(sub)
-    sub.add_argument(
-        "--encoding", default="utf-8-sig", help="of the text (default: UTF-8, with or without a byte order mark)"
-    )
-    sub.add_argument(
-        "--errors",
-        default="strict",
-        choices=("strict", "ignore", "replace"),
-        help="what to do with bytes outside the encoding",
-    )
-    sub.add_argument(
-        "--val_fraction",
-        type=float,
-        default=0.1,
-        help="the last part of the text that is for validation, at most 10M tokens (default: 0.1)",
-    )
-    sub.add_argument("--overwrite", action="store_true", help="replace a data folder of this name")
-
-    sub = command(
-        "train", cmd_train, "train a model",
-        "  python model.py train --variant 7M\n"
-        "  python model.py train --variant 7M --data input.txt --tokenizer byte --arch nanochat --max_iters 500\n"
-        "  python model.py train --variant 26M --data shakespeare --epochs 3 --name shakespeare_26M\n"
-        "  torchrun --nproc_per_node 4 model.py train --variant 300M --data corpus\n"
-        "  python model.py train --variant 7M --resume",
-        variants_table(),
-    )  # fmt: skip
-    sub.add_argument("--variant", default="7M", choices=VARIANTS, help="shape and recipe (default: 7M)")
-    sub.add_argument("--arch", choices=ARCHS, help="how the shape is built (default: the variant's)")
-    sub.add_argument(
-        "--data",
-        help="a name under data/, a folder, a .bin or a text file (default: the newest under data/, else Python's own library)",
-    )
-    tokenizer_flags(sub, None)
-    sub.add_argument("--name", help="of the run: checkpoints/NAME_model.pt (default: the variant)")
-    sub.add_argument("--resume", action="store_true", help="go on with the run of this name")
-    sub.add_argument("--overwrite", action="store_true", help="replace the run of this name")
-    add_settings(sub, "training (the variant's recipe comes before these defaults)", TrainConfig)
-    add_settings(sub, "architecture (the variant and --arch come before these defaults)", GPTConfig)
-
-    sub = command(
-        "sample", cmd_sample, "generate text",
-        '  python model.py sample --prompt "def "\n'
-        '  python model.py sample --model_checkpoint 7M_model.pt --prompt "To be" --length 200 --temperature 0.8 --top_k 50\n'
-        '  echo "Once upon" | python model.py sample --num_samples 3 --stop "\\n"',
-    )  # fmt: skip
-    sub.add_argument(
-        "--model_checkpoint",
-        metavar="CHECKPOINT",
-        help="a path or a name under checkpoints/ (default: the newest there)",
-    )
-    sub.add_argument("--variant", choices=VARIANTS, help="check that the checkpoint is of this shape")
-    sub.add_argument("--prompt", help="the text to go on from (default: standard input, if it is not a terminal)")
-    sub.add_argument("--length", type=int, default=100, help="tokens to generate (default: 100)")
-    add_settings(sub, "sampling", SamplingSettings)
-    sub.add_argument("--num_samples", type=int, default=1, help="continuations, drawn as one batch (default: 1)")
-    sub.add_argument("--seed", type=int, default=1337, help="of the random choices (default: 1337)")
-    sub.add_argument("--stop", nargs="+", metavar="TEXT", help="end before any of these")
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    sub.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of weights and computation (default: auto)",
-    )
-    sub.add_argument(
-        "--draft_checkpoint", metavar="CHECKPOINT", help="a small model that drafts for this one (speculative decoding)"
-    )
-    add_settings(sub, "beyond the trained context", GPTConfig, only=("rope_scaling", "rope_factor"))
-
     def model_flag(sub: argparse.ArgumentParser, required: bool = False) -> None:
         sub.add_argument(
             "--model_checkpoint", metavar="CHECKPOINT", required=required,
@@ -4588,14 +4544,14 @@ def make_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         sub.add_argument("--variant", choices=VARIANTS, help="check that the checkpoint is of this shape")
 
-    def device_flags(sub: argparse.ArgumentParser) -> None:
+    def device_flags(sub: argparse.ArgumentParser, dtype: str = "auto", quantize: bool = True) -> None:
+        dtypes = ("auto", "float32", "bfloat16", "float16")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-        sub.add_argument(
-            "--dtype",
-            default="auto",
-            choices=("auto", "float32", "bfloat16", "float16"),
-            help="of weights and computation (default: auto)",
-        )
+        sub.add_argument("--dtype", default=dtype, choices=dtypes, help=f"of the computation (default: {dtype})")
+        if quantize:
+            sub.add_argument(
+                "--quantize", choices=("int8",), help="int8 weights, on a CPU: faster, a little less exact"
+            )
 
     def run_flags(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--name", help="of the run: checkpoints/NAME_model.pt")
@@ -4636,7 +4592,79 @@ def make_parser() -> argparse.ArgumentParser:
         )
         conversation_flags(sub)
 
-    conversation_flags(commands.choices["tokenize"])
+    sub = command(
+        "tokenize", cmd_tokenize, "turn text into a data folder",
+        "  python model.py tokenize --dataset shakespeare --txt input.txt\n"
+        "  python model.py tokenize --dataset notes --txt ~/notes more.txt --tokenizer bpe --vocab_size 4096\n"
+        "  zcat corpus.gz | python model.py tokenize --dataset corpus --txt - --tokenizer byte",
+    )  # fmt: skip
+    sub.add_argument("--dataset", required=True, metavar="NAME", help="the folder under data/ to make")
+    sub.add_argument(
+        "--txt",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help="files, folders, http(s) URLs, or - for standard input",
+    )
+    tokenizer_flags(sub)
+    sub.add_argument(
+        "--encoding", default="utf-8-sig", help="of the text (default: UTF-8, with or without a byte order mark)"
+    )
+    sub.add_argument(
+        "--errors",
+        default="strict",
+        choices=("strict", "ignore", "replace"),
+        help="what to do with bytes outside the encoding",
+    )
+    sub.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        help="the last part of the text that is for validation, at most 10M tokens (default: 0.1)",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace a data folder of this name")
+    conversation_flags(sub)
+
+    sub = command(
+        "train", cmd_train, "train a model",
+        "  python model.py train --variant 7M\n"
+        "  python model.py train --variant 7M --data input.txt --tokenizer byte --arch nanochat --max_iters 500\n"
+        "  python model.py train --variant 26M --data shakespeare --epochs 3 --name shakespeare_26M\n"
+        "  torchrun --nproc_per_node 4 model.py train --variant 300M --data corpus\n"
+        "  python model.py train --variant 7M --resume",
+        variants_table(),
+    )  # fmt: skip
+    sub.add_argument("--variant", default="7M", choices=VARIANTS, help="shape and recipe (default: 7M)")
+    sub.add_argument("--arch", choices=ARCHS, help="how the shape is built (default: the variant's)")
+    sub.add_argument(
+        "--data",
+        help="a name under data/, a folder, a .bin or a text file (default: the newest under data/, else Python's own library)",
+    )
+    tokenizer_flags(sub, None)
+    sub.add_argument("--name", help="of the run: checkpoints/NAME_model.pt (default: the variant)")
+    sub.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run of this name")
+    add_settings(sub, "training (the variant's recipe comes before these defaults)", TrainConfig)
+    add_settings(sub, "architecture (the variant and --arch come before these defaults)", GPTConfig)
+
+    sub = command(
+        "sample", cmd_sample, "generate text",
+        '  python model.py sample --prompt "def "\n'
+        '  python model.py sample --model_checkpoint 7M_model.pt --prompt "To be" --length 200 --temperature 0.8 --top_k 50\n'
+        '  echo "Once upon" | python model.py sample --num_samples 3 --stop "\\n"',
+    )  # fmt: skip
+    model_flag(sub)
+    sub.add_argument("--prompt", help="the text to go on from (default: standard input, if it is not a terminal)")
+    sub.add_argument("--length", type=int, default=100, help="tokens to generate (default: 100)")
+    add_settings(sub, "sampling", SamplingSettings)
+    sub.add_argument("--num_samples", type=int, default=1, help="continuations, drawn as one batch (default: 1)")
+    sub.add_argument("--seed", type=int, default=1337, help="of the random choices (default: 1337)")
+    sub.add_argument("--stop", nargs="+", metavar="TEXT", help="end before any of these")
+    device_flags(sub)
+    sub.add_argument(
+        "--draft_checkpoint", metavar="CHECKPOINT", help="a small model that drafts for this one (speculative decoding)"
+    )
+    add_settings(sub, "beyond the trained context", GPTConfig, only=("rope_scaling", "rope_factor"))
 
     sub = command(
         "export", cmd_export, "write a model for transformers, vLLM or llama.cpp",
@@ -4771,7 +4799,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=float, help="examples of each task")
     sub.add_argument("--batch_size", type=int, default=16, help="of --tasks (default: 16)")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    device_flags(sub)
+    device_flags(sub, dtype="float32", quantize=False)
     add_settings(sub, "beyond the trained context", GPTConfig, only=("rope_scaling", "rope_factor"))
 
     sub = command(
