@@ -63,7 +63,8 @@ class UserError(Exception):
 
 
 def setting(default: Any, help: str, choices: tuple = (), type: Callable | None = None) -> Any:
-    """A dataclass field that is also a command-line flag: its name, type, default and meaning are declared here once."""
+    """A dataclass field that is also a command-line flag: its name, type, default and meaning are declared here
+    once."""
     return field(default=default, metadata={"help": help, "choices": choices, "type": type})
 
 
@@ -310,9 +311,9 @@ class Norm(nn.Module):
 def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
     """RoPE's angle per position for each pair of dimensions, (rope_dim / 2,), and the factor on cos and sin.
 
-    linear: positions are divided by the factor. ntk: theta grows by factor^(d / (d - 2)), so that the longest wavelength
-    is stretched by the factor and the shortest not at all. yarn: fast dimensions stay, slow ones are divided by the
-    factor, a ramp between, and attention is sharpened (arXiv 2309.00071, section 3; transformers'
+    linear: positions are divided by the factor. ntk: theta grows by factor^(d / (d - 2)), so that the longest
+    wavelength is stretched by the factor and the shortest not at all. yarn: fast dimensions stay, slow ones are
+    divided by the factor, a ramp between, and attention is sharpened (arXiv 2309.00071, section 3; transformers'
     modeling_rope_utils). llama3: as yarn with Llama 3.1's thresholds.
     """
     d, theta, factor = c.rope_dim, c.rope_theta, c.rope_factor
@@ -379,8 +380,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
 
 
 def bmm_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Plain batched products, for training in bfloat16 on a CPU: there the backward pass of PyTorch's fused kernel takes
-    four times as long at 128 tokens and twice as long at 512."""
+    """Plain batched products, for training in bfloat16 on a CPU: there the backward pass of PyTorch's fused kernel
+    takes four times as long at 128 tokens and twice as long at 512."""
     B, n_head, T, head_dim = q.shape
     groups = n_head // k.size(1)
     if groups > 1:
@@ -410,7 +411,8 @@ def choose_attention(name: str) -> Callable:
             import flash_attn  # noqa: F401
         except ImportError:
             raise UserError(
-                "attn_implementation flash_attention_2 needs the flash-attn package (pip install flash-attn) and a CUDA "
+                "attn_implementation flash_attention_2 needs the flash-attn package (pip install flash-attn) and a "
+                "CUDA "
                 "GPU; --attn_implementation sdpa uses PyTorch's own flash kernel"
             ) from None
     return ATTENTION["sdpa" if name == "auto" else name]
@@ -545,8 +547,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """gpt2: N(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2 paper, section 2.3). normal: N(0, 0.02)
-        throughout (transformers' GPT-NeoX, Llama, Qwen). nanochat: unit embedding, uniform matrices of variance
+        """gpt2: N(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2 paper, section 2.3). normal: N(0,
+        0.02) throughout (transformers' GPT-NeoX, Llama, Qwen). nanochat: unit embedding, uniform matrices of variance
         1 / n_embd, zero projections and a head near zero (nanochat's gpt.py)."""
         c = self.config
         for name, p in self.named_parameters():
@@ -568,7 +570,8 @@ class GPT(nn.Module):
                 p.uniform_(-((3 / c.n_embd) ** 0.5), (3 / c.n_embd) ** 0.5)
 
     def build_rope(self) -> None:
-        """Tables of cos and sin for apply_rope, (context, 1, rope_dim) float32; built again when the scaling is changed."""
+        """Tables of cos and sin for apply_rope, (context, 1, rope_dim) float32; built again when the scaling is
+        changed."""
         self.rope_cos = self.rope_sin = None
         device = self.wte.weight.device
         if self.config.pos_embd == "rope" and device.type != "meta":
@@ -655,7 +658,8 @@ class GPT(nn.Module):
         return self.logits(self.hidden(idx, cache, segments))
 
     def loss(self, idx: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T); a target of -1 does not count."""
+        """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T); a target of -1 does not
+        count."""
         return linear_loss(self.hidden(idx, segments=segments), self, CrossEntropy(targets))
 
 
@@ -670,7 +674,8 @@ class CrossEntropy:
         self.targets = targets.flatten()
 
     def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """logits (rows, vocab) -> the sum of the loss, and its gradient by the logits if wanted. May overwrite logits."""
+        """logits (rows, vocab) -> the sum of the loss, and its gradient by the logits if wanted. May overwrite
+        logits."""
         targets = self.targets[rows]
         counted, row = targets >= 0, torch.arange(len(targets), device=targets.device)
         targets = targets.clamp(min=0)
@@ -927,7 +932,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
 
 
 def hf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, or a tokenizer.json itself with the tokenizer_config.json beside it."""
+    """The tokenizer of a Hugging Face directory, or a tokenizer.json itself with the tokenizer_config.json beside
+    it."""
     import tokenizers
 
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -1100,7 +1106,8 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
                 raise UserError(
-                    f"{path}: byte {offset - len(pending) + e.start:,} (0x{e.object[e.start]:02x}) is not {encoding}: name the "
+                    f"{path}: byte {offset - len(pending) + e.start:,} (0x{e.object[e.start]:02x}) is not "
+                    f"{encoding}: name the "
                     "right one with --encoding (for example latin-1), or use --errors replace"
                 ) from None
             if text:
@@ -1352,7 +1359,8 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
     keys = record.keys()
     forms = {
         "messages": "messages" in keys, "sharegpt": "conversations" in keys, "utterances": "utterances" in keys,
-        "alpaca": {"instruction", "output"} <= keys, "prompt": "prompt" in keys and bool({"completion", "response"} & keys),
+        "alpaca": {"instruction", "output"} <= keys, "prompt": "prompt" in keys and bool({"completion",
+        "response"} & keys),
     }  # fmt: skip
     form = chat_format or next((name for name, found in forms.items() if found), None)
     if form is None:
@@ -1378,7 +1386,8 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
     for i, m in enumerate(messages[system:]):
         if m["role"] != ("user", "assistant")[i % 2]:
             raise UserError(
-                f"roles are out of order: turn {i + system + 1} is {m['role']!r}, and user and assistant must take turns"
+                f"roles are out of order: turn {i + system + 1} is {m['role']!r}, and user and assistant must take "
+                "turns"
             )
     return messages
 
@@ -1402,7 +1411,8 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
     template = chat_template(tokenizer)
     if template is None:
         raise UserError(
-            f"tokenizer {tokenizer.name} has no chat template and no chat tokens: finetune the model on conversations first"
+            f"tokenizer {tokenizer.name} has no chat template and no chat tokens: finetune the model on "
+            "conversations first"
         )
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
     tokens = {k: tokenizer.spec.get(k) or "" for k in ("bos_token", "eos_token")}
@@ -1412,8 +1422,8 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
 def encode_conversation(
     tokenizer: Tokenizer, messages: list[dict[str, str]], train_on_all: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a rendered conversation, as apply_chat_template gives them, and the mask of targets: what the assistant
-    says and its end of turn, or everything."""
+    """Token ids of a rendered conversation, as apply_chat_template gives them, and the mask of targets: what the
+    assistant says and its end of turn, or everything."""
     ids: list[int] = []
     mask: list[int] = []
     rendered = ""
@@ -1530,7 +1540,8 @@ class RecordEncoder:
         if value is None or value == []:
             return np.empty(0, np.int64), None
         raise UserError(
-            f"column {column!r} holds {type(value).__name__}, and text or a list of turns is needed: {str(value)[:60]!r}"
+            f"column {column!r} holds {type(value).__name__}, and text or a list of turns is needed: "
+            f"{str(value)[:60]!r}"
         )
 
 
@@ -1550,7 +1561,8 @@ def tokenize_records(
     val_fraction: float = 0.1,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Make a data folder of a `datasets` data set. Returns its meta.json. An interrupted run goes on where it stopped."""
+    """Make a data folder of a `datasets` data set. Returns its meta.json. An interrupted run goes on where it
+    stopped."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -1610,8 +1622,8 @@ def progress_bar(**kwargs: Any) -> tqdm:
 class Data:
     """A data folder, or a .bin file of nanoGPT's, opened for reading. Nothing is read before it is needed.
 
-    tokens: memory map of all ids. val_start: where validation begins in it; val_tokens: a file of its own for validation
-    (nanoGPT's val.bin), else None. mask, starts: of conversations, else None.
+    tokens: memory map of all ids. val_start: where validation begins in it; val_tokens: a file of its own for
+    validation (nanoGPT's val.bin), else None. mask, starts: of conversations, else None.
     """
 
     def __init__(self, path: Path, tokenizer: str = "gpt2") -> None:
@@ -1634,7 +1646,8 @@ class Data:
             self.tokens = map_tokens(folder / "data.bin", dtype)
             if len(self.tokens) != n_tokens:
                 raise UserError(
-                    f"{folder / 'data.bin'} has {len(self.tokens):,} tokens and should have {n_tokens:,}: it is truncated or "
+                    f"{folder / 'data.bin'} has {len(self.tokens):,} tokens and should have {n_tokens:,}: it is "
+                    "truncated or "
                     "not the file that was written; run tokenize again"
                 )
             if (folder / "starts.bin").exists():
@@ -1657,14 +1670,15 @@ class Data:
         largest = max(int(tokens.max()) for tokens in (self.tokens, self.val_tokens) if tokens is not None)
         if largest >= self.tokenizer.n_vocab:
             raise UserError(
-                f"{path} has token id {largest} and tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}: "
+                f"{path} has token id {largest} and tokenizer {self.tokenizer.describe()} ends at "
+                f"{self.tokenizer.n_vocab - 1}: "
                 "it was made with another tokenizer (name it with --tokenizer) or is not a file of uint16 token ids"
             )
         self.digest = hashlib.blake2b(np.ascontiguousarray(self.tokens[:1_000_000]), digest_size=16).hexdigest()
 
     def windows(self, split: str, block_size: int) -> np.ndarray | range:
-        """The first token of every block of a split. Text is cut into consecutive blocks. Conversations are packed whole:
-        a window ends before the first conversation that does not fit, and one longer than a block is cut."""
+        """The first token of every block of a split. Text is cut into consecutive blocks. Conversations are packed
+        whole: a window ends before the first conversation that does not fit, and one longer than a block is cut."""
         low, high = (0, self.val_start) if split == "train" else (self.val_start, len(self.tokens))
         if split == "val" and self.val_tokens is not None:
             low, high = 0, len(self.val_tokens)
@@ -1679,13 +1693,15 @@ class Data:
             blocks = np.array(blocks, np.int64)
         if not len(blocks):
             raise UserError(
-                f"the {'training' if split == 'train' else 'validation'} split of {self.path} has {high - low:,} tokens, fewer than a "
+                f"the {'training' if split == 'train' else 'validation'} split of {self.path} has {high - low:,} "
+                "tokens, fewer than a "
                 f"block of {block_size} and its target: use a smaller --block_size or more text"
             )
         return blocks
 
     def batch(self, split: str, starts: np.ndarray, block_size: int) -> dict[str, Tensor]:
-        """Windows of a split as tensors (B, block_size) int64: idx, targets (-1: not a target), and segments for conversations."""
+        """Windows of a split as tensors (B, block_size) int64: idx, targets (-1: not a target), and segments for
+        conversations."""
         T = block_size
         if self.starts is None:
             tokens = self.tokens if split == "train" or self.val_tokens is None else self.val_tokens
@@ -1779,8 +1795,8 @@ def describe_meta(folder: Path, meta: dict[str, Any]) -> str:
 
 
 def find_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
-    """Open what --data names: a name under data/, a folder, a .bin file, or a file of text or records, which is tokenized
-    first. Without a name: the newest data set under data/, or Python's standard library."""
+    """Open what --data names: a name under data/, a folder, a .bin file, or a file of text or records, which is
+    tokenized first. Without a name: the newest data set under data/, or Python's standard library."""
     if spec is None:
         made = sorted(DATA_DIR.glob("*/meta.json"), key=lambda p: p.stat().st_mtime)
         if made:
@@ -1795,7 +1811,8 @@ def find_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
                 source = read_json(folder / "meta.json").get("source")
                 if (source.get("files") if isinstance(source, dict) else source) != describe_sources([str(path)]):
                     raise UserError(
-                        f"{folder} is in the way of {path}: it was made from something else; tokenize it under another name"
+                        f"{folder} is in the way of {path}: it was made from something else; tokenize it under "
+                        "another name"
                     )
                 return Data(folder)
             say(describe_meta(folder, tokenize_file(folder, path, tokenizer, vocab_size)))
@@ -1869,7 +1886,8 @@ def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = 
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index (B,) from each row of unnormalised probabilities (B, n), by inversion of the cumulative distribution."""
+    """One index (B,) from each row of unnormalised probabilities (B, n), by inversion of the cumulative
+    distribution."""
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     u = torch.rand(probs.size(0), 1, dtype=torch.float64, device=probs.device, generator=generator)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
@@ -1904,8 +1922,8 @@ def generate(
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
     context, its last half is read again into an empty cache and generation goes on from there. With a cache of the
-    caller's, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens may
-    come first.
+    caller's, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens
+    may come first.
     """
     context, device = model.config.context, model.wte.weight.device
     idx, pad = left_pad(prompts, device)
@@ -1953,7 +1971,8 @@ def speculative_generate(
     for m in (model, draft):
         if limit + n_draft > m.config.context:
             raise UserError(
-                f"prompt and --length need {limit + n_draft:,} tokens and a context is {m.config.context:,}: shorten them, or leave "
+                f"prompt and --length need {limit + n_draft:,} tokens and a context is {m.config.context:,}: shorten "
+                "them, or leave "
                 "--draft_checkpoint out"
             )
     caches = []
@@ -2009,11 +2028,12 @@ def generate_text(
     generator: torch.Generator | None = None,
     heal: bool = False,
 ) -> list[str]:
-    """Continuations of a prompt of token ids, drawn as one batch; each ends at `length` tokens, at the end-of-text token, or before
-    one of the `stop` strings. The first one is handed to on_text as it grows. tokens_from stands in for generate.
+    """Continuations of a prompt of token ids, drawn as one batch; each ends at `length` tokens, at the end-of-text
+    token, or before one of the `stop` strings. The first one is handed to on_text as it grows. tokens_from stands in
+    for generate.
 
-    heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one, since
-    that is how the model has seen words ("def" and " name")."""
+    heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one,
+    since that is how the model has seen words ("def" and " name")."""
     ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
     device = model.wte.weight.device
     generator = generator or torch.Generator(device).manual_seed(seed)
@@ -2105,8 +2125,9 @@ def find_checkpoint(spec: str | None) -> Path:
 def open_model(
     spec: str | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Open a model: one of our checkpoints, a Hugging Face directory, or a hub id, `owner/name` or `owner/name@revision`.
-    Returns it in eval mode with weights and activations in dtype, its tokenizer, and the rest of its checkpoint."""
+    """Open a model: one of our checkpoints, a Hugging Face directory, or a hub id, `owner/name` or
+    `owner/name@revision`. Returns it in eval mode with weights and activations in dtype, its tokenizer, and the rest
+    of its checkpoint."""
     is_hub_id = spec is not None and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", spec) and not spec.endswith(".pt")
     local = spec is not None and any(p.exists() for p in (Path(spec), CHECKPOINT_DIR / spec))
     path = hub_directory(spec) if is_hub_id and not local else find_checkpoint(spec)
@@ -2114,7 +2135,8 @@ def open_model(
         model, tokenizer = load_hf_model(path, dtype, device, **overrides), hf_tokenizer(path)
         if tokenizer.n_vocab > model.config.vocab_size:
             raise UserError(
-                f"{path}: its tokenizer has {tokenizer.n_vocab:,} tokens and its model only {model.config.vocab_size:,}: "
+                f"{path}: its tokenizer has {tokenizer.n_vocab:,} tokens and its model only "
+                f"{model.config.vocab_size:,}: "
                 "they do not belong together"
             )
         return model.eval(), tokenizer, {"path": path, "variant": path.name}
@@ -2190,7 +2212,8 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size % (self.grad_accum * world_size()):
             raise UserError(
-                f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum} times {world_size()} processes"
+                f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum} times {world_size()} "
+                "processes"
             )
         if self.max_iters < 1 and self.epochs <= 0:
             raise UserError("max_iters must be at least 1")
@@ -2263,8 +2286,8 @@ def choose_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
 
 
 def set_precision(model: GPT, name: str) -> None:
-    """Hold a model's weights in the precision it is used in. On a CPU, `auto` is bfloat16 for models that are wide enough
-    to be limited by memory, and float32 for small ones, which are limited by the overhead of each call."""
+    """Hold a model's weights in the precision it is used in. On a CPU, `auto` is bfloat16 for models that are wide
+    enough to be limited by memory, and float32 for small ones, which are limited by the overhead of each call."""
     device, width = model.wte.weight.device, model.config.n_embd
     dtype = (
         torch.float32 if name == "auto" and device.type == "cpu" and width < 384 else choose_dtype(name, device, 512)
@@ -2638,7 +2661,8 @@ def fit(
                     else "no checkpoint was written yet"
                 )
                 raise UserError(
-                    f"the loss or its gradient is not finite at step {int(first_bad)}: {kept}; try a lower --learning_rate, a longer "
+                    f"the loss or its gradient is not finite at step {int(first_bad)}: {kept}; try a lower "
+                    "--learning_rate, a longer "
                     "--warmup_iters or --dtype float32"
                 )
             elapsed = time.perf_counter() - timed_at
@@ -2661,7 +2685,8 @@ def fit(
                 results = evaluate(model)
                 record.update(results)
                 say(
-                    f"step {done}: loss {record['loss']:.4f}, val_loss {results['val_loss']:.4f}, perplexity {results['val_ppl']:.2f}, "
+                    f"step {done}: loss {record['loss']:.4f}, val_loss {results['val_loss']:.4f}, perplexity "
+                    f"{results['val_ppl']:.2f}, "
                     f"{results['val_bpb']:.4f} bits per byte, {speed:,.0f} tokens/s"
                 )
                 improved, best = results["val_loss"] < best, min(best, results["val_loss"])
@@ -2708,8 +2733,8 @@ def trim_log(path: Path, step: int) -> None:
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature, and
-    its gradient (rows, n) by the student's logits before the temperature.
+    """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature,
+    and its gradient (rows, n) by the student's logits before the temperature.
 
     forward_kl: KL(p || q) (arXiv 1503.02531). reverse_kl: KL(q || p) (arXiv 2306.08543). jsd: the generalised
     Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv 2306.13649,
@@ -2758,8 +2783,8 @@ class DistillConfig:
 
 
 class DistillLoss:
-    """Objective of linear_loss for a chunk of tokens: the teacher's logits are made from its hidden states here, chunk by
-    chunk, so that neither model's full logits ever exist."""
+    """Objective of linear_loss for a chunk of tokens: the teacher's logits are made from its hidden states here, chunk
+    by chunk, so that neither model's full logits ever exist."""
 
     def __init__(self, d: DistillConfig, targets: Tensor, teacher_logp: Callable[[slice], Any], n_vocab: int) -> None:
         self.d, self.teacher_logp, self.n_vocab = d, teacher_logp, n_vocab
@@ -2788,10 +2813,10 @@ class DistillLoss:
         return scale * value + (1 - d.alpha) * cross_entropy, grad.to(logits.dtype) if with_grad else None
 
     def with_tail(self, log_q: Tensor, index: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """The divergence over the teacher's K most likely tokens, index (rows, K), and one more outcome, "any other token",
-        whose mass is what they leave: log_p (rows, K + 1). Lumping outcomes can only lower a divergence (data-processing
-        inequality), it stays 0 for equal distributions, and the student keeps its own ranking within the tail, where
-        spreading the mass evenly or cutting it off would teach it something false."""
+        """The divergence over the teacher's K most likely tokens, index (rows, K), and one more outcome, "any other
+        token", whose mass is what they leave: log_p (rows, K + 1). Lumping outcomes can only lower a divergence
+        (data-processing inequality), it stays 0 for equal distributions, and the student keeps its own ranking within
+        the tail, where spreading the mass evenly or cutting it off would teach it something false."""
         d = self.d
         top = log_q.gather(1, index)
         tail = log_q.scatter(1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
@@ -2803,8 +2828,8 @@ class DistillLoss:
 class TeacherCache:
     """A teacher's top K probabilities of each position of each training block, made the first time a block is read.
 
-    Beside the data, in teacher_cache/: ids.bin (uint32) and probs.bin (float16), (blocks, block_size, K); done.bin, a byte
-    a block; meta.json, which says for which teacher, data, temperature and shape. Files are sparse until filled.
+    Beside the data, in teacher_cache/: ids.bin (uint32) and probs.bin (float16), (blocks, block_size, K); done.bin, a
+    byte a block; meta.json, which says for which teacher, data, temperature and shape. Files are sparse until filled.
     """
 
     def __init__(self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int) -> None:
@@ -2813,7 +2838,8 @@ class TeacherCache:
         wrong = next((k for k in meta if there and there.get(k) != meta[k]), None)
         if wrong:
             raise UserError(
-                f"{folder} was made for another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is {meta[wrong]}): "
+                f"{folder} was made for another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is "
+                f"{meta[wrong]}): "
                 "delete it, or run without --cache_teacher"
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -2935,7 +2961,8 @@ def every_kth_layer(teacher: GPT, student: GPT) -> None:
         ):
             raise UserError(
                 f"--init_from_teacher: {name} is {tuple(tensor.shape)} in the student and "
-                f"{'not in the teacher' if value is None else str(tuple(value.shape)) + ' in the teacher'}: widths must agree"
+                f"{'not in the teacher' if value is None else str(tuple(value.shape)) + ' in the teacher'}: widths "
+                "must agree"
             )
         rows = min(len(tensor), len(value))  # vocabulary and learned positions may be shorter
         tensor[:rows].copy_(value[:rows])
@@ -2991,7 +3018,8 @@ def evaluate_text(model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context:
     text_bytes = int(tokenizer.token_bytes()[tokens[1:].astype(np.int64)].sum())
     words = len(tokenizer.decode(tokens.tolist()).split())
     return {
-        "loss": total / n, "perplexity": math.exp(min(total / n, 700)), "bits_per_byte": total / math.log(2) / max(text_bytes, 1),
+        "loss": total / n, "perplexity": math.exp(min(total / n, 700)),
+        "bits_per_byte": total / math.log(2) / max(text_bytes, 1),
         "word_perplexity": math.exp(min(total / max(words, 1), 700)), "tokens": n,
     }  # fmt: skip
 
@@ -3073,7 +3101,8 @@ def lm_eval_adapter(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
 def complete(
     model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], length: int, s: SamplingSettings, until: list[str]
 ) -> list[str]:
-    """Continuations of different prompts as one batch, each up to `length` tokens, the end of text or one of `until`."""
+    """Continuations of different prompts as one batch, each up to `length` tokens, the end of text or one of
+    `until`."""
     ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
     ids: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
@@ -3102,7 +3131,8 @@ def progress_range(begin: int, end: int, step: int, desc: str) -> Iterator[int]:
 
 
 def hf_tensors(c: GPTConfig) -> list[tuple[str, str, slice, str]]:
-    """How an architecture's tensors are laid out in transformers: (its name, our name, the rows of ours, how they differ).
+    """How an architecture's tensors are laid out in transformers: (its name, our name, the rows of ours, how they
+    differ).
 
     `transpose`: stored as (in, out) (GPT-2's Conv1D). `interleave`: q, k and v of a head lie together (GPT-NeoX).
     `mirror`: rotated by -theta instead of theta, so the second half of each head is negated (nanochat).
@@ -3123,8 +3153,9 @@ def hf_tensors(c: GPTConfig) -> list[tuple[str, str, slice, str]]:
         for i in range(c.n_layer):
             for theirs, ours in (("ln_1", "norm_1"), ("ln_2", "norm_2")):
                 add(f"transformer.h.{i}.{theirs}", f"blocks.{i}.{ours}", bias=True)
-            for theirs, ours in (("attn.c_attn", "attn.qkv"), ("attn.c_proj", "attn.proj"), ("mlp.c_fc", "mlp.fc"), ("mlp.c_proj", "mlp.proj")):  # fmt: skip
-                add(f"transformer.h.{i}.{theirs}", f"blocks.{i}.{ours}", how="transpose", bias=True)
+            for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+                ours = part.replace("c_attn", "qkv").replace("c_", "")
+                add(f"transformer.h.{i}.{part}", f"blocks.{i}.{ours}", how="transpose", bias=True)
         add("transformer.ln_f", "norm_f", bias=True)
     elif c.arch == "gpt_neox":
         add("gpt_neox.embed_in", "wte", rows)
@@ -3191,7 +3222,8 @@ HF_FREE = {
     "nanochat": {"activation", "tie_word_embeddings", "n_kv_head", "logit_softcap", "rope"},
 }
 HF_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu", "swiglu": "silu", "geglu": "gelu",
+    "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu", "swiglu": "silu",
+    "geglu": "gelu",
 }  # fmt: skip
 
 
@@ -3199,7 +3231,8 @@ def check_exportable(c: GPTConfig) -> None:
     """Raise UserError, naming the setting, if transformers' class of this architecture cannot express the config."""
     free, row = HF_FREE[c.arch], {**asdict(GPTConfig()), **ARCHS[c.arch]}
     fixed = [
-        "pos_embd", "norm", "norm_weight", "norm_position", "embd_norm", "qk_norm", "activation", "bias", "parallel_residual",
+        "pos_embd", "norm", "norm_weight", "norm_position", "embd_norm", "qk_norm", "activation", "bias",
+        "parallel_residual",
         "logit_softcap",
     ]  # fmt: skip
     for name in fixed:
@@ -3243,7 +3276,8 @@ def hf_rope(c: GPTConfig) -> dict[str, Any]:
 
 
 HF_CLASSES = {
-    "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "nanochat": "NanoChatForCausalLM",
 }  # fmt: skip
 
@@ -3269,7 +3303,8 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     config.update(
         hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, intermediate_size=c.n_inner,
         hidden_act=HF_ACTIVATIONS[c.activation], max_position_embeddings=c.context, attention_dropout=c.attn_pdrop,
-        rope_parameters=rope, rope_theta=rope["rope_theta"], rope_scaling=None if rope["rope_type"] == "default" else scaling,
+        rope_parameters=rope, rope_theta=rope["rope_theta"],
+        rope_scaling=None if rope["rope_type"] == "default" else scaling,
     )  # fmt: skip
     if c.arch == "gpt_neox":
         config.update(
@@ -3307,7 +3342,8 @@ def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
     values: dict[str, Any] = {**ARCHS[arch], "arch": arch, "vocab_size": get("vocab_size")}
     values["tie_word_embeddings"] = bool(j.get("tie_word_embeddings", arch == "gpt2"))
     ours = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
-    activation = j.get("activation_function") or j.get("hidden_act") or {"gpt2": "gelu_new", "gpt_neox": "gelu", "nanochat": "relu2"}.get(arch, "silu")  # fmt: skip
+    default = {"gpt2": "gelu_new", "gpt_neox": "gelu", "nanochat": "relu2"}.get(arch, "silu")
+    activation = j.get("activation_function") or j.get("hidden_act") or default
     activation = ours.get(activation, activation)
     if values["activation"] == "swiglu":
         activation = {"silu": "swiglu", "gelu": "geglu"}.get(activation, activation)
@@ -3318,7 +3354,8 @@ def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
         values.update(
             block_size=get("n_positions", "n_ctx"), n_embd=get("n_embd"), n_layer=get("n_layer"), n_head=get("n_head"),
             n_inner=j.get("n_inner") or 0, norm_eps=j.get("layer_norm_epsilon", 1e-5),
-            resid_pdrop=j.get("resid_pdrop", 0.1), embd_pdrop=j.get("embd_pdrop", 0.1), attn_pdrop=j.get("attn_pdrop", 0.1),
+            resid_pdrop=j.get("resid_pdrop", 0.1), embd_pdrop=j.get("embd_pdrop", 0.1), attn_pdrop=j.get("attn_pdrop",
+            0.1),
         )  # fmt: skip
         return GPTConfig(**values)
     rope = {**(j.get("rope_scaling") or {}), **(j.get("rope_parameters") or {})}
@@ -3329,7 +3366,8 @@ def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
     theta = rope.get("rope_theta") or j.get("rope_theta") or j.get("rotary_emb_base") or 10000.0
     values.update(
         n_embd=get("hidden_size"), n_layer=get("num_hidden_layers"), n_head=get("num_attention_heads"),
-        n_inner=get("intermediate_size"), block_size=context, rope_theta=float(theta), attn_pdrop=j.get("attention_dropout", 0.0),
+        n_inner=get("intermediate_size"), block_size=context, rope_theta=float(theta),
+        attn_pdrop=j.get("attention_dropout", 0.0),
         norm_eps=j.get("layer_norm_eps" if arch == "gpt_neox" else "rms_norm_eps", values.get("norm_eps", 1e-5)),
     )  # fmt: skip
     if kind != "default":
@@ -3347,7 +3385,8 @@ def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
             values.update(rope_low_freq_factor=rope["low_freq_factor"], rope_high_freq_factor=rope["high_freq_factor"])
     if arch == "gpt_neox":
         values.update(
-            rope_pct=rope.get("partial_rotary_factor") or j.get("rotary_pct", 0.25), resid_pdrop=j.get("hidden_dropout", 0.0),
+            rope_pct=rope.get("partial_rotary_factor") or j.get("rotary_pct", 0.25),
+            resid_pdrop=j.get("hidden_dropout", 0.0),
             parallel_residual=j.get("use_parallel_residual", True),
         )  # fmt: skip
         return GPTConfig(**values)
@@ -3435,7 +3474,8 @@ def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: An
                     source = hf_layout(f.get_tensor(name), how, config, back=True)
                     if source.shape != target.shape:
                         raise UserError(
-                            f"{file}: tensor {name} has shape {tuple(source.shape)}, config.json says {tuple(target.shape)}"
+                            f"{file}: tensor {name} has shape {tuple(source.shape)}, config.json says "
+                            f"{tuple(target.shape)}"
                         )
                     target.copy_(source)
         except (SafetensorError, FileNotFoundError) as e:
@@ -3466,7 +3506,8 @@ def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> Tokenizer:
 
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + "
+    "'<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -3542,7 +3583,8 @@ def export_hf(
     name_of = {i: t for t, i in tokenizer.special.items()}
     eos = tokenizer.spec.get("eos_token") or name_of.get(config["eos_token_id"])
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.spec.get("bos_token") or eos, "eos_token": eos,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.spec.get("bos_token") or eos,
+        "eos_token": eos,
         "pad_token": eos, "unk_token": eos, "model_max_length": c.context, "clean_up_tokenization_spaces": False,
     })  # fmt: skip
     if template := chat_template(tokenizer):
@@ -3575,7 +3617,8 @@ def model_card(checkpoint: dict[str, Any], name: str, c: GPTConfig) -> str:
     if "val_loss" in metrics:
         head += [
             "model-index:", f"- name: {name}", "  results:", "  - task:", "      type: text-generation", "    dataset:",
-            f"      name: {dataset}", f"      type: {dataset}", "    metrics:", "    - name: validation loss", "      type: loss",
+            f"      name: {dataset}", f"      type: {dataset}", "    metrics:", "    - name: validation loss",
+            "      type: loss",
             f"      value: {metrics['val_loss']:.4f}", "    - name: perplexity", "      type: perplexity",
             f"      value: {metrics['val_ppl']:.4f}",
         ]  # fmt: skip
@@ -3593,8 +3636,8 @@ def model_card(checkpoint: dict[str, Any], name: str, c: GPTConfig) -> str:
 
 # {name}
 
-A {c.arch} language model of {count_parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.context}.
-{trained}{measured}
+A {c.arch} language model of {count_parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, width
+{c.n_embd}, context {c.context}. {trained}{measured}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -3822,7 +3865,8 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
     fixed += [k for k, v in chosen(args, GPTConfig).items() if checkpoint["config"][k] != v]
     if fixed:
         raise UserError(
-            f"--resume goes on with the run's own settings, and --{fixed[0]} differs: leave it out, or start anew with --overwrite"
+            f"--resume goes on with the run's own settings, and --{fixed[0]} differs: leave it out, or start anew "
+            "with --overwrite"
         )
     t = replace(t, **{k: v for k, v in changed.items() if k in free})
     if checkpoint["step"] >= t.max_iters and not t.epochs:
@@ -3841,7 +3885,8 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
         )
     if data.digest != checkpoint["data"]["digest"]:
         raise UserError(
-            f"{data.path} is not the data that {files.last} was trained on ({checkpoint['data']['path']}): its contents differ"
+            f"{data.path} is not the data that {files.last} was trained on ({checkpoint['data']['path']}): its "
+            "contents differ"
         )
     config = GPTConfig(**checkpoint["config"])
     if lora_rank := checkpoint.get("lora_rank"):
@@ -3920,7 +3965,8 @@ def cmd_sample(args: argparse.Namespace) -> None:
         set_precision(draft, args.dtype)
         if draft_tokenizer.digest != tokenizer.digest:
             raise UserError(
-                f"the draft has tokenizer {draft_tokenizer.describe()} and the model {tokenizer.describe()}: they must be the same"
+                f"the draft has tokenizer {draft_tokenizer.describe()} and the model {tokenizer.describe()}: they "
+                "must be the same"
             )
         tokens_from = functools.partial(speculative_generate, model, draft, stats)
     out(prompt)
@@ -4044,7 +4090,8 @@ def cmd_finetune(args: argparse.Namespace) -> None:
         data = find_data(args.data, tokenizer)
     if data.tokenizer.digest != tokenizer.digest:
         raise UserError(
-            f"{data.path} was made with tokenizer {data.tokenizer.describe()} and the model has {tokenizer.describe()}: make the data "
+            f"{data.path} was made with tokenizer {data.tokenizer.describe()} and the model has "
+            f"{tokenizer.describe()}: make the data "
             f"with tokenize --tokenizer {checkpoint['path']}"
         )
     files = RunFiles.named(args.name or f"finetuned_{variant}")
@@ -4090,7 +4137,8 @@ def report_long_conversations(data: Data, block_size: int) -> None:
         lengths = np.diff(np.append(data.starts, len(data.tokens)))
         if n := int((lengths > block_size + 1).sum()):
             say(
-                f"{n:,} of {len(lengths):,} conversations are longer than a block of {block_size} and will be cut: raise --block_size"
+                f"{n:,} of {len(lengths):,} conversations are longer than a block of {block_size} and will be cut: "
+                "raise --block_size"
             )
 
 
@@ -4124,7 +4172,8 @@ def cmd_distill(args: argparse.Namespace) -> None:
     )
     if teacher.config.context < block_size:
         raise UserError(
-            f"the teacher's context is {teacher.config.context} and the block is {block_size}: use a smaller --block_size"
+            f"the teacher's context is {teacher.config.context} and the block is {block_size}: use a smaller "
+            "--block_size"
         )
     n_teacher, n_student = count_parameters(teacher.config), count_parameters(student.config)
     if n_student > n_teacher:
@@ -4139,7 +4188,8 @@ def cmd_distill(args: argparse.Namespace) -> None:
     teacher = teacher_like(teacher, student)
     announce(student, data, t, args.student_variant or "student")
     say(
-        f"teacher {teacher_checkpoint['path']}: {n_teacher:,} parameters; alpha {d.alpha}, temperature {d.temperature}, {d.divergence}"
+        f"teacher {teacher_checkpoint['path']}: {n_teacher:,} parameters; alpha {d.alpha}, temperature "
+        f"{d.temperature}, {d.divergence}"
     )
     objective = make_distillation(teacher, d, data, block_size)
     teacher_spec = {"path": args.teacher_model_path, "variant": args.teacher_variant}
@@ -4183,7 +4233,8 @@ def check_same_vocabulary(tokenizer: Tokenizer, data: Data, teacher_path: str) -
     ]
     if differ or abs(ours.n_vocab - theirs.n_vocab) > 64:
         raise UserError(
-            f"the teacher has tokenizer {theirs.describe()} and {data.path} was made with {ours.describe()}: make matching data with "
+            f"the teacher has tokenizer {theirs.describe()} and {data.path} was made with {ours.describe()}: make "
+            "matching data with "
             f"tokenize --tokenizer {teacher_path}"
         )
 
@@ -4220,7 +4271,8 @@ def make_distillation(teacher: GPT, d: DistillConfig, data: Data, block_size: in
             raise UserError(f"cache_teacher is {d.cache_teacher}: the vocabulary has only {n_vocab:,} tokens")
         folder = (data.path if data.path.is_dir() else data.path.parent) / "teacher_cache"
         meta = {
-            "teacher": weights_digest(teacher), "data": data.digest, "temperature": d.temperature, "block_size": block_size,
+            "teacher": weights_digest(teacher), "data": data.digest, "temperature": d.temperature,
+            "block_size": block_size,
             "top_k": d.cache_teacher, "format_version": FORMAT_VERSION,
         }  # fmt: skip
         cache = TeacherCache(folder, meta, len(data.windows("train", block_size)), block_size, d.cache_teacher)
@@ -4242,7 +4294,8 @@ def cmd_eval(args: argparse.Namespace) -> None:
         context = args.block_size or model.config.context
         if context > model.config.context and model.rope_cos is None:
             raise UserError(
-                f"--block_size {context} is more than the context of {name}, {model.config.context}, and its positions are learned"
+                f"--block_size {context} is more than the context of {name}, {model.config.context}, and its "
+                "positions are learned"
             )
         if context > model.config.context:  # RoPE goes on, untrained
             model.config = replace(
@@ -4278,7 +4331,8 @@ def evaluation_tokens(spec: str | None, tokenizer: Tokenizer, name: str) -> tupl
     data = find_data(spec)
     if data.tokenizer.digest != tokenizer.digest:
         raise UserError(
-            f"{data.path} was made with tokenizer {data.tokenizer.describe()} and {name} has {tokenizer.describe()}: give eval a text file"
+            f"{data.path} was made with tokenizer {data.tokenizer.describe()} and {name} has {tokenizer.describe()}: "
+            "give eval a text file"
         )
     return str(data.path), data.tokens[data.val_start :] if data.val_tokens is None else data.val_tokens
 
@@ -4386,7 +4440,8 @@ class ChatSession:
             if len(self.messages) <= system + 1:
                 self.messages.pop()
                 raise UserError(
-                    f"the message has more tokens than the context of {self.model.config.context} has room for: shorten it"
+                    f"the message has more tokens than the context of {self.model.config.context} has room for: "
+                    "shorten it"
                 )
             del self.messages[system : system + 2]
         same = next(
@@ -4408,7 +4463,8 @@ class ChatSession:
             on_text(piece)
 
         try:
-            generate_text(self.model, self.tokenizer, ids, self.length, self.settings, on_text=show, tokens_from=tokens_from,
+            generate_text(self.model, self.tokenizer, ids, self.length, self.settings, on_text=show,
+            tokens_from=tokens_from,
                           generator=self.generator)  # fmt: skip
         except KeyboardInterrupt:
             pass
@@ -4477,7 +4533,8 @@ def parse_bool(text: str) -> bool:
 
 
 def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, only: tuple[str, ...] = ()) -> None:
-    """A flag for every setting() of a dataclass. Flags not given stay None, so that variants and recipes can fill them."""
+    """A flag for every setting() of a dataclass. Flags not given stay None, so that variants and recipes can fill
+    them."""
     group = parser.add_argument_group(title)
     for f in fields(cls):
         if "help" not in f.metadata or (only and f.name not in only):
@@ -4500,12 +4557,13 @@ def variants_table() -> str:
         c = make_config(name, 6400 if name == "26M" else 50259, {})
         memory = training_memory_bytes(c, v["batch_size"]) / 2**30
         rows.append(
-            f"{name:<8} {c.arch:<9} {c.n_layer:>6} {f'{c.n_head} ({c.n_kv_head})':>10} {c.n_embd:>5} {c.block_size:>5} {v['batch_size']:>5}"
+            f"{name:<8} {c.arch:<9} {c.n_layer:>6} {f'{c.n_head} ({c.n_kv_head})':>10} {c.n_embd:>5} "
+            f"{c.block_size:>5} {v['batch_size']:>5}"
             f"  {count_parameters(c) / 1e6:>8.1f} M  {memory:>12.1f} GB  {training_flops_per_token(c):>15.2e}"
         )
     return (
         "\n".join(rows)
-        + "\n(GPT-2's vocabulary; 26M with its own 6,400 tokens; memory at the variant's batch, bfloat16, before --grad_accum)"
+        + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory in bfloat16 at the variant's batch, --grad_accum 1)"
     )
 
 
@@ -4638,7 +4696,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--arch", choices=ARCHS, help="how the shape is built (default: the variant's)")
     sub.add_argument(
         "--data",
-        help="a name under data/, a folder, a .bin or a text file (default: the newest under data/, else Python's own library)",
+        help="a name under data/, a folder, a .bin or a text file "
+        "(default: the newest under data/, else Python's own library)",
     )
     tokenizer_flags(sub, None)
     sub.add_argument("--name", help="of the run: checkpoints/NAME_model.pt (default: the variant)")
@@ -4650,7 +4709,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(
         "sample", cmd_sample, "generate text",
         '  python model.py sample --prompt "def "\n'
-        '  python model.py sample --model_checkpoint 7M_model.pt --prompt "To be" --length 200 --temperature 0.8 --top_k 50\n'
+        '  python model.py sample --model_checkpoint 7M_model.pt --prompt "To be" --temperature 0.8 --top_k 50\n'
         '  echo "Once upon" | python model.py sample --num_samples 3 --stop "\\n"',
     )  # fmt: skip
     model_flag(sub)
@@ -4695,9 +4754,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(
         "hf_tokenize", cmd_hf_tokenize, "turn a Hugging Face data set into a data folder",
-        "  python model.py hf_tokenize --hf_dataset roskoN/dailydialog --hf_split train --hf_text_column utterances --dataset dailydialog_train\n"
-        "  python model.py hf_tokenize --hf_dataset ./parquet_folder --hf_text_column text --dataset corpus --num_proc 2\n"
-        "  python model.py hf_tokenize --hf_dataset HuggingFaceFW/fineweb-edu --hf_config sample-10BT --streaming --max_tokens 100000000 --dataset fineweb",
+        "  python model.py hf_tokenize --hf_dataset roskoN/dailydialog --hf_split train --hf_text_column utterances "
+        "--dataset dailydialog_train\n"
+        "  python model.py hf_tokenize --hf_dataset ./parquet_folder --hf_text_column text --dataset corpus "
+        "--num_proc 2\n"
+        "  python model.py hf_tokenize --hf_dataset HuggingFaceFW/fineweb-edu --hf_config sample-10BT --streaming "
+        "--max_tokens 100000000 --dataset fineweb",
     )  # fmt: skip
     sub.add_argument("--dataset", required=True, metavar="NAME", help="the folder under data/ to make")
     hub_flags(sub)
@@ -4727,18 +4789,21 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(
         "finetune", cmd_finetune, "finetune a model on conversations or text",
-        "  python model.py finetune --variant 7M --model_checkpoint 7M_model.pt --data conversations.jsonl --finetune_iters 1000\n"
-        '  python model.py finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16 --prompt "Hello"',
+        "  python model.py finetune --variant 7M --model_checkpoint 7M_model.pt --data conversations.jsonl "
+        "--finetune_iters 1000\n"
+        '  python model.py finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16',
     )  # fmt: skip
     sub.add_argument(
         "--data",
-        help="conversations as .jsonl, .json, .parquet or .csv, a text file, or a data folder made with the model's tokenizer",
+        help="conversations as .jsonl, .json, .parquet or .csv, a text file, "
+        "or a data folder made with the model's tokenizer",
     )
     finetune_flags(sub)
 
     sub = command(
         "hf_finetune", cmd_finetune, "finetune a model on a Hugging Face data set",
-        "  python model.py hf_finetune --variant 120M --model_checkpoint distilled_120M_model.pt --hf_dataset roskoN/dailydialog \\\n"
+        "  python model.py hf_finetune --variant 120M --model_checkpoint distilled_120M_model.pt --hf_dataset "
+        "roskoN/dailydialog \\\n"
         '    --hf_split train --hf_text_column utterances --finetune_iters 1000 --prompt "Hello, how are you?"',
     )  # fmt: skip
     hub_flags(sub)
@@ -4746,10 +4811,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(
         "distill", cmd_distill, "train a small model with the help of a large one",
-        "  python model.py distill --teacher_model_path hf --teacher_variant 120M --student_variant 7M --data data/shakespeare/data.bin \\\n"
+        "  python model.py distill --teacher_model_path hf --teacher_variant 120M --student_variant 7M --data "
+        "data/shakespeare/data.bin \\\n"
         "    --temperature 2.0 --alpha 0.5\n"
-        "  python model.py distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare --cache_teacher 64\n"
-        "  python model.py distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data corpus.txt",
+        "  python model.py distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare "
+        "--cache_teacher 64\n"
+        "  python model.py distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data "
+        "corpus.txt",
     )  # fmt: skip
     sub.add_argument(
         "--teacher_model_path",
@@ -4779,8 +4847,10 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(
         "eval", cmd_eval, "measure a model",
         "  python model.py eval --model_checkpoint 7M_model.pt --data shakespeare\n"
-        "  python model.py eval --model_checkpoint 7M_model.pt --compare distilled_7M_model.pt --data test.txt --stride 64\n"
-        "  python model.py eval --model_checkpoint 26M_model.pt --data book.txt --block_size 2048 --rope_scaling yarn --rope_factor 4\n"
+        "  python model.py eval --model_checkpoint 7M_model.pt --compare distilled_7M_model.pt --data test.txt "
+        "--stride 64\n"
+        "  python model.py eval --model_checkpoint 26M_model.pt --data book.txt --block_size 2048 --rope_scaling "
+        "yarn --rope_factor 4\n"
         "  python model.py eval --model_checkpoint HuggingFaceTB/SmolLM2-135M --tasks hellaswag,piqa --json",
     )  # fmt: skip
     model_flag(sub)
@@ -4827,8 +4897,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each time,
-    and the page faults of getting them again took half of a training step with GPT-2's vocabulary."""
+    """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each
+    time, and the page faults of getting them again took half of a training step with GPT-2's vocabulary."""
     import ctypes
 
     if sys.platform == "linux":

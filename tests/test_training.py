@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,21 +227,34 @@ def test_accumulation_changes_nothing(cli, text_file, data, arch):
     close_runs(log_of("1"), log_of("16"), rel)
 
 
-@pytest.mark.parametrize("data", ["text", "conversations"])
-def test_two_processes_equal_one(cli, text_file, workdir, data):
-    source = BYTES if data == "text" else ("--data", "chat")
-    conversation_data("chat")
-    cli("train", *source, *SIXTEEN, "--name", "one").ok()
+def torchrun(*args) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "model.py"), "train", *map(str, source), *map(str, SIXTEEN), "--name", "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    command += [str(ROOT / "model.py"), *map(str, args)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
+    return run
+
+
+def test_two_processes_equal_one(cli, text_file):
+    """From a text that is not tokenized yet, and over a run of the same name, which both processes find."""
+    cli("train", *BYTES, *SIXTEEN, "--name", "one").ok()
+    os.rename("data", "data_of_one")
+    cli("train", *BYTES, *SIXTEEN, "--name", "two", "--seed", 3).ok()
+    shutil.rmtree("data")
+    run = torchrun("train", *BYTES, *SIXTEEN, "--name", "two", "--overwrite")
     assert run.stdout.count("step 3:") == 1  # only the first process speaks
     close_runs(log_of("one"), log_of("two"))
     one, two = checkpoint_of("one")["model"], checkpoint_of("two")["model"]
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-4)  # a few of Adam's steps of 3e-4
+
+
+def test_two_processes_share_unequal_work(cli, workdir):
+    """Conversations: losses divide by the targets of the whole batch, not of each process's part."""
+    conversation_data("chat")
+    cli("train", "--data", "chat", *SIXTEEN, "--name", "one").ok()
+    torchrun("train", "--data", "chat", *SIXTEEN, "--name", "two", "--grad_accum", 2)
+    close_runs(log_of("one"), log_of("two"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,6 +472,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(cli, text_file, monkeypatch, ba
     assert all(p.isfinite().all() for p in checkpoint_of("parts")["model"].values())
     cli("train", "--name", "parts", "--resume").ok()
     assert_same_run("whole", "parts")
+
+
+def test_a_state_that_went_wrong_is_not_saved_as_good(cli, text_file, monkeypatch):
+    """A last update that ruins the weights shows in the evaluation, not in the loss of its step."""
+    factor = model.lr_factor
+    monkeypatch.setattr(model, "lr_factor", lambda step, t: 1e38 if step == 5 else factor(step, t))
+    for interval, kept in ((2, 4), (3, 3)):
+        run = ("train", *BYTES, *TINY_RUN, "--max_iters", 6, "--eval_interval", interval, "--name", interval)
+        assert "not finite at step 6" in cli(*run, "--sample_interval", -1).error
+        assert checkpoint_of(interval)["step"] == kept
+        assert all(p.isfinite().all() for p in checkpoint_of(interval)["model"].values())
 
 
 def test_a_learning_rate_far_too_high(cli, text_file):

@@ -1,0 +1,381 @@
+"""How fast model.py is, beside what else there is and beside what the machine can do.
+
+python tests/benchmarks/bench.py train --nanogpt ../nanoGPT                          one row of the README's table
+python tests/benchmarks/bench.py shakespeare --nanogpt ../nanoGPT --text input.txt   Tiny Shakespeare, whole commands
+python tests/benchmarks/bench.py smollm2 --model DIR                                 a Hugging Face directory
+python tests/benchmarks/bench.py all --nanogpt ../nanoGPT --text input.txt --model DIR --json results.json
+
+Each measurement is a process of its own, and contenders take turns (A B A B ...), so that a machine that slows down
+slows all of them. Numbers are medians over the rounds. The limits of the machine are measured in the same rounds. This
+file holds the rows and the table; workers.py holds what runs in the processes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MODEL_PY = ROOT / "model.py"
+
+# nanoGPT's documented CPU run on Tiny Shakespeare (its README, "I only have a macbook").
+NANOGPT_SHAKESPEARE = (
+    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+    "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
+    "--dropout=0.0"
+).split()
+NANOGPT_LOSS = 1.88  # what that run reaches
+
+# Ours, of the same shape: the fewest steps that reach nanoGPT's loss, and the best recipe for nanoGPT's time.
+OURS_FAST = dict(
+    arch="nanochat", tokenizer="byte", variant="7M", n_layer=4, n_head=4, n_embd=128, tie_word_embeddings="true",
+    block_size=64, batch_size=16, max_iters=250, eval_tokens=10**9, eval_interval=10**9, sample_interval=-1,
+)  # fmt: skip
+OURS_LONG = dict(OURS_FAST, batch_size=32, block_size=128, max_iters=1000)  # max_iters is fitted to nanoGPT's time
+
+PROMPT = "The history of computing begins with"
+SMOLLM2_BARS = {  # of ours and a peer: bar and aim
+    ("ours", "transformers"): ("3", ""),
+    ("ours", "llama.cpp bf16"): ("", "1"),
+    ("ours int8", "llama.cpp q8_0"): ("", "1"),
+}
+
+
+class Row:
+    """One row of the table: its lines for the README and all it measured for the JSON."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.lines, self.data = args, [], {}
+
+    def in_turn(self, contenders: dict[str, tuple[str, dict]], rounds: int = 0) -> dict[str, dict[str, float]]:
+        """Run workers, {label: (worker, its arguments)}, in turn; returns the median of each number they print."""
+        runs: dict[str, list[dict]] = {label: [] for label in contenders}
+        for i in range(rounds or self.args.rounds):
+            for label, (name, arguments) in contenders.items():
+                runs[label].append(worker(name, **arguments))
+                brief = {k: v for k, v in runs[label][-1].items() if isinstance(v, (int, float))}
+                note(f"round {i + 1}, {label}: " + ", ".join(f"{k} {v:.4g}" for k, v in brief.items()))
+        self.data.update(runs)
+        return {label: medians(results) for label, results in runs.items()}
+
+    def line(self, work: str, ours: str, peer: str, ratio: float | str = "", bar: str = "", aim: str = "") -> None:
+        self.lines.append([work, ours, peer, f"{ratio:.2f}" if isinstance(ratio, float) else ratio, bar, aim])
+
+    def limits_line(self, m: dict[str, float]) -> None:
+        peak = f"torch.mm {m['bfloat16_gflops']:.0f} GFLOP/s in bfloat16, {m['float32_gflops']:.0f} in float32"
+        self.line("limits of the machine", f"{peak}; memory {m['memory_gb_per_s']:.1f} GB/s", "")
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def medians(results: list[dict]) -> dict[str, float]:
+    numbers = [k for k, v in results[0].items() if isinstance(v, (int, float))]
+    return {k: statistics.median(r[k] for r in results) for k in numbers}
+
+
+def worker(name: str, **arguments) -> dict:
+    """Run a function of workers.py in a fresh process; returns what it returns and `process_seconds`."""
+    begin = time.perf_counter()
+    output = command(HERE / "workers.py", name, json.dumps(arguments))
+    return {**json.loads(output.splitlines()[-1]), "process_seconds": time.perf_counter() - begin}
+
+
+def command(*arguments: object, cwd: Path | None = None) -> str:
+    """Run Python with these arguments; returns its standard output."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, arguments))} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def timed(*arguments: object, cwd: Path | None = None) -> tuple[float, str]:
+    begin = time.perf_counter()
+    output = command(*arguments, cwd=cwd)
+    return time.perf_counter() - begin, output
+
+
+def need(args: argparse.Namespace, row: str, *options: str) -> None:
+    for option in options:
+        if getattr(args, option) is None:
+            sys.exit(f"row {row} needs --{option}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(row: Row) -> None:
+    """A training step of the 7M variant with GPT-2's vocabulary, batch 16 x 128, on the same random tokens."""
+    need(row.args, "train", "nanogpt")
+    steps = dict(steps=2, warmup=1) if row.args.quick else dict(steps=10, warmup=3)
+    peers = {
+        "nanoGPT": ("train_nanogpt", dict(steps, folder=row.args.nanogpt)),
+        "transformers": ("train_transformers", steps),
+    }
+    m = row.in_turn({"limits": ("limits", {}), "ours": ("train_ours", steps), **peers})
+    ours, nano, peak = m["ours"], m["nanoGPT"], m["limits"]["bfloat16_gflops"] * 1e9
+    for label in peers:
+        bar = ("2.5", "3.5") if label == "nanoGPT" else ("", "")
+        ratio = m[label]["step_seconds"] / ours["step_seconds"]
+        a, b = (f"{x['tokens_per_s']:,.0f} tokens/s ({x['step_seconds']:.3f} s a step)" for x in (ours, m[label]))
+        row.line("train 7M, 16 x 128", a, f"{label} {b}", ratio, *bar)
+    memory = [f"{x['peak_mb']:,.0f} MB" for x in (ours, nano)]
+    row.line("its peak memory", memory[0], f"nanoGPT {memory[1]}", ours["peak_mb"] / nano["peak_mb"], "<= 0.45", "0.35")
+    flops = ours["flops_per_token"]
+    mfu = [x["tokens_per_s"] * flops / peak for x in (ours, nano)]
+    row.line("its share of bfloat16's peak", f"{mfu[0]:.0%}", f"nanoGPT {mfu[1]:.0%}", "", "45 %", "60 %")
+    row.limits_line(m["limits"])
+
+
+def shakespeare(row: Row) -> None:
+    """Tiny Shakespeare by whole commands: the time to nanoGPT's loss, and the loss at nanoGPT's time."""
+    need(row.args, "shakespeare", "nanogpt", "text")
+    quick = dict(max_iters=20) if row.args.quick else {}
+    rounds: dict[str, list[dict]] = {"nanoGPT": [], "ours, fast": [], "ours, long": []}
+    long_iters = OURS_LONG["max_iters"]
+    for i in range(row.args.rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            nano = nanogpt_shakespeare(row.args, Path(scratch) / "nanoGPT")
+        fast = ours_shakespeare(row.args.text, {**OURS_FAST, **quick})
+        if i == 0:  # training time grows with the tokens; what comes before and after does not
+            per_token = fast["train_seconds"] / (fast["steps"] * OURS_FAST["batch_size"] * OURS_FAST["block_size"])
+            left = nano["seconds"] - (fast["seconds"] - fast["train_seconds"])
+            long_iters = left / (per_token * OURS_LONG["batch_size"] * OURS_LONG["block_size"])
+        long = ours_shakespeare(row.args.text, {**OURS_LONG, "max_iters": max(1, int(long_iters))})
+        long_iters = max(1, int(long_iters)) * nano["seconds"] / long["seconds"]  # the next round comes closer
+        for label, result in zip(rounds, (nano, fast, long), strict=True):
+            rounds[label].append(result)
+            note(f"round {i + 1}, {label}: {result}")
+    row.data.update(rounds, flags={"fast": OURS_FAST, "long": OURS_LONG})
+    nano, fast, long = map(medians, rounds.values())
+    work = f"whole command to validation loss {NANOGPT_LOSS}"
+    reached = "" if fast["val_loss"] <= NANOGPT_LOSS else ": NOT REACHED"
+    ours = f"{fast['seconds']:.1f} s (loss {fast['val_loss']:.3f}{reached}; {fast['parameters']:,.0f} parameters)"
+    peer = f"nanoGPT {nano['seconds']:.1f} s (loss {nano['val_loss']:.3f}; {nano['parameters']:,.0f} parameters)"
+    row.line(work, ours, peer, nano["seconds"] / fast["seconds"], "4", "6")
+    ours = f"{long['val_loss']:.3f} in {long['seconds']:.1f} s ({long['steps']:.0f} steps)"
+    peer = f"nanoGPT {nano['val_loss']:.3f} in {nano['seconds']:.1f} s"
+    row.line("validation loss at nanoGPT's time", ours, peer, "", "<= 1.62", "1.55")
+
+
+def nanogpt_shakespeare(args: argparse.Namespace, folder: Path) -> dict:
+    """nanoGPT's run in a copy of the checkout; its prepare.py is not counted. val_loss is over the whole split."""
+    shutil.copytree(args.nanogpt, folder, ignore=shutil.ignore_patterns(".git", "out*", "*.bin"))
+    data = folder / "data" / "shakespeare_char"
+    shutil.copyfile(args.text, data / "input.txt")
+    command("prepare.py", cwd=data)
+    flags = [*NANOGPT_SHAKESPEARE, *(["--max_iters=20", "--eval_interval=10"] if args.quick else [])]
+    seconds, output = timed(*flags, cwd=folder)
+    printed = float(re.findall(r"val loss ([\d.]+)", output)[-1])
+    return {"seconds": seconds, "printed_val_loss": printed, **worker("nanogpt_val_loss", folder=str(folder))}
+
+
+def ours_shakespeare(text: str, flags: dict) -> dict:
+    """One `model.py train` in an empty folder: tokenizing, training, the loss over the whole validation split, saving."""
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = [MODEL_PY, "train", "--data", Path(text).resolve(), "--name", "run", *arguments]
+        seconds, output = timed(*arguments, cwd=Path(scratch))
+        last = json.loads((Path(scratch) / "checkpoints" / "run_model.jsonl").read_text().splitlines()[-1])
+    parameters = int(re.search(r"([\d,]+) parameters", output)[1].replace(",", ""))
+    steps = {"train_seconds": last["seconds"], "steps": last["step"]}
+    return {"seconds": seconds, "val_loss": last["val_loss"], "parameters": parameters, **steps}
+
+
+def generate(row: Row) -> None:
+    """Generation by our 7M and 120M, random weights, batch 1, without compiling."""
+    need(row.args, "generate", "nanogpt")
+    n = 10 if row.args.quick else 100
+    contenders = {"limits": ("limits", {})}
+    variants = ("7M",) if row.args.quick else ("7M", "120M")
+    for v in variants:
+        contenders[f"ours {v}"] = ("generate_ours", dict(variant=v, n=n))
+        contenders[f"nanoGPT {v}"] = ("generate_nanogpt", dict(variant=v, n=n, folder=row.args.nanogpt))
+        contenders[f"transformers {v}"] = ("generate_transformers", dict(variant=v, n=n))
+    m = row.in_turn(contenders)
+    for v in variants:
+        for peer, bar in (("nanoGPT", ("4", "8")), ("transformers", ("", ""))):
+            a, b = m[f"ours {v}"], m[f"{peer} {v}"]
+            ratio = a["tokens_per_s"] / b["tokens_per_s"]
+            row.line(f"generate {v}, {n} tokens", decoding(a), f"{peer} {decoding(b)}", ratio, *bar)
+    row.limits_line(m["limits"])
+
+
+def decoding(m: dict[str, float]) -> str:
+    return f"{m['tokens_per_s']:.0f} tokens/s (first token {1000 * m['first_seconds']:.0f} ms)"
+
+
+def smollm2(row: Row) -> None:
+    """Greedy decoding with a real model: tokens/s, time to first token and the time of the whole command."""
+    need(row.args, "smollm2", "model")
+    folder, n = str(Path(row.args.model).resolve()), 8 if row.args.quick else 128
+    shared = dict(folder=folder, prompt=PROMPT, n=n)
+    contenders = {"limits": ("limits", {}), "ours": ("sample_ours", shared)}
+    if "--quantize" in command(MODEL_PY, "sample", "--help"):
+        contenders["ours int8"] = ("sample_ours", dict(shared, flags=["--quantize", "int8"]))
+    contenders["transformers"] = ("sample_transformers", shared)
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind in ("q8_0",) if row.args.quick else ("bf16", "f32", "q8_0"):
+            out = Path(scratch) / kind
+            flags = ["--model_path", folder, "--output_dir", out, "--format", "gguf", "--quantize", kind]
+            command(MODEL_PY, "export", *flags)
+            file = str(next(out.glob("*.gguf")))
+            contenders[f"llama.cpp {kind}"] = ("sample_llama_cpp", dict(shared, file=file))
+        m = row.in_turn(contenders)
+        # the whole command: from the start of Python to its end, cold
+        whole = {label: (name, dict(arguments, cold=True)) for label, (name, arguments) in contenders.items()}
+        whole.pop("limits")
+        measured, row.data = row.data, {}
+        runs = row.in_turn(whole, rounds=min(3, row.args.rounds))
+        seconds = {label: run["process_seconds"] for label, run in runs.items()}
+        row.data = {**measured, "cold": row.data}
+    for ours in [label for label in m if label.startswith("ours")]:
+        for peer in [label for label in m if not label.startswith(("ours", "limits"))]:
+            ratio = m[ours]["tokens_per_s"] / m[peer]["tokens_per_s"]
+            bar = SMOLLM2_BARS.get((ours, peer), ("", ""))
+            a, b = (f"{decoding(m[x])}, whole command {seconds[x]:.1f} s" for x in (ours, peer))
+            row.line(f"SmolLM2-135M, {n} tokens", f"{ours} {a}", f"{peer} {b}", ratio, *bar)
+    share = m["ours"]["tokens_per_s"] * m["ours"]["weight_bytes"] / 1e9 / m["limits"]["memory_gb_per_s"]
+    row.line("its share of the memory bandwidth", f"{share:.0%}", "")
+    row.limits_line(m["limits"])
+
+
+def tokenize(row: Row) -> None:
+    """GPT-2's vocabulary over 50 MB of Python sources, read from and written to disk, against one call of tiktoken."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "text.txt"
+        write_sources(file, 1_000_000 if row.args.quick else 50_000_000)
+        m = row.in_turn({name: (name, dict(file=str(file))) for name in ("tokenize_ours", "tokenize_tiktoken")})
+    a, b = (m[f"tokenize_{x}"]["mb_per_s"] for x in ("ours", "tiktoken"))
+    peer = f"tiktoken.encode_ordinary {b:.1f} MB/s"
+    row.line("tokenize, GPT-2's vocabulary", f"{a:.1f} MB/s", peer, a / b, "1.8", "2")
+
+
+def write_sources(file: Path, size: int) -> None:
+    """Python sources, the standard library first, again from the start if they are fewer bytes than `size`."""
+    with open(file, "wb") as out:
+        while out.tell() < size:
+            for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+                try:
+                    out.write(path.read_text(encoding="utf-8").encode()[: size - out.tell()])
+                except (OSError, UnicodeDecodeError):
+                    continue
+    file.write_bytes(file.read_bytes().decode(errors="ignore").encode())  # not cut inside a character
+
+
+def help(row: Row) -> None:
+    """The time until `--help` is on the screen, against the import of torch alone."""
+    seconds: dict[str, list[float]] = {"ours": [], "import torch": []}
+    for _ in range(row.args.rounds):
+        seconds["ours"].append(timed(MODEL_PY, "--help")[0])
+        seconds["import torch"].append(timed("-c", "import torch")[0])
+    row.data.update(seconds)
+    a, b = map(statistics.median, seconds.values())
+    row.line("python model.py --help", f"{a:.2f} s", f"import torch {b:.2f} s", f"{a - b:+.2f} s", "", "+0.3 s")
+
+
+def scaling(row: Row) -> None:
+    """How cost grows with batch, block, vocabulary, variant and, in generation, context; draws two pictures."""
+    quick = row.args.quick
+    axes = {
+        "batch": [1, 4] if quick else [1, 2, 4, 8, 16, 32, 64],
+        "block": [64, 128] if quick else [128, 256, 512, 1024],
+        "vocabulary": [256, 1000] if quick else [256, 1000, 4000, 16000, 50257, 100000, 150000],
+        "variant": ["7M"] if quick else ["7M", "26M", "50M", "120M", "300M", "500M", "700M", "1B"],
+    }
+    names = {"batch": "batch_size", "block": "block_size", "vocabulary": "vocab_size", "variant": "variant"}
+    base = dict(steps=2, warmup=1) if quick else dict(steps=5, warmup=2)
+    if quick:
+        base["vocab_size"] = 1000
+    contenders = {}
+    large = {}  # minutes each, so once
+    for axis, values in axes.items():
+        for value in values:
+            arguments = {**base, names[axis]: value}
+            if axis != "variant":
+                contenders[f"{axis} {value}"] = ("train_ours", arguments)
+                continue
+            arguments.update(dict(batch_size=1) if value in ("300M", "500M", "700M", "1B") else {}, steps=2, warmup=1)
+            if worker("training_memory", **arguments)["fits"]:
+                large[f"{axis} {value}"] = ("train_ours", arguments)
+    m = row.in_turn(contenders, rounds=min(3, row.args.rounds)) | row.in_turn(large, rounds=1)
+    curve = dict(tokens=100 if quick else 8190, block_size=128 if quick else 8192)
+    row.in_turn({x: (f"context_{x}", curve) for x in ("ours", "transformers")}, rounds=min(3, row.args.rounds))
+    curves = {x: median_curve(row.data[x]) for x in ("ours", "transformers")}
+    training = {axis: [(v, m[f"{axis} {v}"]) for v in values if f"{axis} {v}" in m] for axis, values in axes.items()}
+    row.data = {"training": training, "generation": curves}
+    for axis, points in training.items():
+        speed = ", ".join(f"{value}: {x['tokens_per_s']:,.0f}" for value, x in points)
+        memory = ", ".join(f"{value}: {x['peak_mb']:,.0f}" for value, x in points)
+        row.line(f"train 7M over {axis}" if axis != "variant" else "train", f"tokens/s {speed}", f"peak MB {memory}")
+    first, last = curves["ours"][0][1], curves["ours"][-1][1]
+    ours, peer = f"last part {last:.0f} tokens/s", f"first part {first:.0f} tokens/s"
+    row.line("generate over the context", ours, peer, last / first)
+    assets = Path(row.args.assets)
+    assets.mkdir(parents=True, exist_ok=True)
+    command(HERE / "plots.py", json.dumps(row.data), assets)
+    note(f"wrote {assets / 'throughput.png'} and {assets / 'generation.png'}")
+
+
+def median_curve(runs: list[dict]) -> list[tuple[float, float]]:
+    """(context, tokens/s) in windows, the median over rounds."""
+    same_place = zip(*(run["curve"] for run in runs), strict=True)
+    return [(points[0][0], statistics.median(speed for _, speed in points)) for points in same_place]
+
+
+ROWS = {f.__name__: f for f in (train, shakespeare, generate, smollm2, tokenize, help, scaling)}
+
+
+def machine() -> dict:
+    """What the numbers were taken on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "date": time.strftime("%Y-%m-%d %H:%M"), **worker("versions")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", choices=[*ROWS, "all"], metavar="ROW", help=", ".join([*ROWS, "all"]))
+    parser.add_argument("--nanogpt", metavar="DIR", type=os.path.abspath, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--model", metavar="DIR", help="a Hugging Face model directory, SmolLM2-135M for the table")
+    parser.add_argument("--text", metavar="FILE", help="Tiny Shakespeare's input.txt")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each contender runs (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there; other rows in the file are kept")
+    parser.add_argument("--assets", metavar="DIR", default=ROOT / "assets", help="where pictures go (default: assets)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work? The numbers mean nothing")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    where, table = machine(), []
+    for name in ROWS if "all" in args.rows else args.rows:
+        note(f"--- {name}")
+        row = Row(args)
+        ROWS[name](row)
+        table += row.lines
+        if args.json:
+            file = Path(args.json)
+            results = json.loads(file.read_text()) if file.exists() else {}
+            results[name] = {"machine": where, "rounds": args.rounds, "table": row.lines, "measured": row.data}
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    print(", ".join(f"{k}: {v}" for k, v in where.items()) + "\n")
+    for line in (["work", "ours", "peer", "ratio", "bar", "aim"], ["---"] * 6, *table):
+        print(f"| {' | '.join(line)} |")
+
+
+if __name__ == "__main__":
+    main()
