@@ -17,8 +17,8 @@ python model.py sample --prompt "def "                                 generate 
 python model.py tokenize --dataset shakespeare --txt input.txt         text, folders or URLs -> data/shakespeare/
 python model.py train --variant 26M --data shakespeare --max_iters 5000
 
-Read from top to bottom: configuration, the GPT, tokenizers, data files, generation, checkpoints, the training loop,
-the subcommands, the parser.
+Read from top to bottom: configuration, the GPT, tokenizers, data, generation, checkpoints, training, distillation,
+evaluation, Hugging Face in and out, the subcommands, the parser.
 """
 
 import argparse
@@ -3623,7 +3623,7 @@ def model_card(checkpoint: dict[str, Any], name: str, c: GPTConfig) -> str:
             f"      value: {metrics['val_ppl']:.4f}",
         ]  # fmt: skip
     command = " ".join(["python model.py", checkpoint.get("kind", ""), *checkpoint.get("arguments", [])[1:]])
-    trained = f"\nTrained with `{command}`" if "kind" in checkpoint else ""
+    trained = f"Trained with `{command}`" if "kind" in checkpoint else ""
     measured = (
         f": validation loss {metrics['val_loss']:.4f}, perplexity {metrics['val_ppl']:.2f}"
         if "val_loss" in metrics
@@ -3636,8 +3636,8 @@ def model_card(checkpoint: dict[str, Any], name: str, c: GPTConfig) -> str:
 
 # {name}
 
-A {c.arch} language model of {count_parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads, width
-{c.n_embd}, context {c.context}. {trained}{measured}
+A {c.arch} language model of {count_parameters(c):,} parameters: {c.n_layer} layers, {c.n_head} heads,
+width {c.n_embd}, context {c.context}. {trained}{measured}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -4561,10 +4561,7 @@ def variants_table() -> str:
             f"{c.block_size:>5} {v['batch_size']:>5}"
             f"  {count_parameters(c) / 1e6:>8.1f} M  {memory:>12.1f} GB  {training_flops_per_token(c):>15.2e}"
         )
-    return (
-        "\n".join(rows)
-        + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory in bfloat16 at the variant's batch, --grad_accum 1)"
-    )
+    return "\n".join(rows) + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory in bfloat16 at this batch)"
 
 
 def make_parser() -> argparse.ArgumentParser:

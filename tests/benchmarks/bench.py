@@ -184,7 +184,7 @@ def nanogpt_shakespeare(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def ours_shakespeare(text: str, flags: dict) -> dict:
-    """One `model.py train` in an empty folder: tokenizing, training, the loss over the whole validation split, saving."""
+    """One `model.py train` in an empty folder: tokenizing, training, loss over the whole validation split, saving."""
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [MODEL_PY, "train", "--data", Path(text).resolve(), "--name", "run", *arguments]
