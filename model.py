@@ -189,7 +189,9 @@ ARCHS: dict[str, dict[str, Any]] = {
 }
 
 # How an architecture is trained where that differs from the variant's own recipe.
-ARCH_RECIPES: dict[str, dict[str, Any]] = {"nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0)}
+ARCH_RECIPES: dict[str, dict[str, Any]] = {
+    "nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0, embd_lr=0.2, beta1=0.8)
+}
 
 # Shapes and recipes. The published ones (NGen3, NGen4, TransformerLM) stand as published.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -3817,9 +3819,9 @@ def train_config(args: argparse.Namespace, variant: str, arch: str, n_embd: int)
     names = {f.name for f in fields(TrainConfig)}
     recipe = {k: v for k, v in VARIANTS[variant].items() if k in names} if variant in VARIANTS else {}
     recipe.update(ARCH_RECIPES.get(arch, {}))
-    if arch == "nanochat":  # AdamW's rates fall with the square root of the width (nanochat's gpt.py)
+    if arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
         scale = (n_embd / 768) ** -0.5
-        recipe.update(learning_rate=0.004 * scale, head_lr=0.004 * scale, embd_lr=0.2 * scale)
+        recipe.update(learning_rate=0.004 * scale, head_lr=0.004 * scale)
     return TrainConfig(**{**recipe, **chosen(args, TrainConfig)})
 
 
