@@ -543,6 +543,7 @@ class GPT(nn.Module):
         self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else None
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations
+        self.compiled: Callable | None = None  # `hidden` as torch.compile made it, for training
         self.build_rope()
         if self.wte.weight.device.type != "meta":
             self.init_weights()
@@ -646,6 +647,10 @@ class GPT(nn.Module):
             cache.length += T
         return x if self.norm_f is None else self.norm_f(x)
 
+    def trunk(self, idx: Tensor, segments: Tensor | None = None) -> Tensor:
+        """hidden, compiled where that was asked for. Evaluation and generation, whose shapes vary, are not."""
+        return (self.compiled if self.training and self.compiled else self.hidden)(idx, segments=segments)
+
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) -> logits (..., vocab_size), float32; padding rows of the head are left out."""
         if isinstance(self.lm_head, Int8Linear):
@@ -662,7 +667,7 @@ class GPT(nn.Module):
     def loss(self, idx: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T); a target of -1 does not
         count."""
-        return linear_loss(self.hidden(idx, segments=segments), self, CrossEntropy(targets))
+        return linear_loss(self.trunk(idx, segments), self, CrossEntropy(targets))
 
 
 # The head and the loss together. A vocabulary of 50,000 makes the logits the largest tensor of a small model's step by
@@ -2519,7 +2524,7 @@ def compile_model(model: GPT, t: TrainConfig, device: torch.device) -> None:
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
         say("no C++ compiler here: going on without torch.compile")
         return
-    model.hidden = torch.compile(model.hidden)
+    model.compiled = torch.compile(model.hidden)
 
 
 def train_step(
@@ -2650,10 +2655,10 @@ def fit(
 
             done = step + 1
             last = done == t.max_iters
-            stopping = (
-                bool(all_reduce(torch.tensor(float(len(stop)), device=device))) if world_size() > 1 else bool(stop)
-            )
             log_now, eval_now = done % t.log_interval == 0 or last, done % eval_interval == 0 or last
+            stopping = bool(stop)
+            if world_size() > 1:  # all processes together, and without a synchronisation in every step
+                stopping = log_now and bool(all_reduce(torch.tensor(float(len(stop)), device=device)))
             if not (log_now or eval_now or stopping):
                 continue
             if math.isfinite(first_bad.item()):
@@ -2887,7 +2892,7 @@ class Distillation:
         else:
             teacher_logp = self.cached(idx, segments, blocks)
         objective = DistillLoss(loss, targets, teacher_logp, self.n_vocab)
-        value = linear_loss(student.hidden(idx, segments=segments), student, objective)
+        value = linear_loss(student.trunk(idx, segments), student, objective)
         self.sums += objective.parts.cpu()
         self.n_targets += int((targets >= 0).sum())
         return value
@@ -4071,15 +4076,16 @@ def tokenize_hub_data(args: argparse.Namespace, folder: Path, tokenizer: Tokeniz
 
 def cmd_finetune(args: argparse.Namespace) -> None:
     init_distributed(args.device or "auto")
+    variant = args.variant or variant_of(args.model_checkpoint)
+    files = RunFiles.named(args.name or f"finetuned_{variant}")
     if args.resume:
-        return resume_training(args, RunFiles.named(args.name or f"finetuned_{args.variant or 'model'}"))
+        return resume_training(args, files)
     device = choose_device(args.device or "auto")
     model, tokenizer, checkpoint = open_model(
         args.model_checkpoint, device, **chosen(args, GPTConfig, FINETUNE_SETTINGS)
     )
     if args.variant and "config" in checkpoint:
         check_variant(args.variant, model.config, checkpoint["path"])
-    variant = args.variant or checkpoint.get("variant") or checkpoint["path"].stem
     tokenizer = add_chat_tokens(model, tokenizer) if tokenizer.kind == "hf" else tokenizer
     if args.rope_scaling:
         model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
@@ -4096,7 +4102,6 @@ def cmd_finetune(args: argparse.Namespace) -> None:
             f"{tokenizer.describe()}: make the data "
             f"with tokenize --tokenizer {checkpoint['path']}"
         )
-    files = RunFiles.named(args.name or f"finetuned_{variant}")
     files.check_free(args.overwrite)
     block_size = args.block_size or min(512, model.config.context)
     if block_size > model.config.context:
@@ -4129,6 +4134,15 @@ def cmd_finetune(args: argparse.Namespace) -> None:
     results = fit(model, data, t, files, extra, block_size=block_size)
     show_sample(args, model, tokenizer, data, "after")
     finish_run(results, files)
+
+
+def variant_of(spec: str | None) -> str:
+    """What a model is called in the names of runs that start from it."""
+    name = Path(spec.partition("@")[0]).name if spec else None
+    if name is None or name.endswith(".pt"):
+        path = find_checkpoint(spec)
+        return load_checkpoint(path).get("variant") or path.stem.removesuffix("_model")
+    return name
 
 
 FINETUNE_SETTINGS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradient_checkpointing")
@@ -4426,8 +4440,9 @@ class ChatSession:
         self.model, self.tokenizer, self.settings, self.length = model, tokenizer, settings, length
         self.messages: list[dict[str, str]] = []
         self.generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+        self.context = min(model.config.context, 8192)  # of memory for the cache, whatever the model could take
         like = torch.empty(0, dtype=model.compute_dtype, device=model.wte.weight.device)
-        self.cache = KVCache(model.config, 1, model.config.context, like)
+        self.cache = KVCache(model.config, 1, self.context, like)
         self.cached: list[int] = []  # the tokens in the cache
 
     def answer(self, text: str, on_text: Callable[[str], None]) -> str:
@@ -4436,14 +4451,13 @@ class ChatSession:
         while True:
             rendered = render_chat(self.tokenizer, self.messages, add_generation_prompt=True)
             ids = self.tokenizer.encode_rendered(rendered)
-            if len(ids) + min(self.length, self.model.config.context // 2) <= self.model.config.context:
+            if len(ids) + min(self.length, self.context // 2) <= self.context:
                 break
             system = 1 if self.messages[0]["role"] == "system" else 0
             if len(self.messages) <= system + 1:
                 self.messages.pop()
                 raise UserError(
-                    f"the message has more tokens than the context of {self.model.config.context} has room for: "
-                    "shorten it"
+                    f"the message has more tokens than the context of {self.context} has room for: shorten it"
                 )
             del self.messages[system : system + 2]
         same = next(
