@@ -30,6 +30,12 @@ import model  # noqa: E402
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The test of the largest model comes last, when nothing else needs the memory."""
+    items.sort(key=lambda item: item.path.name == "test_1b.py")
+
+
 # A run that takes a second: a small shape, and nothing chosen by the machine.
 TINY_SHAPE = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4)
 TINY_RUN = (*TINY_SHAPE, "--dtype", "float32", "--device", "cpu", "--compile", "false", "--eval_tokens", 256)

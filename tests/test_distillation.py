@@ -582,6 +582,15 @@ def test_the_cross_entropy_of_the_log_is_per_token_of_the_data(distill):
     assert log_of("run")[0]["cross_entropy"] == pytest.approx(math.log(BYTES), rel=0.1)
 
 
+def test_micro_batches_add_up_to_the_batch(distill):
+    """Truth: the batch in one piece, within float32's rounding."""
+    run = (*STUDENT, "--max_iters", 4, "--log_interval", 1, "--name")
+    distill(*run, "whole").ok()
+    distill(*run, "parts", "--grad_accum", 4).ok()
+    for a, b in zip(log_of("whole"), log_of("parts"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
 def test_a_student_becomes_its_teacher(distill):
     """Truth: a teacher of noise, which the text says nothing about: only by listening does the student get close."""
     run = ("--n_embd", 64, "--n_head", 4, "--max_iters", 60, "--learning_rate", 1e-2, "--alpha", 1, "--name", "run")
@@ -713,8 +722,8 @@ def test_a_student_of_the_teachers_layers_has_a_smaller_table(distill):
 
 def test_init_from_teacher_without_a_variant_halves_the_depth(distill):
     run = ("--dtype", "float32", "--device", "cpu", "--max_iters", 1, "--batch_size", 2, "--eval_tokens", 64)
-    distill("--init_from_teacher", *run, "--learning_rate", 1e-9, "--sample_interval", -1).ok()
-    checkpoint = torch.load("checkpoints/distilled_model_model.pt", weights_only=True)
+    distill("--init_from_teacher", *run, "--learning_rate", 1e-9, "--sample_interval", -1, "--name", "half").ok()
+    checkpoint = torch.load("checkpoints/half_model.pt", weights_only=True)
     assert checkpoint["config"]["n_layer"] == 1 and checkpoint["config"]["n_embd"] == 64
     torch.testing.assert_close(checkpoint["model"]["wte.weight"], byte_gpt().wte.weight.detach(), atol=1e-6, rtol=0)
 
@@ -752,6 +761,16 @@ def test_a_student_can_start_from_a_checkpoint(distill):
     distill("--student_checkpoint", "student.pt", *run, "--name", "run").ok()
     for name, tensor in start.state_dict().items():
         torch.testing.assert_close(weights_of("run")[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_student_checkpoint_takes_dropout_and_nothing_of_a_new_shape(distill):
+    """No flag is silently ignored: what can change does, and what cannot is an error that names it."""
+    save_model("student.pt", byte_gpt(3, n_layer=1))
+    run = ("--student_checkpoint", "student.pt", *TINY_RUN[8:], "--batch_size", 2, "--max_iters", 1, "--name")
+    distill(*run, "dropout", "--resid_pdrop", 0.5).ok()
+    assert torch.load("checkpoints/dropout_model.pt", weights_only=True)["config"]["resid_pdrop"] == 0.5
+    for flags in (("--n_layer", 5), ("--arch", "llama"), ("--student_variant", "7M"), ("--init_from_teacher",)):
+        assert flags[0] in distill(*run, "refused", *flags).error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -826,6 +845,12 @@ def test_a_larger_student_is_warned_about(distill):
     smaller = distill(*STUDENT, "--max_iters", 1, "--name", "smaller").ok()
     assert "warning: the student" in larger.err and "larger than the teacher" in larger.err
     assert "warning" not in smaller.err
+
+
+def test_a_teacher_of_another_variant(distill):
+    """As everywhere else, a variant that is named is checked."""
+    error = distill(*STUDENT, "--teacher_variant", "120M", "--max_iters", 1).error
+    assert "teacher.pt" in error and "120M" in error and "n_layer" in error
 
 
 def swapped_bytes(a: int, b: int) -> model.Tokenizer:

@@ -811,7 +811,7 @@ def test_every_misshapen_tensor(exported, shape):
 
 
 LIES = {  # config.json's words for (vocabulary, width, layers, MLP)
-    "vocab_size": [258, 320, 1000], "hidden_size": [16, 64, 36], "n_embd": [16, 64, 36],
+    "vocab_size": [258, 320, 1000], "hidden_size": [16, 64, 40], "n_embd": [16, 64, 40],
     "num_hidden_layers": [1, 3], "n_layer": [1, 3], "intermediate_size": [64, 20], "n_inner": [64, 20],
     "num_key_value_heads": [1, 2], "head_dim": [4, 16], "n_positions": [64, 256],
 }  # fmt: skip
@@ -857,8 +857,7 @@ def test_rope_scaling_that_we_do_not_have(cli, rope):
     config = json.loads((folder / "config.json").read_text())
     del config["rope_parameters"]
     (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": rope}))
-    error = error_of(cli, folder)
-    assert "rope" in error.lower()
+    assert "config.json" in error_of(cli, folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"gpt2"', "\xff\xfe", "{}"])

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 BLUE, GREY, ORANGE = "#1f5fa8", "#9a9a9a", "#d9722b"
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
@@ -39,7 +40,10 @@ def throughput(training: dict, path: Path) -> None:
     axes[0, 0].set_ylabel("training, tokens/s")
     axes[1, 0].set_ylabel("peak memory, GiB")
     for ax in axes.flat:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
+    axes[1, -1].tick_params("x", labelsize=8)
     figure.suptitle("A training step of the 7M variant as one size grows, and of every variant")
     save(figure, path)
 
@@ -47,7 +51,7 @@ def throughput(training: dict, path: Path) -> None:
 def generation(curves: dict, path: Path) -> None:
     figure, ax = plt.subplots(figsize=(7.5, 4))
     for (label, points), colour in zip(curves.items(), (BLUE, GREY), strict=True):
-        ax.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=2)
+        ax.plot(*zip(*points, strict=True), color=colour, label={"ours": "model.py"}.get(label, label), linewidth=2)
     ax.set(ylim=(0, None), xlim=(0, None), xlabel="tokens in the context", ylabel="tokens/s, batch 1")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     ax.grid(alpha=0.25)

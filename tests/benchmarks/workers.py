@@ -342,11 +342,15 @@ def sample_transformers(folder: str, prompt: str, n: int, cold: bool = False) ->
     return {**speeds(times), "peak_mb": peak_mb()}
 
 
-def sample_llama_cpp(folder: str, prompt: str, n: int, file: str, cold: bool = False) -> dict:
-    from llama_cpp import Llama
+def sample_llama_cpp(folder: str, prompt: str, n: int, file: str, cold: bool = False, repack: bool = True) -> dict:
+    import llama_cpp
 
+    if not repack:  # llama-cpp-python's Llama has no argument for it
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = False
+        llama_cpp.llama_cpp.llama_model_default_params = lambda: params
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    llm = Llama(file, n_ctx=512, n_threads=cores, n_threads_batch=cores, verbose=False)
+    llm = llama_cpp.Llama(file, n_ctx=512, n_threads=cores, n_threads_batch=cores, verbose=False)
     tokens = llm.tokenize(prompt.encode())
     for length in (n,) if cold else (4, n):
         llm.reset()  # else the prompt would be found in the cache
@@ -412,7 +416,7 @@ def tokenize_ours(file: str) -> dict:
 def tokenize_tiktoken(file: str) -> dict:
     import tiktoken
 
-    encoding, text = tiktoken.get_encoding("gpt2"), Path(file).read_text(encoding="utf-8")
+    encoding, text = tiktoken.get_encoding("r50k_base"), Path(file).read_text(encoding="utf-8")
     encoding.encode_ordinary("warm")
     begin = time.perf_counter()
     n = len(encoding.encode_ordinary(text))

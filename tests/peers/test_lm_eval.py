@@ -192,6 +192,7 @@ def test_tasks_of_every_kind(pair, tasks, options):
         assert ours[task] == pytest.approx(expected[task], rel=1e-4), task
 
 
+@pytest.mark.parametrize("pair", ["gpt2"], indirect=True)  # lm-eval takes seconds to read its own tasks
 def test_the_command_line(pair, tasks, cli):
     """eval --tasks prints what lm-eval computes with its own model, and nothing else on standard output."""
     folder, _, _, theirs = pair
@@ -206,6 +207,7 @@ def test_the_command_line(pair, tasks, cli):
         assert row.keys() == values.keys()
 
 
+@pytest.mark.parametrize("pair", ["gpt2"], indirect=True)
 def test_an_unknown_task(pair, cli):
     folder, *_ = pair
     error = cli("eval", "--model_checkpoint", folder, "--tasks", "helaswag").error
