@@ -800,6 +800,7 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_str(spec["json"])
             self.backend.encode_special_tokens = True  # as text, not as special tokens
             self.backend.no_truncation()
+            self.middle = without_prefix(spec["json"], self.backend)
             self.n_vocab = max(self.backend.get_vocab().values()) + 1
         else:
             import tiktoken
@@ -825,11 +826,13 @@ class Tokenizer:
         content = {k: v for k, v in self.spec.items() if k in ("kind", "ranks", "json", "special")}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Token ids of a text; if it continues another, without what a tokenizer may put before the first word."""
         if self.kind == "byte":
             return list(text.encode("utf-8", "replace"))
         if self.kind == "hf":
-            return self.backend.encode(text, add_special_tokens=False).ids
+            backend = self.middle if continues else self.backend
+            return backend.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
         return self.backend.encode_ordinary(text)
 
     def prompt(self, text: str) -> list[int]:
@@ -862,11 +865,11 @@ class Tokenizer:
         """(n_vocab,), true for the tokens whose text begins with a space."""
         return torch.tensor([self.decode([i]).startswith(" ") for i in range(self.n_vocab)])
 
-    def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
+    def encode_array(self, text: str, dtype: np.dtype, continues: bool = False) -> np.ndarray:
         """encode, as an array."""
         if self.kind == "byte":
             return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(dtype)
-        return np.array(self.encode(text), dtype)
+        return np.array(self.encode(text, continues), dtype)
 
     def decode(self, ids: list[int]) -> str:
         """Bytes that are not UTF-8 become U+FFFD; ids that are only padding are left out."""
@@ -891,6 +894,30 @@ class Tokenizer:
 
     def describe(self) -> str:
         return f"{self.name} ({self.n_vocab:,} tokens)"
+
+
+def without_prefix(text: str, backend: Any) -> Any:
+    """The tokenizers.Tokenizer of a tokenizer.json, for text that continues other text: SentencePiece's kind puts a
+    space before each text it is given. The backend itself where there is no such thing."""
+    import tokenizers
+
+    if '"Prepend"' not in text and '"prepend_scheme"' not in text:
+        return backend
+
+    def strip(node: Any) -> Any:
+        if isinstance(node, dict):
+            node = {k: strip(v) for k, v in node.items() if not (isinstance(v, dict) and v.get("type") == "Prepend")}
+            return {**node, "prepend_scheme": "never"} if "prepend_scheme" in node else node
+        if isinstance(node, list):
+            return [strip(v) for v in node if not (isinstance(v, dict) and v.get("type") == "Prepend")]
+        return node
+
+    spec = json.loads(text)
+    spec.update({k: strip({k: spec.get(k)}).get(k) for k in ("normalizer", "pre_tokenizer")})
+    made = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    made.encode_special_tokens = True
+    made.no_truncation()
+    return made
 
 
 def with_special_tokens(kind: str, name: str, tokens: list[bytes]) -> Tokenizer:
@@ -986,9 +1013,13 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.ids, self.start, self.shown = tokenizer, [], 0, 0
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, token: int | None) -> str:
         """The text that a token completes; None flushes what is left."""
+        if self.tokenizer.kind != "hf":
+            known = token is not None and token < self.tokenizer.n_vocab
+            return self.utf8.decode(self.tokenizer.backend.decode_bytes([token]) if known else b"", final=token is None)
         if token is not None:
             self.ids.append(token)
         before = self.tokenizer.decode(self.ids[self.start : self.shown])
@@ -1035,6 +1066,7 @@ def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
 
 def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> None:
     """Fetch a URL into a file, which appears only when whole. Raises UserError when it cannot be had."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -1042,17 +1074,19 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "model.py"})
             with urllib.request.urlopen(request, timeout=timeout) as response, atomic_write(path) as f:
-                total = int(response.headers.get("Content-Length") or 0)
+                total, received = int(response.headers.get("Content-Length") or 0), 0
                 with progress_bar(total=total or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
                     while block := response.read(1 << 16):
                         f.write(block)
+                        received += len(block)
                         bar.update(len(block))
-                if total and bar.n != total:
-                    raise OSError(f"the connection ended after {bar.n:,} of {total:,} bytes")
+                if total and received != total:
+                    raise OSError(f"the connection ended after {received:,} of {total:,} bytes")
             return
-        except (OSError, ValueError) as e:  # URLError and time-outs are OSErrors
-            reason = getattr(e, "reason", e)
-            permanent = isinstance(e, ValueError) or (isinstance(e, urllib.error.HTTPError) and e.code < 500)
+        except (OSError, ValueError, http.client.HTTPException) as e:  # URLError and time-outs are OSErrors
+            reason = getattr(e, "reason", None) or e
+            permanent = isinstance(e, (ValueError, http.client.InvalidURL))
+            permanent = permanent or (isinstance(e, urllib.error.HTTPError) and e.code < 500)
             if permanent or attempt == retries - 1:
                 raise UserError(f"cannot download {url}: {reason}") from None
             time.sleep(2**attempt)
@@ -1101,21 +1135,22 @@ def text_files(sources: list[str], scratch: Path) -> list[Path]:
 def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -> Iterator[str]:
     """The text of a file in blocks. Raises UserError with the byte offset of what is not in the encoding."""
     try:
+        if not codecs.lookup(encoding)._is_text_encoding:
+            raise LookupError(f"{encoding} is not an encoding of text")
         decoder = codecs.getincrementaldecoder(encoding)(errors)
     except LookupError as e:
-        raise UserError(f"--encoding or --errors: {e}") from None
+        raise UserError(f"--encoding: {e}") from None
     offset = 0
     with open(path, "rb") as f:
         while True:
             block = f.read(PIECE_CHARS)
-            pending = decoder.getstate()[0] if encoding.startswith("utf") else b""
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
+                at = offset + len(block) - len(e.object) + e.start  # e.object ends where the block does
                 raise UserError(
-                    f"{path}: byte {offset - len(pending) + e.start:,} (0x{e.object[e.start]:02x}) is not "
-                    f"{encoding}: name the "
-                    "right one with --encoding (for example latin-1), or use --errors replace"
+                    f"{path}: byte {at:,} (0x{e.object[e.start]:02x}) is not {encoding}: name the right one with "
+                    "--encoding (for example latin-1), or use --errors replace"
                 ) from None
             if text:
                 yield text
@@ -1155,12 +1190,16 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str | None], dtype: np.
     """Token ids of pieces, in order, tokenized on all cores (tiktoken and tokenizers release the GIL); None, the end of
     a document, becomes the end-of-text token."""
     end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
-    encode = lambda piece: end if piece is None else tokenizer.encode_array(piece, dtype)  # noqa: E731
-    workers = os.cpu_count() or 1
+
+    def encode(piece: str | None, continues: bool) -> np.ndarray:
+        return end if piece is None else tokenizer.encode_array(piece, dtype, continues)
+
+    workers, continues = os.cpu_count() or 1, False
     with ThreadPoolExecutor(workers) as pool:
         pending = []
         for piece in pieces:
-            pending.append(pool.submit(encode, piece))
+            pending.append(pool.submit(encode, piece, continues))
+            continues = piece is not None
             if len(pending) > workers:  # bounded: a corpus of any size passes through a few megabytes
                 yield pending.pop(0).result()
         for future in pending:
@@ -1639,6 +1678,8 @@ class Data:
         self.mask = self.starts = self.val_tokens = None
         if (folder / "meta.json").exists() and (path.is_dir() or path.name == "data.bin"):
             meta = read_json(folder / "meta.json")
+            if not isinstance(meta, dict):
+                raise UserError(f"{folder / 'meta.json'} is not a data folder's meta.json")
             if meta.get("format_version", 0) > FORMAT_VERSION:
                 raise UserError(
                     f"{folder} has format version {meta['format_version']}, made by a newer model.py: update this one"
@@ -2440,8 +2481,7 @@ class RunFiles:
 
     @classmethod
     def named(cls, name: str) -> "RunFiles":
-        stem = CHECKPOINT_DIR / f"{name}_model"
-        return cls(stem.with_suffix(".pt"), stem.with_name(f"{stem.name}_last.pt"), stem.with_suffix(".jsonl"))
+        return cls(*(CHECKPOINT_DIR / f"{name}_model{end}" for end in (".pt", "_last.pt", ".jsonl")))
 
     def check_free(self, overwrite: bool) -> None:
         """Raise UserError if a run of this name is there and must not be overwritten; clear it away otherwise."""
@@ -3788,10 +3828,15 @@ def chosen(args: argparse.Namespace, cls: type, only: tuple[str, ...] = ()) -> d
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
+def data_folder(name: str) -> Path:
+    """The folder under data/ of a data set that is to be made."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"--dataset {name!r} must be a plain name: that of the folder under {DATA_DIR}/")
+    return DATA_DIR / name
+
+
 def cmd_tokenize(args: argparse.Namespace) -> None:
-    if Path(args.dataset).name != args.dataset:
-        raise UserError(f"--dataset {args.dataset!r} must be a plain name: the folder under {DATA_DIR}/")
-    folder = DATA_DIR / args.dataset
+    folder = data_folder(args.dataset)
     if Path(args.txt[0]).suffix in RECORD_FILES:
         if len(args.txt) > 1:
             raise UserError("one file of records at a time: for several, put them into a folder and use hf_tokenize")
@@ -4048,7 +4093,7 @@ def parse_size(text: str) -> int:
 
 
 def cmd_hf_tokenize(args: argparse.Namespace) -> None:
-    folder = DATA_DIR / args.dataset
+    folder = data_folder(args.dataset)
     check_data_folder_free(folder, args.overwrite)
     say(describe_meta(folder, tokenize_hub_data(args, folder, None)))
 

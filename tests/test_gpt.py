@@ -185,6 +185,7 @@ PARITY = {
     "qwen3 MQA, untied, head_dim 16": ("qwen3", dict(n_kv_head=1, tie_word_embeddings=False, head_dim=16)),
     "nanochat": ("nanochat", {}),
     "nanochat GQA 2": ("nanochat", dict(n_kv_head=2)),
+    "nanochat yarn": ("nanochat", dict(rope_scaling="yarn", rope_factor=4.0)),  # rotates, then normalises
     "nanochat MQA, linear": ("nanochat", dict(n_kv_head=1, rope_scaling="linear", rope_factor=2.0)),
 }
 

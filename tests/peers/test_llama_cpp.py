@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from conftest import fuzzed_strings, random_tokens, save, small
+from conftest import fuzzed_strings, random_tokens, save, small, stdlib_source
 from llama_cpp import GGML_TYPE_F32, Llama
+from tokenizers import decoders, pre_tokenizers, trainers
 
 import model
 
@@ -36,8 +38,8 @@ MODELS = {
 
 
 def open_gguf(path: Path, **options) -> Llama:
-    """float32 keys and values, as ours. Token by token where weights are int8: llama.cpp's kernels for more at once need
-    AMX, which some virtual machines announce and do not let run."""
+    """float32 keys and values, as ours. Token by token where weights are int8: llama.cpp's kernels for more at once
+    need AMX, which some virtual machines announce and do not let run."""
     if "q8_0" in path.name:
         options.update(n_batch=1, n_ubatch=1)
     options = {"n_ctx": 256, "type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "verbose": False, **options}
@@ -101,6 +103,52 @@ def test_llama_cpp_tokenizes_as_we_do(cli, kind, request):
     assert llama.tokenize(rendered.encode(), add_bos=False, special=False) == tokenizer.encode(rendered)
     assert llama.metadata["tokenizer.chat_template"] == model.CHATML
     assert llama.token_eos() == tokenizer.eot and llama.n_vocab() == tokenizer.n_vocab
+
+
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {  # how published byte-level vocabularies split a text before merging
+    "GPT-2": None,
+    "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST,
+    "Qwen 2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST,
+    "SmolLM": "digits",
+    "one of its own": r"\d+|\D{1,5}",
+}
+
+
+def imported(folder: Path, pattern: str | None) -> model.Tokenizer:
+    """A vocabulary trained with a split pattern, as a tokenizer.json."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in (None, "digits"))
+    if pattern is None:
+        backend.pre_tokenizer = byte_level
+    else:
+        split = pre_tokenizers.Digits(True)
+        if pattern != "digits":
+            split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
+    numbers = [f"{i} {i * i}, it's {i}'S we'LL\r\n\n" for i in range(2000)]
+    texts = [*stdlib_source("datetime", "tarfile").splitlines(keepends=True), *numbers]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1500, **options))
+    backend.save(str(folder / "tokenizer.json"))
+    return model.hf_tokenizer(folder)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_imported_tokenizers(cli, tmp_path, pattern):
+    """llama.cpp knows split patterns by name: each is recognised, and one that has no name is refused."""
+    tokenizer = imported(tmp_path, pattern)
+    gpt = small("llama", tokenizer.n_vocab, n_embd=32)
+    if pattern == PATTERNS["one of its own"]:
+        save("a_model.pt", gpt, tokenizer)
+        run = ("export", "--model_path", "a_model.pt", "--output_dir", "out", "--format", "gguf")
+        assert "tokenizer" in cli(*run).error
+        return
+    llama = open_gguf(export(cli, gpt, tokenizer, "f16"))
+    different = [s for s in fuzzed_strings(10_000) if llama.tokenize(s.encode(), add_bos=False) != tokenizer.encode(s)]
+    assert not different, (len(different), different[:5])
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen3"])

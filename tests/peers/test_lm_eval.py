@@ -3,6 +3,7 @@ request, at every batch size, and the same table from the command line. Needs lm
 
 import json
 import logging
+import random
 from pathlib import Path
 
 import lm_eval
@@ -16,8 +17,12 @@ from tokenizers import processors
 import model
 
 CONTEXT = 64
-WORDS = Path(model.__file__).read_text(encoding="utf-8").split()
-TEXT = " ".join(WORDS[:3000])
+RANDOM = random.Random(0)
+WORDS = [
+    "".join(RANDOM.choices(["ne", "ta", "ko", "(", "é", "ri", "s", ".", "n"], k=RANDOM.randint(1, 4)))
+    for _ in range(3000)
+]
+TEXT = " ".join(WORDS)
 KINDS = {
     "multiple_choice": """
 doc_to_text: "{{question}}"
@@ -88,11 +93,13 @@ def test_loglikelihood(pair, batch_size):
         for i, (n, m) in enumerate([(1, 1), (5, 2), (30, 3), (80, 4), (3, 9)])
     ]
     pairs += [("", text_of(9, 4)), ("def f( ", "x):"), ("A<|endoftext|>B", " C"), ("né", "e ça"), ("x", "y")]
-    for i in range(0, 200, 10):  # tokens that the model itself would choose
-        context = text_of(i, 4)
+    for i in range(200):  # what the model itself would say, where that is a token of the joint text too
+        context = text_of(i, 1 + i % 5)
+        ids = theirs.tok_encode(context)
         with torch.no_grad():
-            best = gpt(torch.tensor([theirs.tok_encode(context)]))[0, -1].argmax().item()
-        pairs.append((context, tokenizer.decode([best])))
+            best = gpt(torch.tensor([ids]))[0, -1].argmax().item()
+        if theirs.tok_encode(context + tokenizer.decode([best])) == [*ids, best]:
+            pairs.append((context, tokenizer.decode([best])))
     ours = model.lm_eval_adapter(gpt, tokenizer, batch_size).loglikelihood(
         requests("loglikelihood", pairs), disable_tqdm=True
     )
