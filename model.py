@@ -3824,7 +3824,7 @@ def add_gguf_tokenizer(w: Any, tokenizer: Tokenizer, c: GPTConfig) -> None:
 
 def chosen(args: argparse.Namespace, cls: type, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a dataclass that the user gave on the command line."""
-    names = only or [f.name for f in fields(cls)]
+    names = only or [f.name for f in fields(cls) if "help" in f.metadata or f.name == "arch"]
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 

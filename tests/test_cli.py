@@ -113,8 +113,10 @@ def test_sample(cli, run_files):
 
 def test_sample_takes_the_newest_checkpoint(cli, run_files):
     shutil.copy("checkpoints/7M_model.pt", "checkpoints/other_model.pt")
-    os.utime("checkpoints/7M_model.pt", (1, 1))
-    assert "other_model.pt" in cli("sample", "--prompt", "a", "--length", 2).ok().err
+    for old, new in (("7M", "other"), ("other", "7M")):
+        os.utime(f"checkpoints/{old}_model.pt", (1, 1))
+        os.utime(f"checkpoints/{new}_model.pt")
+        assert f"{new}_model.pt" in cli("sample", "--prompt", "a", "--length", 2).ok().err
 
 
 def test_greedy_sample_is_the_models_argmax(cli, run_files):

@@ -737,6 +737,8 @@ def test_conversations_longer_than_a_block_are_counted(cli, base):
     run = ("finetune", "--model_checkpoint", base, "--data", "long.jsonl", *FINETUNE, "--finetune_iters", 1)
     out = cli(*run).ok().out
     assert "2 of 47 conversations are longer than a block of 128 and will be cut: raise --block_size" in out
+    out = cli(*run, "--block_size", 64, "--overwrite").ok().out
+    assert "longer than a block of 64" in out and "4 x 64 tokens a step" in out
     error = cli(*run[:-2], "--block_size", 129, "--overwrite").error
     assert "129" in error and "128" in error
 

@@ -100,10 +100,31 @@ def test_a_stopped_and_resumed_run_is_the_run_never_stopped(cli, text_file, monk
     stopped = cli(*run, "--name", "parts")
     assert stopped.code == 130 and f"stopped at step {stops[0]}" in stopped.out and "--resume" in stopped.out
     assert checkpoint_of("parts")["step"] == stops[0]
-    for later in stops[1:]:
+    for later in range(1, len(stops)):
+        torch.manual_seed(later)  # another process would not have this one's random state
         stopped = cli("train", "--name", "parts", "--resume")
-        assert stopped.code == 130, stopped.err
-        assert f"stopped at step {stops[0] + sum(stops[1 : stops.index(later) + 1])}" in stopped.out or len(stops) > 2
+        assert stopped.code == 130 and f"stopped at step {sum(stops[: later + 1])}" in stopped.out, stopped.err
+    torch.manual_seed(99)
+    cli("train", "--name", "parts", "--resume").ok()
+    assert_same_run("whole", "parts")
+
+
+def test_a_killed_run_is_resumed_from_its_last_checkpoint(cli, text_file, monkeypatch):
+    """Killed at step 8, when the log is ahead of the checkpoint of step 5."""
+    run = ("train", *BYTES, *TINY_RUN, *INTERVALS, *DROPOUT)
+    cli(*run, "--name", "whole").ok()
+    original, calls = model.train_step, []
+
+    def train_step(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "train_step", train_step)
+        assert cli(*run, "--name", "parts").code == 130
+    assert checkpoint_of("parts")["step"] == 5 and log_of("parts")[-1]["step"] == 6
     cli("train", "--name", "parts", "--resume").ok()
     assert_same_run("whole", "parts")
 
@@ -375,6 +396,22 @@ def test_the_log(cli, text_file):
     assert losses[0] == pytest.approx(math.log(259), abs=0.2)
 
 
+def test_the_loss_of_conversations_is_the_mean_over_their_targets(cli, workdir):
+    """By hand from the definition: the first batch, the initial weights, F.cross_entropy over what the mask wants."""
+    conversation_data("chat")
+    cli("train", "--data", "chat", *TINY_RUN, "--max_iters", 1, "--learning_rate", 0).ok()
+    data, config = model.Data(Path("chat")), model.GPTConfig(**checkpoint_of()["config"])
+    torch.manual_seed(1337)
+    gpt = model.GPT(config)
+    windows = data.windows("train", 16)
+    order = np.random.default_rng((1337, 0)).permutation(len(windows))
+    batch = data.batch("train", windows[order[:4]], 16)
+    targets = batch["targets"].flatten()
+    assert 5 < (targets >= 0).sum() < 50
+    logits = gpt(batch["idx"], segments=batch["segments"]).flatten(0, 1)
+    assert log_of()[0]["loss"] == pytest.approx(F.cross_entropy(logits, targets, ignore_index=-1).item(), rel=1e-5)
+
+
 def test_epochs(cli, text_file):
     """60,000 bytes: 54,000 for training are 3,374 blocks of 16 and a target, 844 batches of 4 (rounded up)."""
     cli("train", *BYTES, *TINY_RUN, "--batch_size", 40, "--epochs", 0.5, "--sample_interval", -1).ok()
@@ -423,12 +460,14 @@ def test_evaluation_reads_the_same_blocks_every_time(workdir):
 
 
 def test_the_best_model_is_kept(cli, text_file, monkeypatch):
-    """Validation losses of 3, 2, 2.5: the best file is of the second evaluation, the last one of the third."""
-    losses = iter([3.0, 2.0, 2.5])
+    """Validation losses of 3, 2, 2.5, 2.1: the best file is of the second, also when the run is resumed after that."""
+    losses = iter([3.0, 2.0, 2.5, 2.1])
     fake = lambda self, gpt: {"val_loss": next(losses), "val_ppl": 1.0, "val_bpb": 1.0, "val_tokens": 1}  # noqa: E731
     monkeypatch.setattr(model.Evaluator, "__call__", fake)
-    out = cli("train", *BYTES, *TINY_RUN, "--max_iters", 6, "--eval_interval", 2).ok().out
+    cli("train", *BYTES, *TINY_RUN, "--max_iters", 6, "--eval_interval", 2).ok()
     assert checkpoint_of(last=False)["step"] == 4 and checkpoint_of()["step"] == 6
+    out = cli("train", "--resume", "--max_iters", 8).ok().out
+    assert checkpoint_of(last=False)["step"] == 4 and checkpoint_of()["step"] == 8
     assert "best val_loss 2.0000" in out
 
 

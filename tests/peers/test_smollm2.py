@@ -124,7 +124,7 @@ def test_finetuning_on_real_conversations(cli, smollm2, conversations, opened, f
     held_out = [model.messages_of(r) for r in records[int(0.92 * len(records)) :]][:60]  # of the last tenth: validation
     before = assistant_loss(gpt, held_out, tokenizer), text_loss(gpt, tokenizer)
     run = ("finetune", "--model_checkpoint", smollm2, "--data", conversations, "--finetune_iters", 100, *flags)
-    small_steps = ("--block_size", 128, "--batch_size", 4, "--eval_interval", 50, "--eval_tokens", 2048)
+    small_steps = ("--block_size", 128, "--batch_size", 2, "--eval_interval", 50, "--eval_tokens", 2048)
     out = cli(*run, *small_steps, "--prompt", "Are you a robot?", "--sample_length", 30, "--name", "tuned").ok().out
     tuned = model.open_model("tuned_model.pt")[0]
     after = assistant_loss(tuned, held_out, tokenizer), text_loss(tuned, tokenizer)
