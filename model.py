@@ -124,6 +124,12 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if not self.n_inner:
             self.n_inner = round_up(self.n_embd * 8 / 3, 64) if self.is_glu else 4 * self.n_embd
+        if not 0 <= self.rope_pct <= 1:
+            raise UserError(f"rope_pct is {self.rope_pct}: it must be between 0 and 1")
+        if self.rope_scaling == "ntk" and self.rope_dim < 4:
+            raise UserError(
+                f"rope_scaling ntk needs at least 4 rotated dimensions, and these heads have {self.rope_dim}"
+            )
         if self.pos_embd == "rope" and self.rope_dim % 2:
             raise UserError(f"rope_pct {self.rope_pct} of head_dim {self.head_dim} is not an even number of dimensions")
         if self.rope_scaling != "none" and self.pos_embd != "rope":
@@ -132,9 +138,12 @@ class GPTConfig:
             )
         if self.rope_factor < 1:
             raise UserError(f"rope_factor is {self.rope_factor}: it must be at least 1")
-        for name in ("block_size", "n_layer", "n_embd", "vocab_size"):
+        for name in ("block_size", "n_layer", "n_embd", "vocab_size", "n_kv_head", "head_dim", "n_inner"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
@@ -850,8 +859,9 @@ class Tokenizer:
 
     def without_special(self, text: str) -> str:
         """Text with the names of special tokens taken out, for what a user wrote into a chat template."""
-        for name in self.control_tokens:
-            text = text.replace(name, "")
+        while any(name in text for name in self.control_tokens):  # taking one out may put another together
+            for name in self.control_tokens:
+                text = text.replace(name, "")
         return text
 
     @functools.cached_property
@@ -877,6 +887,31 @@ class Tokenizer:
         if self.kind == "hf":
             return self.backend.decode(ids, skip_special_tokens=False)
         return self.backend.decode_bytes(ids).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def is_bytes(self) -> bool:
+        """Whether tokens are sequences of bytes, as in all vocabularies but SentencePiece's."""
+        return self.kind != "hf" or (json.loads(self.spec["json"])["decoder"] or {}).get("type") == "ByteLevel"
+
+    @functools.cached_property
+    def hf_token_bytes(self) -> dict[int, bytes]:
+        to_byte = {c: b for b, c in byte_to_unicode().items()}
+        vocab = self.backend.get_vocab(with_added_tokens=False)
+        ordinary = {i: bytes(to_byte[c] for c in t) for t, i in vocab.items() if all(c in to_byte for c in t)}
+        return ordinary | {i: t.content.encode() for i, t in self.backend.get_added_tokens_decoder().items()}
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for, where is_bytes."""
+        if self.kind == "hf":
+            return self.hf_token_bytes.get(token, b"")
+        return self.backend.decode_single_token_bytes(token)
+
+    def token_text(self, i: int) -> str | None:
+        """A token as tokenizer.json writes it: for byte-level vocabularies a character for each byte."""
+        if self.kind == "hf":
+            return self.backend.id_to_token(i)
+        char = byte_to_unicode()
+        return "".join(char[b] for b in self.backend.decode_single_token_bytes(i))
 
     def token_bytes(self) -> np.ndarray:
         """(n_vocab,) bytes of text that each token stands for; 0 for the special ones. For bits per byte."""
@@ -978,7 +1013,7 @@ def hf_tokenizer(path: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the Rust side raises plain Exception
         raise UserError(f"{file} is not a Hugging Face tokenizer.json: {e}") from None
-    config = read_json(file.with_name("tokenizer_config.json"), {})
+    config = read_json_object(file.with_name("tokenizer_config.json"), {})
     eos = config.get("eos_token") or EOT
     eos = eos["content"] if isinstance(eos, dict) else eos
     special = {t: backend.token_to_id(t) for t in (EOT, IM_START, IM_END) if backend.token_to_id(t) is not None}
@@ -1017,9 +1052,9 @@ class TextStream:
 
     def __call__(self, token: int | None) -> str:
         """The text that a token completes; None flushes what is left."""
-        if self.tokenizer.kind != "hf":
+        if self.tokenizer.is_bytes:
             known = token is not None and token < self.tokenizer.n_vocab
-            return self.utf8.decode(self.tokenizer.backend.decode_bytes([token]) if known else b"", final=token is None)
+            return self.utf8.decode(self.tokenizer.bytes_of(token) if known else b"", final=token is None)
         if token is not None:
             self.ids.append(token)
         before = self.tokenizer.decode(self.ids[self.start : self.shown])
@@ -1047,6 +1082,13 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+def read_json_object(path: Path, default: Any = None) -> dict[str, Any]:
+    content = read_json(path, default)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__} and should hold an object: {{...}}")
+    return content
 
 
 @contextmanager
@@ -1293,6 +1335,7 @@ class DataWriter:
         for f in self.files.values():
             f.close()
             Path(f.name).unlink(missing_ok=True)
+        (self.folder / ".progress.json").unlink(missing_ok=True)
         with suppress_oserror():
             self.folder.rmdir()
 
@@ -1413,12 +1456,19 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
         return None
     if not forms[form]:
         raise UserError(f"a record has no {form} conversation: its columns are {', '.join(keys)}")
+    column = {"sharegpt": "conversations"}.get(form, form)
+    turns = record.get(column) or []
+    if form in ("messages", "sharegpt", "utterances"):
+        kind = str if form == "utterances" else dict
+        wrong = next((t for t in turns if not isinstance(t, kind)), None) if isinstance(turns, list) else turns
+        if wrong is not None:
+            raise UserError(f"column {column} holds {type(wrong).__name__} {str(wrong)[:60]!r} where {form} has a list "
+                            f"of {'strings' if kind is str else 'turns'}")  # fmt: skip
     if form in ("messages", "sharegpt"):
-        turns = record["messages" if form == "messages" else "conversations"]
         messages = [{"role": t.get("role", t.get("from")), "content": t.get("content", t.get("value"))} for t in turns]
         messages = [{**m, "role": ROLES.get(m["role"], m["role"])} for m in messages]
     elif form == "utterances":
-        messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(record["utterances"])]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
     elif form == "alpaca":
         question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
@@ -1452,6 +1502,15 @@ def compiled_template(template: str) -> Any:
     return environment.from_string(template)
 
 
+def render_template(template: str, **variables: Any) -> str:
+    try:
+        return compiled_template(template).render(**variables)
+    except UserError:
+        raise
+    except Exception as e:  # a template is a program, and raises what it likes
+        raise UserError(f"the chat template cannot be used: {type(e).__name__}: {e}") from None
+
+
 def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
     """A conversation as the model's chat template writes it. What looks like a special token in a turn is taken out."""
     template = chat_template(tokenizer)
@@ -1462,7 +1521,7 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
         )
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
     tokens = {k: tokenizer.spec.get(k) or "" for k in ("bos_token", "eos_token")}
-    return compiled_template(template).render(messages=clean, add_generation_prompt=add_generation_prompt, **tokens)
+    return render_template(template, messages=clean, add_generation_prompt=add_generation_prompt, **tokens)
 
 
 def encode_conversation(
@@ -1510,7 +1569,12 @@ def open_records(
         if path.is_file():
             if path.suffix not in kinds:
                 raise UserError(f"{path}: a local data set is one of {', '.join(kinds)}, or a folder of them")
-            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=streaming)
+            options = {"sample_by": "document"} if path.suffix == ".txt" else {}
+            kind, files = kinds[path.suffix], str(path)
+            return datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming, **options)
+        if path.is_dir() and {p.suffix for p in path.iterdir() if p.is_file()} == {".txt"}:  # a file is a document
+            options = {"data_dir": str(path), "sample_by": "document"}
+            return datasets.load_dataset("text", split=split, streaming=streaming, **options)
         return datasets.load_dataset(source, config, split=split, revision=revision, streaming=streaming)
     except UserError:
         raise
@@ -1609,9 +1673,6 @@ def tokenize_records(
 ) -> dict[str, Any]:
     """Make a data folder of a `datasets` data set. Returns its meta.json. An interrupted run goes on where it
     stopped."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     check_data_folder_free(folder, overwrite)
     records = open_records(source, split, config, revision, streaming)
     described = {"dataset": source, "split": split, "config": config, "revision": revision, "column": column}
@@ -1619,11 +1680,33 @@ def tokenize_records(
     key = json.dumps([described, tokenizer.digest, chat_format, train_on_all, max_tokens])
     writer = DataWriter(folder, tokenizer, overwrite, key)
     encode = RecordEncoder(tokenizer.spec, column, chat_format, train_on_all)
+    try:
+        encode_records(writer, records, encode, streaming, num_proc, max_tokens, source)
+        return writer.finish(val_fraction, described)
+    except UserError:
+        writer.discard()
+        raise
+
+
+def encode_records(
+    writer: DataWriter,
+    records: Any,
+    encode: RecordEncoder,
+    streaming: bool,
+    num_proc: int,
+    max_tokens: int,
+    source: str,
+) -> None:
+    """Write the records that a writer does not have yet, in order, saving its progress every two seconds."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    tokenizer = writer.tokenizer
     total = None if streaming else len(records)
     if writer.records:
         say(f"going on after record {writer.records:,}, {writer.n_tokens:,} tokens")
     remaining = records.skip(writer.records) if streaming else records.select(range(writer.records, total))
-    batches = iter(remaining.iter(batch_size=256))
+    batches = readable(remaining.iter(batch_size=256), source)
     workers = ProcessPoolExecutor(num_proc, get_context("spawn")) if num_proc > 1 else ThreadPoolExecutor(1)
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot])
     n_records, saved_at, targets = writer.records, time.monotonic(), 0
@@ -1653,11 +1736,18 @@ def tokenize_records(
         for future in pending:
             future.cancel()
     if writer.n_tokens and not targets and not writer.records:
-        writer.discard()
         raise UserError(
             f"{source}: not one token is a target; conversations need assistant turns, or use --train_on_all"
         )
-    return writer.finish(val_fraction, described)
+
+
+def readable(batches: Iterable, source: str) -> Iterator:
+    """What `datasets` yields, its errors (a damaged file, a lost connection) as UserErrors."""
+    try:
+        yield from batches
+    except Exception as e:  # datasets, pyarrow, pandas and httpx each have their own
+        reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+        raise UserError(f"cannot read {source}: {reason}") from None
 
 
 def progress_bar(**kwargs: Any) -> tqdm:
@@ -1672,7 +1762,7 @@ class Data:
     validation (nanoGPT's val.bin), else None. mask, starts: of conversations, else None.
     """
 
-    def __init__(self, path: Path, tokenizer: str = "gpt2") -> None:
+    def __init__(self, path: Path, tokenizer: "str | Tokenizer" = "gpt2") -> None:
         self.path = path
         folder = path if path.is_dir() else path.parent
         self.mask = self.starts = self.val_tokens = None
@@ -1703,7 +1793,7 @@ class Data:
                 self.mask = np.memmap(folder / "mask.bin", np.uint8, "r")
             return
         # nanoGPT: train.bin and val.bin of uint16, GPT-2's ids unless said otherwise
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         if path.is_dir():
             if not (path / "train.bin").exists():
                 raise UserError(
@@ -1848,7 +1938,7 @@ def find_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
     if spec is None:
         made = sorted(DATA_DIR.glob("*/meta.json"), key=lambda p: p.stat().st_mtime)
         if made:
-            say(f"no --data given: using {made[-1].parent}")
+            say(f"no --data given: using {made[-1].parent}", file=sys.stderr)
         return Data(made[-1].parent if made else python_stdlib_data())
     for path in (Path(spec), DATA_DIR / spec):
         if path.is_dir() or path.suffix == ".bin" and path.is_file():
@@ -1965,13 +2055,14 @@ def generate(
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
     first: Tensor | None = None,
+    seen: list[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
     context, its last half is read again into an empty cache and generation goes on from there. With a cache of the
     caller's, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens
-    may come first.
+    may come first; `seen` are the tokens in a caller's cache, which the repetition penalty counts too.
     """
     context, device = model.config.context, model.wte.weight.device
     idx, pad = left_pad(prompts, device)
@@ -1981,6 +2072,8 @@ def generate(
             + (", or extend the context with --rope_scaling yarn --rope_factor N" if model.rope_cos is not None else "")
         )
     own_cache, new = cache is None, idx
+    if seen:
+        idx = torch.cat((torch.tensor([seen], device=device), idx), dim=1)
     for i in range(max_new_tokens):
         if cache is None or cache.length + new.size(1) > cache.max_length:
             if not own_cache:
@@ -2142,15 +2235,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
+        if getattr(e, "filename", None):
+            raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"{path} is not a checkpoint of this program, or is damaged ({reason[:150]})") from None
+    version = checkpoint.get("format_version", 0) if isinstance(checkpoint, dict) else 0
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, made by a newer model.py (this one reads up to {FORMAT_VERSION}): "
+            "update model.py"
+        )
     if not isinstance(checkpoint, dict) or not {"format_version", "config", "model", "tokenizer"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this program: it lacks the model, its config or its tokenizer")
-    if checkpoint["format_version"] > FORMAT_VERSION:
+    unknown = checkpoint["config"].keys() - {f.name for f in fields(GPTConfig)}
+    if unknown or not {"kind", "name", "special"} <= checkpoint["tokenizer"].keys():
         raise UserError(
-            f"{path} has format version {checkpoint['format_version']}, made by a newer model.py (this one reads up to "
-            f"{FORMAT_VERSION}): update model.py"
+            f"{path} is damaged, or of another model.py: {', '.join(unknown) or 'its tokenizer'} is unknown"
         )
     return checkpoint
 
@@ -2176,7 +2277,8 @@ def open_model(
     """Open a model: one of our checkpoints, a Hugging Face directory, or a hub id, `owner/name` or
     `owner/name@revision`. Returns it in eval mode with weights and activations in dtype, its tokenizer, and the rest
     of its checkpoint."""
-    is_hub_id = spec is not None and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", spec) and not spec.endswith(".pt")
+    is_hub_id = spec is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", spec) and not spec.endswith(".pt")
+    is_hub_id = is_hub_id and Path(spec).parent != CHECKPOINT_DIR  # a run of that name is missing
     local = spec is not None and any(p.exists() for p in (Path(spec), CHECKPOINT_DIR / spec))
     path = hub_directory(spec) if is_hub_id and not local else find_checkpoint(spec)
     if path.is_dir():
@@ -2187,7 +2289,8 @@ def open_model(
                 f"{model.config.vocab_size:,}: "
                 "they do not belong together"
             )
-        return model.eval(), tokenizer, {"path": path, "variant": path.name}
+        name = spec.partition("@")[0].rsplit("/", 1)[-1] if is_hub_id and not local else path.resolve().name
+        return model.eval(), tokenizer, {"path": path, "variant": name}
     checkpoint = load_checkpoint(path)
     model = build_model(GPTConfig(**{**checkpoint["config"], **overrides}), checkpoint["model"], path).to(dtype)
     model.compute_dtype = dtype
@@ -2258,6 +2361,31 @@ class TrainConfig:
         for name in ("batch_size", "grad_accum", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        rules = {
+            "at least 0": (
+                0,
+                math.inf,
+                (
+                    "epochs",
+                    "learning_rate",
+                    "muon_lr",
+                    "embd_lr",
+                    "head_lr",
+                    "weight_decay",
+                    "grad_clip",
+                    "eval_interval",
+                    "eval_tokens",
+                ),
+            ),
+            "at least -1": (-1, math.inf, ("warmup_iters", "sample_interval")),
+            "between 0 and 1": (0, 1, ("min_lr_ratio", "decay_fraction")),
+            "at least 0 and below 1": (0, 1 - 1e-12, ("beta1", "beta2")),
+            "between 0 and 2**31": (0, 2**31, ("seed",)),
+        }
+        for rule, (low, high, names) in rules.items():
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
         if self.batch_size % (self.grad_accum * world_size()):
             raise UserError(
                 f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum} times {world_size()} "
@@ -2281,6 +2409,18 @@ def world_size() -> int:
     )
 
 
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The other processes wait until the first has been here: what it makes or clears away, they find so."""
+    if rank() > 0:
+        torch.distributed.barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0 and world_size() > 1:
+            torch.distributed.barrier()
+
+
 def say(text: str, file: Any = None) -> None:
     """Print a line from the first process, above any progress bar."""
     if rank() == 0:
@@ -2297,8 +2437,9 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("device cuda was asked for, and PyTorch sees no CUDA GPU here: use --device cpu or auto")
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not there.get(device.type, False):
+            raise UserError(f"device {name} was asked for, and PyTorch sees none here: use --device cpu or auto")
     except RuntimeError:
         raise UserError(f"unknown device {name!r}: auto, cpu, cuda, cuda:1 or mps") from None
     return device
@@ -2481,20 +2622,27 @@ class RunFiles:
 
     @classmethod
     def named(cls, name: str) -> "RunFiles":
+        if Path(name).name != name:
+            raise UserError(f"--name {name!r} must be a plain name: that of files under {CHECKPOINT_DIR}/")
         return cls(*(CHECKPOINT_DIR / f"{name}_model{end}" for end in (".pt", "_last.pt", ".jsonl")))
 
     def check_free(self, overwrite: bool) -> None:
-        """Raise UserError if a run of this name is there and must not be overwritten; clear it away otherwise."""
+        """Raise UserError if a run of this name is there and must not be overwritten."""
         there = [p for p in (self.model, self.last) if p.exists()]
         if there and not overwrite:
             raise UserError(
                 f"{there[0]} is already there: go on with --resume, replace it with --overwrite, or choose a --name"
             )
-        self.model.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.log):  # an empty log; and a missing permission shows now, not after the first hour
-            pass
-        for p in there:
-            p.unlink()
+
+    def clear(self) -> None:
+        """Remove an earlier run of this name. A missing permission shows now, not after the first hour."""
+        if world_size() > 1:
+            torch.distributed.barrier()  # all have checked
+        if rank() == 0:
+            with atomic_write(self.log):  # an empty log
+                pass
+            for p in (self.model, self.last):
+                p.unlink(missing_ok=True)
 
 
 class Evaluator:
@@ -2615,11 +2763,14 @@ def fit(
     params = [p for p in model.parameters() if p.requires_grad]
     start_step, logged_step, seconds, best, results = 0, 0, 0.0, math.inf, {}
     running = torch.zeros((), device=device)  # loss since the last record of the log
+    has_parts = hasattr(objective, "take_parts")
     if resume is not None:
         metrics, start_step = resume["metrics"], resume["step"]
         seconds, best, results = metrics["seconds"], metrics["best_val_loss"], metrics["last"]
         logged_step = metrics["logged_step"]
         running += metrics["running_loss"]
+        if has_parts:
+            objective.sums, objective.counts = map(torch.tensor, metrics["running_parts"])
         for optimizer, state in zip(optimizers, resume["optimizer"], strict=True):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(resume["scaler"])
@@ -2648,7 +2799,7 @@ def fit(
                 "model": model.state_dict() if state else merged_state(model),
                 "tokenizer": tokenizer.spec,
                 "step": step,
-                "train_config": asdict(t),
+                "train_config": asdict(replace(t, dtype=str(model.compute_dtype).removeprefix("torch."))),
                 "block_size": block_size,
                 "data": {"path": str(data.path), "digest": data.digest},
                 "metrics": {
@@ -2657,6 +2808,7 @@ def fit(
                     "last": results,
                     "logged_step": logged_step,
                     "running_loss": running.item(),
+                    "running_parts": [objective.sums.tolist(), objective.counts.tolist()] if has_parts else None,
                 },
                 "optimizer": [o.state_dict() for o in optimizers] if state else None,
                 "scaler": scaler.state_dict() if state else None,
@@ -2701,6 +2853,10 @@ def fit(
                 stopping = log_now and bool(all_reduce(torch.tensor(float(len(stop)), device=device)))
             if not (log_now or eval_now or stopping):
                 continue
+            if eval_now:
+                results = evaluate(model)
+                if not math.isfinite(results["val_loss"]):
+                    first_bad = first_bad.clamp(max=done)
             if math.isfinite(first_bad.item()):
                 kept = (
                     f"the last good checkpoint is {files.last}"
@@ -2726,10 +2882,9 @@ def fit(
                 "tokens_per_s": round(speed),
             }
             bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
-            if log_now and hasattr(objective, "take_parts"):
+            if (log_now or eval_now) and hasattr(objective, "take_parts"):
                 record.update(objective.take_parts())
             if eval_now:
-                results = evaluate(model)
                 record.update(results)
                 say(
                     f"step {done}: loss {record['loss']:.4f}, val_loss {results['val_loss']:.4f}, perplexity "
@@ -2819,8 +2974,8 @@ class DistillConfig:
         for name in ("alpha", "beta", "on_policy"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be between 0 and 1")
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}: it must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}: it must be above 0 and finite")
         if self.cache_teacher < 0:
             raise UserError(f"cache_teacher is {self.cache_teacher}: it must be at least 0")
         if self.cache_teacher and self.on_policy:
@@ -2850,7 +3005,7 @@ class DistillLoss:
             value, grad_z = divergence(teacher, log_q, d.divergence, d.beta, d.temperature)
         scale = d.alpha * d.temperature**2
         grad = torch.zeros_like(logits, dtype=z.dtype)
-        grad[:, : self.n_vocab] = grad_z * (scale * counted[:, None])
+        grad[:, : self.n_vocab] = grad_z * counted[:, None] * scale
         cross_entropy = torch.zeros((), dtype=z.dtype, device=z.device)
         if d.alpha < 1:
             cross_entropy, grad_ce = self.cross_entropy(logits, rows, True)
@@ -2866,6 +3021,10 @@ class DistillLoss:
         the tail, where spreading the mass evenly or cutting it off would teach it something false."""
         d = self.d
         top = log_q.gather(1, index)
+        if index.size(1) == log_q.size(1):  # no tail
+            log_p = log_p[:, :-1].log_softmax(dim=1)
+            value, grad = divergence(log_p, top, d.divergence, d.beta, d.temperature)
+            return value, torch.zeros_like(grad).scatter(1, index, grad)
         tail = log_q.scatter(1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
         value, grad = divergence(log_p, torch.cat((top, tail), dim=1), d.divergence, d.beta, d.temperature)
         within = (log_q - tail).exp()  # the tail's gradient, shared out by the student's own probabilities
@@ -2916,16 +3075,22 @@ class Distillation:
 
     def __init__(self, teacher: GPT, d: DistillConfig, n_vocab: int, cache: TeacherCache | None = None) -> None:
         self.teacher, self.d, self.n_vocab, self.cache = teacher.eval().requires_grad_(False), d, n_vocab, cache
-        self.sums, self.n_targets = torch.zeros(2), 0
+        self.sums, self.counts = torch.zeros(2), torch.zeros(2)  # of the divergence and of the cross-entropy
 
     def __call__(self, student: GPT, batch: dict[str, Tensor]) -> Tensor:
-        d, batch = self.d, dict(batch)
+        d, batch, share = self.d, dict(batch), 1.0
+        n = int((batch["targets"] >= 0).sum())
         blocks = batch.pop("blocks", None)
         if d.alpha == 0 and not d.on_policy:  # exactly train
-            return student.loss(**batch)
+            value = student.loss(**batch)
+            self.sums += torch.tensor([0.0, value.item()])
+            self.counts += torch.tensor([0, n])
+            return value
         loss = d
         if d.on_policy and torch.rand(()).item() < d.on_policy:
             batch, loss = self.student_writes(student, batch), replace(d, alpha=1.0)
+            n_written = int((batch["targets"] >= 0).sum())
+            n, share = n_written, n / n_written  # the caller divides by the number of targets in the data
         idx, targets, segments = batch["idx"], batch["targets"], batch.get("segments")
         if self.cache is None:
             teacher_logp = self.live(idx, segments)
@@ -2934,13 +3099,13 @@ class Distillation:
         objective = DistillLoss(loss, targets, teacher_logp, self.n_vocab)
         value = linear_loss(student.trunk(idx, segments), student, objective)
         self.sums += objective.parts.cpu()
-        self.n_targets += int((targets >= 0).sum())
-        return value
+        self.counts += torch.tensor([n, n * (loss.alpha < 1)])
+        return value * share
 
     def take_parts(self) -> dict[str, float]:
         """The divergence and the cross-entropy per target since the last call, for the log."""
-        divergence, cross_entropy = (self.sums / max(self.n_targets, 1)).tolist()
-        self.sums, self.n_targets = torch.zeros(2), 0
+        divergence, cross_entropy = (self.sums / self.counts.clamp(min=1)).tolist()
+        self.sums, self.counts = torch.zeros(2), torch.zeros(2)
         return {"divergence": divergence, "cross_entropy": cross_entropy}
 
     @torch.no_grad()
@@ -2991,6 +3156,12 @@ class Distillation:
 
 def every_kth_layer(teacher: GPT, student: GPT) -> None:
     """Start a student as the teacher with only every k-th of its layers (as DistilGPT2 was made, arXiv 1910.01108)."""
+    for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_inner"):
+        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise UserError(
+                f"--init_from_teacher: {name} is {ours} in the student and {theirs} in the teacher: widths must agree"
+            )
     chosen = [
         round(i * (len(teacher.blocks) - 1) / max(len(student.blocks) - 1, 1)) for i in range(len(student.blocks))
     ]
@@ -3032,12 +3203,13 @@ def perplexity(
     model: GPT, tokens: np.ndarray, context: int, stride: int, batch_tokens: int = 16384
 ) -> tuple[float, int]:
     """The sum of -log p in nats of all tokens but the first, and their number. Windows of `context` tokens move on by
-    `stride`; each token is scored once, in the first window that has it, with all of that window before it."""
+    `stride`; each token is scored once, in the first window that has it, with all of that window before it. At a
+    stride of `context` a window has one token more, its last target, for a window's first token is not scored in it."""
     device, n = model.wte.weight.device, len(tokens)
     jobs = []  # (begin, end, first target that is scored)
     scored = 1
     for begin in range(0, max(n - 1, 1), stride):
-        end = min(begin + context, n)
+        end = min(begin + context + (stride == context), n)
         if end > scored:
             jobs.append((begin, end, scored))
             scored = end
@@ -3048,22 +3220,28 @@ def perplexity(
         for i in range(0, len(jobs), batch_size):
             group = jobs[i : i + batch_size]
             longest = max(end - begin for begin, end, _ in group)
-            idx = torch.zeros(len(group), longest, dtype=torch.int64)
-            targets = torch.full((len(group), longest), -1)
+            idx = torch.zeros(len(group), longest - 1, dtype=torch.int64)
+            targets = torch.full((len(group), longest - 1), -1)
             for row, (begin, end, first) in enumerate(group):
                 ids = torch.from_numpy(tokens[begin:end].astype(np.int64))
-                idx[row, : len(ids)] = ids
+                idx[row, : len(ids) - 1] = ids[:-1]
                 targets[row, first - begin - 1 : len(ids) - 1] = ids[first - begin :]
             total += model.loss(idx.to(device), targets.to(device)).item()
             bar.update(sum(end - first for _, end, first in group))
     return total, n - 1
 
 
-def evaluate_text(model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, stride: int) -> dict[str, float]:
+def evaluate_text(
+    model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, stride: int, where: str = "the text"
+) -> dict[str, float]:
     """loss (nats per token), perplexity, bits_per_byte, word_perplexity (words parted by white space), tokens."""
+    if len(tokens) < 2:
+        raise UserError(f"{where} has {len(tokens)} token(s): at least 2 are needed, one to follow from the other")
     total, n = perplexity(model, tokens, context, stride)
     text_bytes = int(tokenizer.token_bytes()[tokens[1:].astype(np.int64)].sum())
-    words = len(tokenizer.decode(tokens.tolist()).split())
+    special = np.isin(tokens, list(tokenizer.special.values()))  # between documents
+    documents = np.split(tokens, np.flatnonzero(special))
+    words = sum(len(tokenizer.without_special(tokenizer.decode(d.tolist())).split()) for d in documents)
     return {
         "loss": total / n, "perplexity": math.exp(min(total / n, 700)),
         "bits_per_byte": total / math.log(2) / max(text_bytes, 1),
@@ -3088,7 +3266,10 @@ def lm_eval_adapter(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
             return tokenizer.bos[0] if tokenizer.bos else self.eot_token_id
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return tokenizer.encode_rendered(string)
+            ids = tokenizer.encode_rendered(string)
+            if add_special_tokens is False or ids[: len(tokenizer.bos)] == tokenizer.bos:
+                return ids
+            return tokenizer.bos + ids
 
         @torch.no_grad()
         def _loglikelihood_tokens(
@@ -3130,7 +3311,8 @@ def lm_eval_adapter(model: GPT, tokenizer: Tokenizer, batch_size: int) -> Any:
                 options = dict(requests[members[0]].args[1])
                 until = options.get("until") or []
                 until = [until] if isinstance(until, str) else list(until)
-                length = options.get("max_gen_toks", 256)
+                aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+                length = next((int(options[k]) for k in aliases if options.get(k) is not None), 256)
                 temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
                 for begin in range(0, len(members), batch_size):
                     group = members[begin : begin + batch_size]
@@ -3151,13 +3333,14 @@ def complete(
     """Continuations of different prompts as one batch, each up to `length` tokens, the end of text or one of
     `until`."""
     ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
+    special = set(tokenizer.special.values())
     ids: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     for tokens in generate(model, prompts, length, s):
         for i, token in enumerate(tokens.tolist()):
             if not done[i]:
                 done[i] = token in ends
-                ids[i] += [] if done[i] else [token]
+                ids[i] += [] if done[i] or token in special else [token]
                 done[i] = done[i] or any(stop in tokenizer.decode(ids[i][-64:]) for stop in until)
         if all(done):
             break
@@ -3297,6 +3480,12 @@ def check_exportable(c: GPTConfig) -> None:
         raise UserError(f"n_kv_head {c.n_kv_head} cannot be exported: a Hugging Face {c.arch} has as many as n_head")
     if "head_dim" not in free and c.head_dim * c.n_head != c.n_embd:
         raise UserError(f"head_dim {c.head_dim} cannot be exported: a Hugging Face {c.arch} has n_embd / n_head")
+    original = c.rope_original_block_size or c.block_size
+    if c.rope_scaling == "yarn" and c.context != original * c.rope_factor:
+        raise UserError(
+            f"rope_factor {c.rope_factor} cannot be exported: times {original} positions it must give the context, "
+            f"{c.context}"
+        )
     if c.rope_pct != 1 and c.arch != "gpt_neox":
         raise UserError(
             f"rope_pct {c.rope_pct} cannot be exported: a Hugging Face {c.arch} rotates whole heads (gpt_neox can)"
@@ -3374,17 +3563,31 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
 
 def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
     """The GPTConfig of a transformers config.json. Raises UserError for what this GPT cannot be."""
-    arch = j.get("model_type")
-    if arch not in ARCHS:
-        raise UserError(f"{path}: model_type {arch!r} is not supported; those that are: {', '.join(ARCHS)}")
-    if j.get("use_sliding_window") or j.get("scale_attn_by_inverse_layer_idx") or j.get("reorder_and_upcast_attn"):
-        raise UserError(f"{path}: sliding windows and GPT-2's attention variants are not supported")
+    try:
+        return read_hf_config(j, path)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as e:
+        raise UserError(f"{path} has a value that makes no sense: {type(e).__name__}: {e}") from None
+    except UserError as e:
+        raise e if str(path) in str(e) else UserError(f"{path}: {e}") from None
 
-    def get(*names: str) -> Any:
+
+def read_hf_config(j: dict[str, Any], path: Path) -> GPTConfig:
+    arch = j.get("model_type")
+    if not isinstance(arch, str) or arch not in ARCHS:
+        raise UserError(f"{path}: model_type {arch!r} is not supported; those that are: {', '.join(ARCHS)}")
+    attention = ("use_sliding_window", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+    if any(j.get(name) for name in attention) or not j.get("scale_attn_weights", True):
+        raise UserError(f"{path}: sliding windows and GPT-2's attention variants are not supported")
+    if j.get("attention_bias") and arch in ("qwen3", "nanochat") or j.get("mlp_bias") and not j.get("attention_bias"):
+        raise UserError(f"{path}: a {arch} with these biases is not supported")
+
+    def get(*names: str) -> int:
         for name in names:
             if j.get(name) is not None:
+                if not isinstance(j[name], int) or j[name] < 1:
+                    raise UserError(f"{name} is {j[name]!r}: it must be a whole number, at least 1")
                 return j[name]
-        raise UserError(f"{path}: config.json has no {names[0]}")
+        raise UserError(f"config.json has no {names[0]}")
 
     values: dict[str, Any] = {**ARCHS[arch], "arch": arch, "vocab_size": get("vocab_size")}
     values["tie_word_embeddings"] = bool(j.get("tie_word_embeddings", arch == "gpt2"))
@@ -3400,7 +3603,8 @@ def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
     if arch == "gpt2":
         values.update(
             block_size=get("n_positions", "n_ctx"), n_embd=get("n_embd"), n_layer=get("n_layer"), n_head=get("n_head"),
-            n_inner=j.get("n_inner") or 0, norm_eps=j.get("layer_norm_epsilon", 1e-5),
+            n_inner=get("n_inner") if j.get("n_inner") is not None else 0,
+            norm_eps=float(j.get("layer_norm_epsilon", 1e-5)),
             resid_pdrop=j.get("resid_pdrop", 0.1), embd_pdrop=j.get("embd_pdrop", 0.1), attn_pdrop=j.get("attn_pdrop",
             0.1),
         )  # fmt: skip
@@ -3415,10 +3619,10 @@ def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
         n_embd=get("hidden_size"), n_layer=get("num_hidden_layers"), n_head=get("num_attention_heads"),
         n_inner=get("intermediate_size"), block_size=context, rope_theta=float(theta),
         attn_pdrop=j.get("attention_dropout", 0.0),
-        norm_eps=j.get("layer_norm_eps" if arch == "gpt_neox" else "rms_norm_eps", values.get("norm_eps", 1e-5)),
+        norm_eps=float(j.get("layer_norm_eps" if arch == "gpt_neox" else "rms_norm_eps", values.get("norm_eps", 1e-5))),
     )  # fmt: skip
     if kind != "default":
-        factor = rope.get("factor") or 1.0
+        factor = float(rope.get("factor") or 1.0)
         original = rope.get("original_max_position_embeddings") or (
             int(context / factor) if kind == "linear" else context
         )
@@ -3429,6 +3633,9 @@ def config_from_hf(j: dict[str, Any], path: Path) -> GPTConfig:
                 rope_beta_fast=float(rope.get("beta_fast") or 32), rope_beta_slow=float(rope.get("beta_slow") or 1),
             )  # fmt: skip
         if kind == "llama3":
+            missing = {"low_freq_factor", "high_freq_factor"} - rope.keys()
+            if missing:
+                raise UserError(f"{path}: RoPE scaling llama3 needs {min(missing)}")
             values.update(rope_low_freq_factor=rope["low_freq_factor"], rope_high_freq_factor=rope["high_freq_factor"])
     if arch == "gpt_neox":
         values.update(
@@ -3460,12 +3667,14 @@ def hub_directory(name: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.jinja"]
     get = functools.partial(huggingface_hub.snapshot_download, repo, revision=revision or None, allow_patterns=wanted)
     try:
-        return Path(get(local_files_only=True))
+        folder = Path(get(local_files_only=True))
+        files = [folder / "config.json", folder / "tokenizer.json", *safetensors_files(folder)]
+        if all(file.exists() for file in files):
+            return folder
     except Exception:  # not there, or not whole
         pass
     try:
-        say(f"fetching {name} from the Hugging Face hub", file=sys.stderr)
-        return Path(get())
+        return Path(get())  # with its own progress bar
     except Exception as e:  # httpx, requests, the hub's own
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(
@@ -3477,7 +3686,10 @@ def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face directory: one, or the shards of its index."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(Path(str(f)).name == f for f in weight_map.values()):
+            raise UserError(f"{index} has no weight_map that names the files beside it")
+        return [folder / name for name in sorted(set(weight_map.values()))]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if (folder / "pytorch_model.bin").exists():
@@ -3494,7 +3706,7 @@ def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: An
     """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place."""
     from safetensors import SafetensorError, safe_open
 
-    config = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
+    config = replace(config_from_hf(read_json_object(folder / "config.json"), folder / "config.json"), **overrides)
     with torch.device("meta"):
         model = GPT(config)
     model = model.to(dtype).to_empty(device=device)
@@ -3518,13 +3730,13 @@ def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: An
                     if key not in wanted:
                         raise UserError(f"{file}: tensor {name} has no place in a {config.arch} of this config.json")
                     target, how = wanted.pop(key)
-                    source = hf_layout(f.get_tensor(name), how, config, back=True)
-                    if source.shape != target.shape:
+                    shape = list(target.T.shape if how == "transpose" else target.shape)
+                    if f.get_slice(name).get_shape() != shape:
                         raise UserError(
-                            f"{file}: tensor {name} has shape {tuple(source.shape)}, config.json says "
-                            f"{tuple(target.shape)}"
+                            f"{file}: tensor {name} has shape {tuple(f.get_slice(name).get_shape())}, config.json says "
+                            f"{tuple(shape)}"
                         )
-                    target.copy_(source)
+                    target.copy_(hf_layout(f.get_tensor(name), how, config, back=True))
         except (SafetensorError, FileNotFoundError) as e:
             raise UserError(f"{file} cannot be read as safetensors: {e}") from None
     if wanted:
@@ -3657,19 +3869,24 @@ def verify_export(model: GPT, folder: Path, dtype: torch.dtype) -> float:
 def model_card(checkpoint: dict[str, Any], name: str, c: GPTConfig) -> str:
     """The README.md of an export, with the metadata that the hub reads."""
     metrics, data = checkpoint.get("metrics", {}).get("last", {}), checkpoint.get("data", {}).get("path")
-    dataset = Path(data).name if data else "unknown"
+    import shlex
+
+    data = data and Path(data)
+    data = data.parent if data and data.suffix == ".bin" else data
+    dataset, quoted = json.dumps(data.name if data else "unknown"), json.dumps(name, ensure_ascii=False)
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if data:
         head += ["datasets:", f"- {dataset}"]
     if "val_loss" in metrics:
         head += [
-            "model-index:", f"- name: {name}", "  results:", "  - task:", "      type: text-generation", "    dataset:",
+            "model-index:", f"- name: {quoted}", "  results:", "  - task:", "      type: text-generation",
+            "    dataset:",
             f"      name: {dataset}", f"      type: {dataset}", "    metrics:", "    - name: validation loss",
             "      type: loss",
             f"      value: {metrics['val_loss']:.4f}", "    - name: perplexity", "      type: perplexity",
             f"      value: {metrics['val_ppl']:.4f}",
         ]  # fmt: skip
-    command = " ".join(["python model.py", checkpoint.get("kind", ""), *checkpoint.get("arguments", [])[1:]])
+    command = shlex.join(["python", "model.py", checkpoint.get("kind", ""), *checkpoint.get("arguments", [])[1:]])
     trained = f"Trained with `{command}`" if "kind" in checkpoint else ""
     measured = (
         f": validation loss {metrics['val_loss']:.4f}, perplexity {metrics['val_ppl']:.2f}"
@@ -3689,8 +3906,8 @@ width {c.n_embd}, context {c.context}. {trained}{measured}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained({quoted})
+model = AutoModelForCausalLM.from_pretrained({quoted})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
@@ -3719,6 +3936,11 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: Path, kind: str, name: s
         raise UserError(f"llama.cpp's gpt_neox has gelu and not {c.activation}")
     if c.bias == "all" and c.arch == "llama":
         raise UserError("llama.cpp's llama has no biases in the MLP")
+    if c.rope_scaling == "llama3" and c.arch != "llama":
+        raise UserError(f"llama.cpp's {c.arch} has no rope_scaling llama3")
+    for name, own in (("rope_beta_fast", 32.0), ("rope_beta_slow", 1.0)):
+        if c.rope_scaling == "yarn" and getattr(c, name) != own:
+            raise UserError(f"{name} {getattr(c, name)} cannot be written: llama.cpp takes {own} unless told otherwise")
     w = gguf.GGUFWriter(None, arch)
     w.add_name(name)
     w.add_context_length(c.context)
@@ -3743,6 +3965,8 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: Path, kind: str, name: s
             w.add_rope_scaling_factor(c.rope_factor)
         if rope["rope_type"] == "yarn":
             w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            own = 0.1 * math.log(c.rope_factor) + 1  # llama.cpp multiplies by this itself
+            w.add_rope_scaling_attn_factors(rope["attention_factor"] / own)
     if c.arch == "gpt_neox":
         w.add_parallel_residual(c.parallel_residual)
     kinds = gguf.GGMLQuantizationType
@@ -3770,6 +3994,8 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: Path, kind: str, name: s
         ):  # its llama rotates neighbours (2i, 2i + 1)
             x = x.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         put(names.get_name(theirs, try_suffixes=(".weight", ".bias")), x)  # as (out, in), which `transpose` already is
+    if c.arch == "gpt_neox" and c.tie_word_embeddings:  # llama.cpp's has no ties
+        put("output.weight", state["wte.weight"][: c.vocab_size])
     if c.rope_scaling == "llama3":  # what each frequency is divided by
         factors = rope_frequencies(replace(c, rope_scaling="none"))[0] / rope_frequencies(c)[0]
         w.add_tensor("rope_freqs.weight", factors.numpy())
@@ -3777,6 +4003,30 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: Path, kind: str, name: s
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GGUF_SPLITS = {  # how a text is split before merging -> llama.cpp's name for it
+    ("GPT-2",): "gpt-2", ("digits", "GPT-2"): "smollm", (WORDS + r"\p{N}" + SPACES,): "qwen2",
+    (WORDS + r"\p{N}{1,3}" + SPACES,): "llama-bpe",
+}  # fmt: skip
+
+
+def gguf_split(tokenizer: Tokenizer, pre_tokenizer: dict[str, Any] | None) -> str:
+    if tokenizer.kind != "hf":
+        return "gpt-2"
+    steps = []
+    for p in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
+        if p.get("type") == "ByteLevel":
+            steps += ["GPT-2"] if p.get("use_regex", True) and not p["add_prefix_space"] else []
+        elif p.get("type") == "Digits" and p["individual_digits"]:
+            steps.append("digits")
+        else:
+            steps.append(p.get("pattern", {}).get("Regex", ""))
+    if tuple(steps) not in GGUF_SPLITS:
+        raise UserError(f"tokenizer {tokenizer.name} splits text in a way that llama.cpp has no name for: {steps}")
+    return GGUF_SPLITS[tuple(steps)]
 
 
 def add_gguf_tokenizer(w: Any, tokenizer: Tokenizer, c: GPTConfig) -> None:
@@ -3792,12 +4042,8 @@ def add_gguf_tokenizer(w: Any, tokenizer: Tokenizer, c: GPTConfig) -> None:
     control = {a["id"] for a in j["added_tokens"] if a["special"]}
     types = gguf.TokenType
     tokens = [token_of.get(i, f"[PAD{i}]") for i in range(c.vocab_size)]
-    pre = "gpt-2"
-    if tokenizer.kind == "hf":
-        digits = '"Digits"' in json.dumps(j["pre_tokenizer"])
-        pre = "smollm" if digits else "qwen2" if r"\\p{N}" in json.dumps(j["pre_tokenizer"]) else "gpt-2"
     w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre(pre)
+    w.add_tokenizer_pre(gguf_split(tokenizer, j["pre_tokenizer"]))
     w.add_token_list(tokens)
     w.add_token_types(
         [
@@ -3805,7 +4051,8 @@ def add_gguf_tokenizer(w: Any, tokenizer: Tokenizer, c: GPTConfig) -> None:
             for i in range(c.vocab_size)
         ]
     )
-    w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in j["model"]["merges"]])
+    merges = [m if isinstance(m, str) else " ".join(m) for m in j["model"]["merges"]]
+    w.add_token_merges(merges or ["☃ ☃"])  # llama.cpp wants some: these characters stand for no byte
     eot, im_end = tokenizer.eot, tokenizer.special.get(IM_END)
     if eot is not None:
         w.add_bos_token_id(tokenizer.bos[0] if tokenizer.bos else eot)
@@ -3891,13 +4138,21 @@ def cmd_train(args: argparse.Namespace) -> None:
         return resume_training(args, files)
     overrides = {**chosen(args, GPTConfig)}
     make_config(args.variant, 50259, overrides)  # a wrong setting shows before any data is made
-    data = find_data(args.data, args.tokenizer or "gpt2", args.vocab_size)
+    with first_process_first():
+        data = find_data(args.data, args.tokenizer or "gpt2", args.vocab_size)
+    kinds = {"gpt2": "gpt2", "byte": "byte", "bpe": "bpe"}
+    if args.tokenizer and data.tokenizer.kind != kinds.get(args.tokenizer, data.tokenizer.kind):
+        raise UserError(
+            f"{data.path} was made with tokenizer {data.tokenizer.describe()}, and --tokenizer asks for "
+            f"{args.tokenizer}: leave it out, or tokenize the text under another name"
+        )
     config = make_config(args.variant, data.tokenizer.n_vocab, overrides)
     t = train_config(args, args.variant, config.arch, config.n_embd)
     data.windows("train", config.block_size), data.windows("val", config.block_size)
     files.check_free(args.overwrite)
     torch.manual_seed(t.seed)
     model = prepare(GPT(config), t)
+    files.clear()
     announce(model, data, t, args.variant)
     extra = {"kind": "train", "variant": args.variant, "arguments": sys.argv[1:]}
     finish_run(fit(model, data, t, files, extra, prompt=sample_prompt(data)), files)
@@ -3912,9 +4167,15 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
         raise UserError(f"{files.last} was made by {checkpoint['kind']}: resume it with that command")
     t = TrainConfig(**checkpoint["train_config"])
     changed = chosen(args, TrainConfig)
+    if getattr(args, "finetune_iters", None):
+        changed["max_iters"] = args.finetune_iters
     free = {"max_iters", "epochs", "device", "compile", "log_interval", "sample_interval", "grad_accum"}
-    fixed = [k for k, v in changed.items() if k not in free and getattr(t, k) != v]
-    fixed += [k for k, v in chosen(args, GPTConfig).items() if checkpoint["config"][k] != v]
+    fixed = [k for k, v in changed.items() if k not in free and getattr(t, k) != v and (k, v) != ("dtype", "auto")]
+    fixed += [k for k, v in chosen(args, GPTConfig).items() if k != "vocab_size" and checkpoint["config"][k] != v]
+    if "distill" in checkpoint:
+        fixed += [k for k, v in chosen(args, DistillConfig).items() if checkpoint["distill"][k] != v]
+        if args.teacher_model_path != checkpoint["teacher"]["path"]:
+            fixed.append("teacher_model_path")
     if fixed:
         raise UserError(
             f"--resume goes on with the run's own settings, and --{fixed[0]} differs: leave it out, or start anew "
@@ -3925,15 +4186,16 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
         raise UserError(
             f"nothing to resume: {files.last} has reached step {checkpoint['step']} of {t.max_iters}; raise --max_iters"
         )
-    data = (
-        Data(Path(args.data))
-        if args.data and Path(args.data).exists()
-        else find_data(args.data or checkpoint["data"]["path"])
-    )
-    if data.tokenizer.digest != Tokenizer(checkpoint["tokenizer"]).digest:
+    own, path = Tokenizer(checkpoint["tokenizer"]), Path(checkpoint["data"]["path"])
+    given = getattr(args, "data", None) if args.command == "train" else None  # the others make theirs of what is given
+    if given and Path(given).is_file() and Path(given).suffix != ".bin":  # a text: as train opened it
+        data = find_data(given, args.tokenizer or "gpt2")
+    else:
+        data = find_data(given or str(path), own)
+    if data.tokenizer.digest != own.digest:
         raise UserError(
             f"{data.path} was made with tokenizer {data.tokenizer.describe()} and {files.last} was trained with "
-            f"{Tokenizer(checkpoint['tokenizer']).describe()}: give the run its own data"
+            f"{own.describe()}: give the run its own data"
         )
     if data.digest != checkpoint["data"]["digest"]:
         raise UserError(
@@ -3967,7 +4229,7 @@ def sample_prompt(data: Data) -> str:
     return "def " if data.path.name == STDLIB_DATA else "\n"
 
 
-def announce(model: GPT, data: Data, t: TrainConfig, variant: str) -> None:
+def announce(model: GPT, data: Data, t: TrainConfig, variant: str, block_size: int = 0) -> None:
     """What is about to be trained, on what, and how, in two lines."""
     c = model.config
     device = model.wte.weight.device
@@ -3979,7 +4241,10 @@ def announce(model: GPT, data: Data, t: TrainConfig, variant: str) -> None:
     )
     length = f"{t.epochs:g} epochs" if t.epochs else f"{t.max_iters:,} steps"
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    say(f"{length} of {t.batch_size} x {c.block_size} tokens a step with {t.optimizer}, on {device} in {dtype}")
+    say(
+        f"{length} of {t.batch_size} x {block_size or c.block_size} tokens a step with {t.optimizer}, "
+        f"on {device} in {dtype}"
+    )
 
 
 def finish_run(results: dict[str, float], files: RunFiles) -> None:
@@ -3991,6 +4256,8 @@ def finish_run(results: dict[str, float], files: RunFiles) -> None:
 
 def cmd_sample(args: argparse.Namespace) -> None:
     settings = SamplingSettings(**chosen(args, SamplingSettings))
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"seed is {args.seed}: it must be at least 0 and below 2**63")
     if args.length < 1 or args.num_samples < 1:
         raise UserError("--length and --num_samples must be at least 1")
     device = choose_device(args.device)
@@ -4001,6 +4268,8 @@ def cmd_sample(args: argparse.Namespace) -> None:
     set_precision(model, args.dtype)
     if args.quantize == "int8":
         quantize_int8(model)
+    if args.rope_factor and not args.rope_scaling:
+        raise UserError("--rope_factor needs --rope_scaling: linear, ntk, yarn or llama3")
     if args.rope_scaling:
         model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
     prompt = args.prompt
@@ -4136,7 +4405,11 @@ def cmd_finetune(args: argparse.Namespace) -> None:
         model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
     if args.command == "hf_finetune":
         folder = DATA_DIR / f"{Path(args.hf_dataset).name}_{args.hf_split}_{tokenizer.name}"
-        if not (folder / "meta.json").exists():
+        wanted = {"dataset": args.hf_dataset, "split": args.hf_split, "config": args.hf_config,
+                  "revision": args.hf_revision, "column": args.hf_text_column}  # fmt: skip
+        made = read_json(folder / "meta.json", {}).get("source")
+        if made is None or args.overwrite or any(made.get(k) != v for k, v in wanted.items()):
+            args.overwrite = True
             say(describe_meta(folder, tokenize_hub_data(args, folder, tokenizer)))
         data = Data(folder)
     else:
@@ -4166,7 +4439,7 @@ def cmd_finetune(args: argparse.Namespace) -> None:
     if args.lora_rank:
         add_lora(model, args.lora_rank)
     model = prepare(model, t)
-    announce(model, data, t, variant)
+    announce(model, data, t, variant, block_size)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         f"training {trained:,} of {full:,} parameters: weights, gradients and AdamW's moments take "
@@ -4176,6 +4449,7 @@ def cmd_finetune(args: argparse.Namespace) -> None:
     report_long_conversations(data, block_size)
     show_sample(args, model, tokenizer, data, "before")
     extra = {"kind": args.command, "variant": variant, "arguments": sys.argv[1:], "lora_rank": args.lora_rank}
+    files.clear()
     results = fit(model, data, t, files, extra, block_size=block_size)
     show_sample(args, model, tokenizer, data, "after")
     finish_run(results, files)
@@ -4231,6 +4505,11 @@ def cmd_distill(args: argparse.Namespace) -> None:
     block_size = args.block_size or min(
         student.config.block_size, 512 if args.student_variant is None else student.config.block_size
     )
+    if student.config.context < block_size:
+        raise UserError(
+            f"the student's context is {student.config.context} and the block is {block_size}: use a smaller "
+            "--block_size"
+        )
     if teacher.config.context < block_size:
         raise UserError(
             f"the teacher's context is {teacher.config.context} and the block is {block_size}: use a smaller "
@@ -4261,6 +4540,7 @@ def cmd_distill(args: argparse.Namespace) -> None:
         "distill": asdict(d),
         "teacher": teacher_spec,
     }
+    files.clear()
     finish_run(fit(student, data, t, files, extra, objective, prompt=sample_prompt(data), block_size=block_size), files)
 
 
@@ -4271,8 +4551,11 @@ def open_teacher(path: str, variant: str | None, device: torch.device) -> tuple[
             raise UserError(
                 f"--teacher_model_path hf needs a --teacher_variant that names a GPT-2: {', '.join(HF_ALIASES)}"
             )
-        path = HF_ALIASES[variant]
-    return open_model(path, device)
+        return open_model(HF_ALIASES[variant], device)
+    teacher, tokenizer, checkpoint = open_model(path, device)
+    if variant is not None:
+        check_variant(variant, teacher.config, checkpoint["path"])
+    return teacher, tokenizer, checkpoint
 
 
 def teacher_like(teacher: GPT, student: GPT) -> GPT:
@@ -4290,7 +4573,7 @@ def check_same_vocabulary(tokenizer: Tokenizer, data: Data, teacher_path: str) -
     differ = [
         i
         for i in range(n)
-        if ours.decode([i]) != theirs.decode([i]) and i not in (*ours.special.values(), *theirs.special.values())
+        if ours.token_text(i) != theirs.token_text(i) and i not in (*ours.special.values(), *theirs.special.values())
     ]
     if differ or abs(ours.n_vocab - theirs.n_vocab) > 64:
         raise UserError(
@@ -4305,7 +4588,11 @@ def make_student(args: argparse.Namespace, teacher: GPT, teacher_checkpoint: dic
     overrides = chosen(args, GPTConfig)
     overrides.pop("block_size", None) if args.student_variant is None else None
     if args.student_checkpoint:
-        student, tokenizer, _ = open_model(args.student_checkpoint)
+        fixed = [k for k in overrides if k not in (*FINETUNE_SETTINGS, "block_size")]
+        fixed += [k for k in ("student_variant", "init_from_teacher") if getattr(args, k)]
+        if fixed:
+            raise UserError(f"--student_checkpoint brings its own shape: leave --{fixed[0]} out")
+        student, tokenizer, _ = open_model(args.student_checkpoint, **chosen(args, GPTConfig, FINETUNE_SETTINGS))
         if tokenizer.digest != data.tokenizer.digest:
             raise UserError(
                 f"the student has tokenizer {tokenizer.describe()} and {data.path} has {data.tokenizer.describe()}"
@@ -4352,8 +4639,10 @@ def cmd_eval(args: argparse.Namespace) -> None:
         if args.tasks:
             rows += evaluate_tasks(model, tokenizer, name, args)
             continue
-        context = args.block_size or model.config.context
-        if context > model.config.context and model.rope_cos is None:
+        context = model.config.context if args.block_size is None else args.block_size
+        if context < 1:
+            raise UserError(f"--block_size is {context}: it must be at least 1")
+        if context > model.config.context and model.wpe is not None:
             raise UserError(
                 f"--block_size {context} is more than the context of {name}, {model.config.context}, and its "
                 "positions are learned"
@@ -4365,7 +4654,7 @@ def cmd_eval(args: argparse.Namespace) -> None:
                 rope_original_block_size=model.config.rope_original_block_size or model.config.block_size,
             )
             model.build_rope()
-        stride = args.stride or context
+        stride = context if args.stride is None else args.stride
         if not 1 <= stride <= context:
             raise UserError(f"--stride is {stride}: it must be between 1 and the context, {context}")
         where, tokens = evaluation_tokens(args.data, tokenizer, name)
@@ -4375,7 +4664,7 @@ def cmd_eval(args: argparse.Namespace) -> None:
                 "data": where,
                 "context": context,
                 "stride": stride,
-                **evaluate_text(model, tokenizer, tokens, context, stride),
+                **evaluate_text(model, tokenizer, tokens, context, stride, where),
             }
         )
     print_rows(rows, args.json)
@@ -4395,7 +4684,10 @@ def evaluation_tokens(spec: str | None, tokenizer: Tokenizer, name: str) -> tupl
             f"{data.path} was made with tokenizer {data.tokenizer.describe()} and {name} has {tokenizer.describe()}: "
             "give eval a text file"
         )
-    return str(data.path), data.tokens[data.val_start :] if data.val_tokens is None else data.val_tokens
+    tokens = data.tokens[data.val_start :] if data.val_tokens is None else data.val_tokens
+    if not len(tokens):
+        raise UserError(f"{data.path} has no validation split: give eval a text file")
+    return str(data.path), tokens
 
 
 def evaluate_tasks(model: GPT, tokenizer: Tokenizer, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -4419,7 +4711,9 @@ def evaluate_tasks(model: GPT, tokenizer: Tokenizer, name: str, args: argparse.N
     ]
     rows = []
     for task, values in results.items():
-        metrics = {k.split(",")[0]: v for k, v in values.items() if isinstance(v, (int, float)) and "stderr" not in k}
+        metrics = {k: v for k, v in values.items() if "," in k and "stderr" not in k and isinstance(v, (int, float))}
+        names = [k.split(",")[0] for k in metrics]  # metric,filter: the filter where there are several
+        metrics = {k.split(",")[0] if names.count(k.split(",")[0]) == 1 else k: v for k, v in metrics.items()}
         rows.append({"model": name, "task": task, **metrics})
     return rows
 
@@ -4468,14 +4762,20 @@ def cmd_chat(args: argparse.Namespace) -> None:
             session.messages = [{"role": "system", "content": rest}] if rest else []
         elif word == "/save":
             target = Path(rest or "conversation.jsonl")
-            with open(target, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"messages": session.messages}, ensure_ascii=False) + "\n")
-            print(f"saved to {target}")
+            try:
+                with open(target, "a", encoding="utf-8") as f:
+                    f.write(json.dumps({"messages": session.messages}, ensure_ascii=False) + "\n")
+                print(f"saved to {target}")
+            except OSError as e:
+                print(f"cannot save to {target}: {e.strerror}")
         elif word.startswith("/"):
             print("there is /reset, /system TEXT, /save FILE and /quit")
         elif line:
-            session.answer(line, lambda text: print(text, end="", flush=True))
-            print()
+            try:
+                session.answer(line, lambda text: print(text, end="", flush=True))
+                print()
+            except UserError as e:  # too long a message: the conversation goes on without it
+                print(e)
 
 
 class ChatSession:
@@ -4491,20 +4791,21 @@ class ChatSession:
         self.cached: list[int] = []  # the tokens in the cache
 
     def answer(self, text: str, on_text: Callable[[str], None]) -> str:
-        """The assistant's next turn, streamed to on_text. The oldest turns are dropped when the context is full."""
+        """The assistant's next turn, streamed to on_text. The oldest turns are left out when the context is full."""
         self.messages.append({"role": "user", "content": text})
+        visible = list(self.messages)
         while True:
-            rendered = render_chat(self.tokenizer, self.messages, add_generation_prompt=True)
+            rendered = render_chat(self.tokenizer, visible, add_generation_prompt=True)
             ids = self.tokenizer.encode_rendered(rendered)
             if len(ids) + min(self.length, self.context // 2) <= self.context:
                 break
-            system = 1 if self.messages[0]["role"] == "system" else 0
-            if len(self.messages) <= system + 1:
+            system = 1 if visible[0]["role"] == "system" else 0
+            if len(visible) <= system + 1:
                 self.messages.pop()
                 raise UserError(
                     f"the message has more tokens than the context of {self.context} has room for: shorten it"
                 )
-            del self.messages[system : system + 2]
+            del visible[system : system + 2]
         same = next(
             (i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b),
             min(len(ids), len(self.cached)),
@@ -4513,7 +4814,8 @@ class ChatSession:
         new: list[int] = []
 
         def tokens_from(*args: Any) -> Iterator[Tensor]:
-            for token in generate(self.model, [ids[self.cache.length :]], *args[1:], cache=self.cache):
+            n = self.cache.length
+            for token in generate(self.model, [ids[n:]], *args[1:], cache=self.cache, seen=ids[:n]):
                 new.append(int(token))
                 yield token
 
@@ -4972,13 +5274,14 @@ def main() -> None:
     keep_freed_memory()
     try:
         args.run(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet
+        sys.exit(1)
     except (UserError, OSError) as e:
         if args.debug:
             raise
         reason = str(e) if isinstance(e, UserError) or not e.filename else f"{e.filename}: {e.strerror}"
         print(f"model.py {args.command}: error: {reason}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

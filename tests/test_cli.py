@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import ROOT, TINY_RUN, Cli, program
 from test_data import PAGE, server  # noqa: F401  (a fixture)
@@ -501,15 +502,28 @@ def test_a_disk_that_fills_up(cli, text_file, monkeypatch):
     assert not list(Path("checkpoints").glob(".*"))
 
 
-def test_no_vocabulary_and_no_network(refused, text_file, monkeypatch):
-    import tiktoken
+@pytest.fixture
+def no_vocabulary(monkeypatch):
+    """GPT-2's vocabulary is neither here nor to be had."""
 
     def unreachable(name):
         raise OSError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+
+
+def test_no_vocabulary_and_no_network(refused, text_file, no_vocabulary):
     assert "--tokenizer bpe" in refused("tokenize", "--dataset", "d", "--txt", text_file)
     assert not Path("data/d").exists()
+
+
+def test_without_a_vocabulary_the_real_mistake_is_still_told(refused, no_vocabulary):
+    """Files are looked at before the vocabulary that they would need."""
+    Path("folder").mkdir()
+    assert "neither meta.json nor train.bin" in refused("train", "--data", "folder")
+    Path("empty.txt").write_text("")
+    for source in ("empty.txt", "nope.txt"):
+        assert source in refused("tokenize", "--dataset", "d", "--txt", source)
 
 
 def test_meta_json_tells_where_the_text_is_from(cli, run_files):

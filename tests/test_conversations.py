@@ -717,6 +717,20 @@ def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
     assert "Something new" in trained_on("--hf_dataset", "a/talks")
 
 
+def test_hf_finetune_does_not_replace_a_run_unasked(cli, base):
+    """Not when it makes new data either; and a changed file is new data."""
+    write_jsonl("talks.jsonl", TALKS[:40])
+    run = ("hf_finetune", "--model_checkpoint", base, "--hf_dataset", "talks.jsonl", *FINETUNE, "--finetune_iters", 1)
+    cli(*run).ok()
+    first = Path("checkpoints/finetuned_tiny_model.pt").read_bytes()
+    write_jsonl("talks.jsonl", [{"utterances": ["Something new", "today."]}] * 40)
+    assert "--overwrite" in cli(*run).error
+    assert Path("checkpoints/finetuned_tiny_model.pt").read_bytes() == first
+    cli(*run, "--name", "second").ok()
+    path = model.load_checkpoint(Path("checkpoints/second_model.pt"))["data"]["path"]
+    assert b"Something new" in bytes(model.Data(Path(path)).tokens[:40].clip(0, 255).astype(np.uint8))
+
+
 def test_finetuning_with_another_tokenizers_data(cli, base):
     cli("tokenize", "--dataset", "other", "--txt", "talks.jsonl", "--tokenizer", "bpe", "--vocab_size", 300).ok()
     error = cli("finetune", "--model_checkpoint", base, "--data", "other", *FINETUNE).error

@@ -568,13 +568,15 @@ def test_float16_skips_steps_that_overflow(cli, text_file, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_a_small_text_is_learned_by_heart(cli, shakespeare, arch):
+@pytest.mark.parametrize("arch, flags", [
+    ("gpt2", ("--max_iters", 250, "--learning_rate", 3e-3)), ("nanochat", ("--max_iters", 100)),
+])  # fmt: skip
+def test_a_small_text_is_learned_by_heart(cli, shakespeare, arch, flags):
     """2,000 tokens to a training loss below 0.1 nats, in a few hundred steps."""
     Path("input.txt").write_text(shakespeare[:2000], encoding="utf-8")
     shape = ("--n_layer", 2, "--n_head", 4, "--n_embd", 128, "--block_size", 64, "--batch_size", 14)
-    flags = ("--max_iters", 250, "--learning_rate", 3e-3, "--dtype", "float32", "--eval_interval", 250)
-    cli("train", *BYTES, *shape, *flags, "--arch", arch, "--sample_interval", -1).ok()
+    flags += ("--dtype", "float32", "--eval_interval", 1000, "--sample_interval", -1)
+    cli("train", *BYTES, *shape, *flags, "--arch", arch).ok()
     assert log_of()[-1]["loss"] < 0.1
     flags = ("--length", 34, "--temperature", 0, "--dtype", "float32")  # to the end of the first block
     text = cli("sample", "--model_checkpoint", "7M_model_last.pt", "--prompt", shakespeare[:30], *flags).ok().out
