@@ -1793,7 +1793,6 @@ class Data:
                 self.mask = np.memmap(folder / "mask.bin", np.uint8, "r")
             return
         # nanoGPT: train.bin and val.bin of uint16, GPT-2's ids unless said otherwise
-        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         if path.is_dir():
             if not (path / "train.bin").exists():
                 raise UserError(
@@ -1801,6 +1800,7 @@ class Data:
                 )
             path = path / "train.bin"
         train = map_tokens(path, np.dtype("<u2"))
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         val = path.with_name("val.bin")
         self.tokens, self.val_start = train, len(train) - min(len(train) // 10, 10_000_000)
         if path.name == "train.bin" and val.exists():
@@ -4367,7 +4367,9 @@ def cmd_hf_tokenize(args: argparse.Namespace) -> None:
     say(describe_meta(folder, tokenize_hub_data(args, folder, None)))
 
 
-def tokenize_hub_data(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def tokenize_hub_data(
+    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer | None, overwrite: bool = False
+) -> dict[str, Any]:
     """Make a data folder of what the --hf_ flags name."""
     where = {"split": args.hf_split, "config": args.hf_config, "revision": args.hf_revision}
     if tokenizer is None:
@@ -4384,7 +4386,7 @@ def tokenize_hub_data(args: argparse.Namespace, folder: Path, tokenizer: Tokeniz
         chat_format=args.chat_format,
         train_on_all=args.train_on_all,
         val_fraction=args.val_fraction,
-        overwrite=args.overwrite,
+        overwrite=overwrite or args.overwrite,
     )
 
 
@@ -4403,14 +4405,20 @@ def cmd_finetune(args: argparse.Namespace) -> None:
     tokenizer = add_chat_tokens(model, tokenizer) if tokenizer.kind == "hf" else tokenizer
     if args.rope_scaling:
         model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
+    files.check_free(args.overwrite)
     if args.command == "hf_finetune":
         folder = DATA_DIR / f"{Path(args.hf_dataset).name}_{args.hf_split}_{tokenizer.name}"
-        wanted = {"dataset": args.hf_dataset, "split": args.hf_split, "config": args.hf_config,
-                  "revision": args.hf_revision, "column": args.hf_text_column}  # fmt: skip
+        wanted = {
+            "dataset": args.hf_dataset,
+            "split": args.hf_split,
+            "config": args.hf_config,
+            "revision": args.hf_revision,
+            "column": args.hf_text_column,
+            "files": describe_sources([args.hf_dataset]) if Path(args.hf_dataset).exists() else None,
+        }
         made = read_json(folder / "meta.json", {}).get("source")
         if made is None or args.overwrite or any(made.get(k) != v for k, v in wanted.items()):
-            args.overwrite = True
-            say(describe_meta(folder, tokenize_hub_data(args, folder, tokenizer)))
+            say(describe_meta(folder, tokenize_hub_data(args, folder, tokenizer, overwrite=True)))
         data = Data(folder)
     else:
         data = find_data(args.data, tokenizer)
@@ -4420,7 +4428,6 @@ def cmd_finetune(args: argparse.Namespace) -> None:
             f"{tokenizer.describe()}: make the data "
             f"with tokenize --tokenizer {checkpoint['path']}"
         )
-    files.check_free(args.overwrite)
     block_size = args.block_size or min(512, model.config.context)
     if block_size > model.config.context:
         raise UserError(f"--block_size {block_size} is more than the model's context of {model.config.context}")
