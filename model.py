@@ -1299,6 +1299,7 @@ class DataWriter:
         if not self.n_tokens:
             raise UserError(f"{source}: there is nothing to tokenize in it")
         val_start = self.n_tokens - min(int(self.n_tokens * val_fraction), 10_000_000)
+        (self.folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is not whole
         for name, f in self.files.items():
             f.flush()
             os.fsync(f.fileno())
@@ -4299,7 +4300,7 @@ def cmd_sample(args: argparse.Namespace) -> None:
         settings,
         args.num_samples,
         args.seed,
-        args.stop or (),
+        [s.replace("\\n", "\n").replace("\\t", "\t") for s in args.stop or ()],
         out,
         tokens_from,
         heal=True,
@@ -5085,7 +5086,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_settings(sub, "sampling", SamplingSettings)
     sub.add_argument("--num_samples", type=int, default=1, help="continuations, drawn as one batch (default: 1)")
     sub.add_argument("--seed", type=int, default=1337, help="of the random choices (default: 1337)")
-    sub.add_argument("--stop", nargs="+", metavar="TEXT", help="end before any of these")
+    sub.add_argument("--stop", nargs="+", metavar="TEXT", help=r"end before any of these (\n is a line end)")
     device_flags(sub)
     sub.add_argument(
         "--draft_checkpoint", metavar="CHECKPOINT", help="a small model that drafts for this one (speculative decoding)"

@@ -450,6 +450,13 @@ def test_wrong_sampling_settings(refused, run_files, flags, word):
     assert word in refused("sample", "--prompt", "a", *flags.split())
 
 
+@pytest.mark.parametrize("stop", ["\n", "\\n"])
+def test_a_stop_string_as_a_shell_passes_it(cli, run_files, monkeypatch, stop):
+    """--stop "\\n", as the help shows it, reaches a program as a backslash and an n."""
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: iter(torch.tensor([[b] for b in b"one\ntwo"])))
+    assert cli("sample", "--prompt", "a ", "--stop", stop).ok().out == "a one\n"
+
+
 def test_a_prompt_longer_than_the_context(cli, run_files):
     result = cli("sample", "--prompt", "a" * 17)
     assert "17 tokens" in result.error and "context is 16" in result.error and "--rope_scaling" in result.error
