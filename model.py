@@ -785,6 +785,7 @@ EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # tiktoken's r50k
 
 
+@functools.cache
 def byte_to_unicode() -> dict[int, str]:
     """GPT-2's printable character for each byte, in which tokenizer.json writes byte-level vocabularies."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -4397,6 +4398,7 @@ def cmd_finetune(args: argparse.Namespace) -> None:
     files = RunFiles.named(args.name or f"finetuned_{variant}")
     if args.resume:
         return resume_training(args, files)
+    files.check_free(args.overwrite)
     device = choose_device(args.device or "auto")
     model, tokenizer, checkpoint = open_model(
         args.model_checkpoint, device, **chosen(args, GPTConfig, FINETUNE_SETTINGS)

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -589,6 +591,23 @@ def test_micro_batches_add_up_to_the_batch(distill):
     distill(*run, "parts", "--grad_accum", 4).ok()
     for a, b in zip(log_of("whole"), log_of("parts"), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [(), ("--cache_teacher", 64)], ids=str)
+def test_two_processes_equal_one(distill, flags):
+    """Truth: the run of one process: the log, the parts of the loss in it, and the teacher's cache."""
+    run = (*STUDENT, "--max_iters", 3, "--log_interval", 1, *flags)
+    distill(*run, "--name", "one").ok()
+    cached = {p.name: p.read_bytes() for p in Path("data/text").glob("teacher_cache/*")}
+    for path in Path("data/text").glob("teacher_cache/*"):
+        path.unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", model.__file__]
+    command += ["distill", "--teacher_model_path", "teacher.pt", "--data", "text", *map(str, run), "--name", "two"]
+    two = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert two.returncode == 0, two.stderr
+    for a, b in zip(log_of("one"), log_of("two"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert {p.name: p.read_bytes() for p in Path("data/text").glob("teacher_cache/*")} == cached
 
 
 def test_a_student_becomes_its_teacher(distill):
