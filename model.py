@@ -4408,7 +4408,6 @@ def cmd_finetune(args: argparse.Namespace) -> None:
     tokenizer = add_chat_tokens(model, tokenizer) if tokenizer.kind == "hf" else tokenizer
     if args.rope_scaling:
         model.extend_context(args.rope_scaling, args.rope_factor or 1.0)
-    files.check_free(args.overwrite)
     if args.command == "hf_finetune":
         folder = DATA_DIR / f"{Path(args.hf_dataset).name}_{args.hf_split}_{tokenizer.name}"
         wanted = {
