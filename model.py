@@ -3106,7 +3106,9 @@ class Distillation:
 
     def take_parts(self) -> dict[str, float]:
         """The divergence and the cross-entropy per target since the last call, for the log."""
-        divergence, cross_entropy = (self.sums / self.counts.clamp(min=1)).tolist()
+        totals = torch.stack((self.sums, self.counts)).to(self.teacher.wte.weight.device)
+        sums, counts = all_reduce(totals).cpu()  # over all processes: each calls this at the same steps
+        divergence, cross_entropy = (sums / counts.clamp(min=1)).tolist()
         self.sums, self.counts = torch.zeros(2), torch.zeros(2)
         return {"divergence": divergence, "cross_entropy": cross_entropy}
 
@@ -4501,7 +4503,7 @@ def show_sample(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, data
 
 def cmd_distill(args: argparse.Namespace) -> None:
     init_distributed(args.device or "auto")
-    name = args.name or f"distilled_{args.student_variant or 'model'}"
+    name = args.name or f"distilled_{args.student_variant or 'student'}"
     files = RunFiles.named(name)
     if args.resume:
         return resume_training(args, files)
@@ -4544,7 +4546,7 @@ def cmd_distill(args: argparse.Namespace) -> None:
     teacher_spec = {"path": args.teacher_model_path, "variant": args.teacher_variant}
     extra = {
         "kind": "distill",
-        "variant": args.student_variant,
+        "variant": args.student_variant or "student",
         "arguments": sys.argv[1:],
         "distill": asdict(d),
         "teacher": teacher_spec,
