@@ -2855,6 +2855,10 @@ def fit(
                 stopping = log_now and bool(all_reduce(torch.tensor(float(len(stop)), device=device)))
             if not (log_now or eval_now or stopping):
                 continue
+            loss_sum = running.item()  # waits for a GPU, so that what follows is not timed
+            elapsed = time.perf_counter() - timed_at
+            seconds += elapsed
+            speed = (done - timed_step) * tokens_per_step / elapsed
             if eval_now:
                 results = evaluate(model)
                 if not math.isfinite(results["val_loss"]):
@@ -2870,15 +2874,12 @@ def fit(
                     "--learning_rate, a longer "
                     "--warmup_iters or --dtype float32"
                 )
-            elapsed = time.perf_counter() - timed_at
-            seconds += elapsed
-            speed = (done - timed_step) * tokens_per_step / elapsed
             lr = optimizers[0].param_groups[0]["lr"]
             record = {
                 "step": done,
                 "tokens": done * tokens_per_step,
                 "seconds": round(seconds, 2),
-                "loss": running.item() / (done - logged_step),
+                "loss": loss_sum / (done - logged_step),
                 "lr": lr,
                 "grad_norm": grad_norm.item(),
                 "tokens_per_s": round(speed),
