@@ -36,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -1338,7 +1338,7 @@ class DataWriter:
             f.close()
             Path(f.name).unlink(missing_ok=True)
         (self.folder / ".progress.json").unlink(missing_ok=True)
-        with suppress_oserror():
+        with suppress(OSError):
             self.folder.rmdir()
 
 
@@ -1347,14 +1347,6 @@ def check_data_folder_free(folder: Path, overwrite: bool) -> None:
     if (folder / "meta.json").exists():
         if not overwrite:
             raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
-
-
-@contextmanager
-def suppress_oserror() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass
 
 
 def tokenize_text(
@@ -5274,7 +5266,7 @@ def keep_freed_memory() -> None:
     import ctypes
 
     if sys.platform == "linux":
-        with suppress_oserror():
+        with suppress(OSError):
             libc = ctypes.CDLL("libc.so.6")
             M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
             libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
