@@ -34,6 +34,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -273,34 +274,22 @@ class Linear(nn.Linear):
     """A linear layer whose weights follow the activations' dtype. Mixed precision without autocast: master weights stay
     in float32, and what is multiplied is decided by the dtype of the embedding's output."""
 
+    def reset_parameters(self) -> None:
+        """GPT.init_weights does it."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), cast to x's dtype, plus bias."""
-    if x.numel() == weight.size(1) and x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # one token: PyTorch's own product reads the weights at twice the speed of oneDNN's, which F.linear takes
-        y = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
-        return y.view(*x.shape[:-1], -1)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-class Int8Linear(nn.Module):
-    """A linear layer for generation on a CPU: int8 weights with one scale a row, bfloat16 activations. Half the memory
-    to read per token, which is what limits a single sequence."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        scale = weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127
-        self.register_buffer("weight_int8", (weight.float() / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.bfloat16())
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.weight_int8, self.scale)
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+def embedding(n: int, dim: int) -> nn.Embedding:
+    """A table (n, dim) that GPT.init_weights fills. nn.Embedding's own way imports torch._dynamo on the
+    meta device, which takes 1.5 s."""
+    return nn.Embedding(n, dim, _weight=torch.empty(n, dim))
 
 
 class Norm(nn.Module):
@@ -358,6 +347,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if d < x.size(-1):
         return torch.cat((apply_rope(x[..., :d], cos, sin), x[..., d:]), dim=-1)
     return torch.addcmul(x * cos, x.roll(d // 2, dims=-1), sin)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    return F.dropout(x, p) if training and p else x
 
 
 def causal_mask(T_q: int, T_k: int, device: torch.device) -> Tensor:
@@ -430,23 +423,23 @@ def choose_attention(name: str) -> Callable:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: (B, n_kv_head, max_length, head_dim) for each layer.
+    """Keys and values of the tokens seen so far, preallocated: for each layer (B, 2 n_kv_head, max_length, head_dim),
+    the heads of k before those of v.
 
     `pad` (B,) counts the padding tokens at the left of each row, for batches of prompts of different lengths.
     """
 
     def __init__(self, c: GPTConfig, batch_size: int, max_length: int, like: Tensor, pad: Tensor | None = None) -> None:
-        shape = (batch_size, c.n_kv_head, max_length, c.head_dim)
-        options = {"dtype": like.dtype, "device": like.device}
-        self.k, self.v = ([torch.zeros(shape, **options) for _ in range(c.n_layer)] for _ in "kv")
+        shape = (batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
+        self.kv = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(c.n_layer)]
         self.length, self.max_length, self.pad = 0, max_length, pad
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
-        T = k.size(2)
-        for memory, new in ((self.k[layer], k), (self.v[layer], v)):
-            memory.narrow(2, self.length, T).copy_(new)
-        return self.k[layer].narrow(2, 0, self.length + T), self.v[layer].narrow(2, 0, self.length + T)
+        end, heads = self.length + k.size(2), self.kv[layer].chunk(2, dim=1)
+        for memory, new in zip(heads, (k, v), strict=True):
+            memory[:, :, self.length : end] = new
+        return heads[0][:, :, :end], heads[1][:, :, :end]
 
 
 class Attention(nn.Module):
@@ -464,25 +457,33 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (Norm(c, c.head_dim, "rmsnorm") for _ in "qk")
         self.norm_first = c.norm_weight  # Qwen 3 normalises, then rotates; nanochat rotates, then normalises
         self.kernel = choose_attention(c.attn_implementation)
-        self.attn_pdrop, self.resid_drop = c.attn_pdrop, nn.Dropout(c.resid_pdrop)
+        self.attn_pdrop, self.resid_pdrop = c.attn_pdrop, c.resid_pdrop
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, mask: Tensor | None
     ) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)  # (B, T, heads, head_dim)
+        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)  # (B, T, heads, head_dim)
         if self.qk_norm and self.norm_first:
-            q, k = self.q_norm(q), self.k_norm(k)
+            qk = self.normalise(qk)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            qk = apply_rope(qk, *rope)
         if self.qk_norm and not self.norm_first:
-            q, k = self.q_norm(q), self.k_norm(k)
+            qk = self.normalise(qk)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = self.kernel(q, k, v, mask, self.attn_pdrop if self.training else 0.0)
-        return self.resid_drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))
+        return dropout(self.proj(y.transpose(1, 2).reshape(B, T, -1)), self.resid_pdrop, self.training)
+
+    def normalise(self, qk: Tensor) -> Tensor:
+        """QK-norm of queries and keys (B, T, n_head + n_kv_head, head_dim)."""
+        if self.q_norm.weight is None:
+            return self.q_norm(qk)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
+        return torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
 
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -505,7 +506,7 @@ class MLP(nn.Module):
         self.fc = Linear(c.n_embd, c.n_inner * (1 + c.is_glu), bias=c.bias == "all")
         self.fc.weight.parts = [c.n_inner] * (1 + c.is_glu)
         self.proj = Linear(c.n_inner, c.n_embd, bias=c.bias == "all")
-        self.resid_drop = nn.Dropout(c.resid_pdrop)
+        self.resid_pdrop = c.resid_pdrop
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
@@ -514,7 +515,7 @@ class MLP(nn.Module):
             x = self.activation(gate) * value
         else:
             x = self.activation(x)
-        return self.resid_drop(self.proj(x))
+        return dropout(self.proj(x), self.resid_pdrop, self.training)
 
 
 class Block(nn.Module):
@@ -544,15 +545,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.wte = nn.Embedding(c.padded_vocab_size, c.n_embd)
-        self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.pos_embd == "learned" else None
+        self.wte = embedding(c.padded_vocab_size, c.n_embd)
+        self.wpe = embedding(c.block_size, c.n_embd) if c.pos_embd == "learned" else None
         self.embd_norm = Norm(c, c.n_embd) if c.embd_norm else None
-        self.drop = nn.Dropout(c.embd_pdrop)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else None
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations
         self.compiled: Callable | None = None  # `hidden` as torch.compile made it, for training
+        self.decoder: Callable | None = None  # `hidden` for one token, see pack_weights
         self.build_rope()
         if self.wte.weight.device.type != "meta":
             self.init_weights()
@@ -623,7 +624,9 @@ class GPT(nn.Module):
         With a cache, idx continues what the cache holds, and is appended to it. `segments` (B, T) numbers the documents
         packed into each row: none sees another, and each has its own positions from 0.
         """
-        B, T = idx.shape
+        if self.decoder is not None and cache is not None and idx.numel() == 1:
+            return self.decoder(idx, cache)
+        T, c = idx.size(1), self.config
         start = cache.length if cache is not None else 0
         positions, mask = slice(start, start + T), None
         if segments is not None:
@@ -643,12 +646,12 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[positions].to(x.dtype)
         if self.embd_norm is not None:
             x = self.embd_norm(x)
-        x = self.drop(x)
+        x = dropout(x, c.embd_pdrop, self.training)
         rope = None
         if self.rope_cos is not None:
             rope = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
         for block in self.blocks:
-            if self.config.gradient_checkpointing and self.training:
+            if c.gradient_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, cache, mask, use_reentrant=False)
             else:
                 x = block(x, rope, cache, mask)
@@ -662,8 +665,8 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) -> logits (..., vocab_size), float32; padding rows of the head are left out."""
-        if isinstance(self.lm_head, Int8Linear):
-            logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        if isinstance(self.lm_head, PackedLinear):
+            logits = self.lm_head(x)[..., : self.config.vocab_size]
         else:
             logits = linear(x, self.head_weight[: self.config.vocab_size]).float()
         cap = self.config.logit_softcap
@@ -2040,6 +2043,138 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
     return idx, pad if int(pad.max()) else None
 
 
+# On a CPU one token of one sequence is limited by memory: the weights are read once for it. So they are held in the
+# fewest bytes, laid out for a kernel that reads them as fast as memory gives them, and little is done beside.
+
+
+def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
+    """Hold a model's weights as they generate fastest. On a CPU, `auto` packs them in float16 where PyTorch has the
+    kernels for it (on x86); int8 is for the asking."""
+    on_cpu, engines = model.wte.weight.device.type == "cpu", torch.backends.quantized.supported_engines
+    if quantize == "int8" and not on_cpu:
+        raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
+    if quantize == "int8" or (on_cpu and dtype == "auto" and "fbgemm" in engines):
+        pack_weights(model, torch.int8 if quantize == "int8" else torch.float16)
+    else:
+        set_precision(model, dtype)
+
+
+def pack_weights(model: GPT, dtype: torch.dtype) -> None:
+    """Exchange the linear layers of a model on the CPU, and its head, for PackedLinear ones in float16 or int8."""
+    model.float().compute_dtype = torch.float32
+    model.lm_head = PackedLinear(model.head_weight.data, None, dtype)
+    for block in model.blocks:
+        for parent, name in block.linears():
+            layer = getattr(parent, name)
+            setattr(parent, name, PackedLinear(layer.weight.data, layer.bias, dtype))
+    if model.config.attn_implementation != "eager":
+        model.decoder = Decoder(model)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for generation on a CPU, by PyTorch's FBGEMM kernels: float32 activations, and weights in float16
+    or in int8 with one scale a row. One token's time is the time to read the weights, and these kernels read them
+    nearly as fast as the memory gives them, where F.linear takes twice to three times as long (float16 is also finer
+    than bfloat16). For int8 the activations are rounded to 8 bits too."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, bias = weight.float(), None if bias is None else bias.float()
+        if dtype == torch.float16:
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+            self.product = torch.ops.quantized.linear_dynamic_fp16.default
+        else:
+            scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
+            zero = torch.zeros(len(weight), dtype=torch.int64)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # quantised tensors will leave PyTorch in a later version
+                rounded = torch.quantize_per_channel(weight, scale, zero, axis=0, dtype=torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
+            # without VNNI instructions sums of 8-bit products overflow: 7 bits for the activations
+            reduce_range = not torch.cpu._is_vnni_supported()
+            self.product = functools.partial(torch.ops.quantized.linear_dynamic.default, reduce_range=reduce_range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.packed)
+
+
+class Decoder:
+    """GPT.hidden for one more token of one sequence, float32, in the fewest calls: with packed weights, a CPU would
+    spend nearly as long on what is between the products as on the products. Made by pack_weights."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model, c = model, model.config
+        self.n_head, self.n_kv_head, self.head_dim, self.rope_dim = c.n_head, c.n_kv_head, c.head_dim, c.rope_dim
+        self.is_glu, self.activation = c.is_glu, ACTIVATIONS[c.activation]
+        self.pre_norm, self.parallel = c.norm_position == "pre", c.parallel_residual
+        self.qk_norm, self.norm_first = c.qk_norm, c.norm_weight
+        self.embd_norm, self.norm_f = self.norm(model.embd_norm), self.norm(model.norm_f)
+        self.layers = []
+        for block in model.blocks:
+            qk_norm = self.qk_norm and self.norm(block.attn.q_norm, block.attn.k_norm)
+            attn = (block.attn.qkv.packed, block.attn.proj.packed, qk_norm)
+            mlp = (block.mlp.fc.packed, block.mlp.proj.packed)
+            self.layers.append((self.norm(block.norm_1), attn, self.norm(block.norm_2), mlp))
+        self.product = block.attn.qkv.product
+
+    def norm(self, norm: Norm | None, k_norm: Norm | None = None) -> Callable:
+        """A norm as one function; with k_norm, of all heads of q and k. RMSNorm is x sqrt(n) / sqrt(|x|^2 + n eps)."""
+        if norm is None:
+            return lambda x: x
+        (n,), weight, bias, eps = norm.dim, norm.weight, norm.bias, norm.eps
+        if norm.kind == "layernorm":
+            return lambda x: torch.layer_norm(x, (n,), weight, bias, eps)
+        if weight is not None and k_norm is not None:
+            weight = torch.cat((weight.expand(self.n_head, -1), k_norm.weight.expand(self.n_kv_head, -1)))
+        scale, root = n**0.5 if weight is None else weight.data * n**0.5, torch.tensor((n * eps) ** 0.5)
+        return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), root) * scale
+
+    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """Token idx (1, 1) after what the cache holds -> (1, 1, n_embd)."""
+        model, t = self.model, cache.length
+        x = torch.embedding(model.wte.weight, idx[0])  # (1, n_embd)
+        if model.wpe is not None:
+            x = x + model.wpe.weight[t]
+        x = self.embd_norm(x)
+        rope = None if model.rope_cos is None else (model.rope_cos[t], model.rope_sin[t])
+        for (norm_1, attn, norm_2, mlp), kv in zip(self.layers, cache.kv, strict=True):
+            if self.pre_norm and self.parallel:
+                x = x + self.attention(norm_1(x), *attn, kv, t, rope) + self.mlp(norm_2(x), *mlp)
+            elif self.pre_norm:
+                x = x.add_(self.attention(norm_1(x), *attn, kv, t, rope))
+                x = x.add_(self.mlp(norm_2(x), *mlp))
+            else:
+                x = norm_1(x + self.attention(x, *attn, kv, t, rope))
+                x = norm_2(x + self.mlp(x, *mlp))
+        cache.length += 1
+        return self.norm_f(x)[None]
+
+    def attention(
+        self, x: Tensor, qkv: Any, proj: Any, qk_norm: Any, kv: Tensor, t: int, rope: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        n_qk = self.n_head + self.n_kv_head
+        heads = self.product(x, qkv).view(-1, self.head_dim)  # of q, then k, then v
+        if self.qk_norm and self.norm_first:
+            heads[:n_qk] = qk_norm(heads[:n_qk])
+        if rope is not None:
+            qk = heads[:n_qk, : self.rope_dim]
+            torch.addcmul(qk * rope[0], qk.roll(self.rope_dim // 2, dims=-1), rope[1], out=qk)
+        if self.qk_norm and not self.norm_first:
+            heads[:n_qk] = qk_norm(heads[:n_qk])
+        kv[0, :, t] = heads[self.n_head :]
+        k, v = kv[:, : self.n_kv_head, : t + 1], kv[:, self.n_kv_head :, : t + 1]
+        q = heads[: self.n_head].view(1, self.n_head, 1, -1)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_head != self.n_kv_head)
+        return self.product(y.view(1, -1), proj)
+
+    def mlp(self, x: Tensor, fc: Any, proj: Any) -> Tensor:
+        x = self.product(x, fc)
+        if self.is_glu:
+            gate, value = x.chunk(2, dim=-1)
+            return self.product(self.activation(gate) * value, proj)
+        return self.product(self.activation(x), proj)
+
+
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -2476,18 +2611,6 @@ def set_precision(model: GPT, name: str) -> None:
         torch.float32 if name == "auto" and device.type == "cpu" and width < 384 else choose_dtype(name, device, 512)
     )
     model.to(dtype).compute_dtype = dtype
-
-
-def quantize_int8(model: GPT) -> None:
-    """Give a model on the CPU int8 weights in its blocks and its head, for generation. Activations become bfloat16."""
-    if model.wte.weight.device.type != "cpu":
-        raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
-    set_precision(model, "bfloat16")
-    model.lm_head = Int8Linear(model.head_weight.data, None)
-    for block in model.blocks:
-        for parent, name in block.linears():
-            layer = getattr(parent, name)
-            setattr(parent, name, Int8Linear(layer.weight.data, layer.bias))
 
 
 def lr_factor(step: int, t: TrainConfig) -> float:
@@ -4262,9 +4385,7 @@ def cmd_sample(args: argparse.Namespace) -> None:
     path = checkpoint["path"]
     if args.variant is not None:
         check_variant(args.variant, model.config, path)
-    set_precision(model, args.dtype)
-    if args.quantize == "int8":
-        quantize_int8(model)
+    prepare_generation(model, args.dtype, args.quantize)
     if args.rope_factor and not args.rope_scaling:
         raise UserError("--rope_factor needs --rope_scaling: linear, ntk, yarn or llama3")
     if args.rope_scaling:
@@ -4280,7 +4401,7 @@ def cmd_sample(args: argparse.Namespace) -> None:
         if args.num_samples > 1:
             raise UserError("--draft_checkpoint works on one sample at a time: leave --num_samples out")
         draft, draft_tokenizer, _ = open_model(args.draft_checkpoint, device)
-        set_precision(draft, args.dtype)
+        prepare_generation(draft, args.dtype, args.quantize)
         if draft_tokenizer.digest != tokenizer.digest:
             raise UserError(
                 f"the draft has tokenizer {draft_tokenizer.describe()} and the model {tokenizer.describe()}: they "
@@ -4740,9 +4861,7 @@ def cmd_chat(args: argparse.Namespace) -> None:
     settings = SamplingSettings(**{"temperature": 0.7, "top_p": 0.95, **chosen(args, SamplingSettings)})
     device = choose_device(args.device)
     model, tokenizer, checkpoint = open_model(args.model_checkpoint, device)
-    set_precision(model, args.dtype)
-    if args.quantize == "int8":
-        quantize_int8(model)
+    prepare_generation(model, args.dtype, args.quantize)
     render_chat(tokenizer, [{"role": "user", "content": ""}])  # a model without a chat template shows now
     session = ChatSession(model, tokenizer, settings, args.length, args.seed)
     if args.system:

@@ -361,7 +361,7 @@ def test_cached_decoding_equals_the_full_pass(arch, overrides, kernel):
     assert pad.tolist() == [6, 0, 3]
     cache = model.KVCache(gpt.config, 3, 9 + total, torch.empty(0), pad)
     c = gpt.config  # GQA's cache is smaller
-    assert sum(k.numel() for k in cache.k) == c.n_layer * 3 * c.n_kv_head * (9 + total) * c.head_dim
+    assert sum(kv.numel() for kv in cache.kv) == 2 * c.n_layer * 3 * c.n_kv_head * (9 + total) * c.head_dim
     logits = gpt(idx, cache)[:, -1:]
     for i in range(total + 1):
         for row, n in enumerate(lengths):
@@ -369,6 +369,58 @@ def test_cached_decoding_equals_the_full_pass(arch, overrides, kernel):
             torch.testing.assert_close(logits[row : row + 1, -1], alone, atol=1e-4, rtol=0)
         if i < total:
             logits = gpt(torch.stack([rows[row, n + i] for row, n in enumerate(lengths)])[:, None], cache)
+
+
+needs_fbgemm = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="PyTorch has packed products on x86 only"
+)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("arch, overrides", [
+    *((arch, {}) for arch in ARCHS),
+    ("gpt2", dict(norm_position="post", pos_embd="none", bias="none", embd_norm=True)),
+    ("gpt2", dict(logit_softcap=5.0, activation="geglu")),
+    ("gpt_neox", dict(rope_pct=0.5, parallel_residual=True)),
+    ("llama", dict(n_kv_head=1, rope_scaling="yarn", rope_factor=2.0)),
+    ("llama", dict(norm_position="post", n_kv_head=2, tie_word_embeddings=False)),
+    ("qwen3", dict(n_kv_head=2, rope_pct=0.5)),
+    ("nanochat", dict(n_kv_head=2)),
+])  # fmt: skip
+@torch.no_grad()
+def test_packed_weights_decode_as_the_plain_ones(arch, overrides):
+    """Prompt, then token by token through the Decoder, against the full float32 pass: float16's rounding apart, which
+    weights of float16 precision do not see."""
+    gpt, idx = random_gpt(tiny_config(arch, **overrides)), random_tokens(1, 24)
+    for p in gpt.parameters():
+        p.copy_(p.half())
+    expected = gpt(idx)
+    model.prepare_generation(gpt, "auto")
+    assert gpt.decoder is not None and isinstance(gpt.blocks[0].mlp.fc, model.PackedLinear)
+    cache = model.KVCache(gpt.config, 1, 24, torch.empty(0))
+    logits = [gpt(idx[:, :5], cache)]
+    logits += [gpt(idx[:, i : i + 1], cache) for i in range(5, 24)]
+    assert cache.length == 24
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=2e-4, rtol=1e-4)
+
+
+@needs_fbgemm
+@torch.no_grad()
+def test_packed_weights_round_to_float16_or_int8():
+    gpt, idx = random_gpt(tiny_config("llama")), random_tokens(1, 24)
+    weight = gpt.blocks[0].mlp.proj.weight.data
+    x = torch.randn(3, weight.size(1))
+    packed = model.PackedLinear(weight, None, torch.float16)
+    torch.testing.assert_close(packed(x), x @ weight.half().float().T, atol=1e-5, rtol=1e-5)
+    exact, error = x @ weight.T, {}
+    for dtype in (torch.float16, torch.int8):
+        error[dtype] = (model.PackedLinear(weight, None, dtype)(x) - exact).norm() / exact.norm()
+    # a row's weights have 255 steps between minus and plus their largest, the activations as many: about 1/255 each
+    assert error[torch.float16] < 5e-4 < error[torch.int8] < 2e-2
+    plain = gpt(idx).log_softmax(dim=-1)
+    model.prepare_generation(gpt, "auto", "int8")
+    rounded = gpt(idx).log_softmax(dim=-1)
+    assert 0 < (plain.exp() * (plain - rounded)).sum(dim=-1).mean() < 0.05
 
 
 @pytest.mark.parametrize("arch", ARCHS)

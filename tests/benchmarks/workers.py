@@ -277,7 +277,7 @@ def generate_ours(variant: str, n: int) -> dict:
 
     torch.manual_seed(0)
     net = model.GPT(model.make_config(variant, GPT2_VOCABULARY + 2, {})).eval()
-    model.set_precision(net, "auto")
+    model.prepare_generation(net, "auto")
     run = functools.partial(model.generate, net, [short_prompt()], settings=model.SamplingSettings())
     stamps(run(max_new_tokens=4), 4)
     return {**speeds(stamps(run(max_new_tokens=n), n)), "dtype": str(net.compute_dtype), "peak_mb": peak_mb()}
@@ -372,7 +372,7 @@ def context_ours(tokens: int, block_size: int) -> dict:
     """Generation from one token to a full context, by a small llama."""
     model = load()
     net = model.GPT(model.make_config("26M", 8192, dict(CONTEXT_SHAPE, block_size=block_size))).eval()
-    model.set_precision(net, "auto")
+    model.prepare_generation(net, "auto")
     run = functools.partial(model.generate, net, [[1]], settings=model.SamplingSettings())
     stamps(run(max_new_tokens=4), 4)
     return windows(stamps(run(max_new_tokens=tokens), tokens))
