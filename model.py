@@ -883,6 +883,10 @@ class Tokenizer:
         """encode, as an array."""
         if self.kind == "byte":
             return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(dtype)
+        if self.kind != "hf":
+            with suppress(UnicodeEncodeError):  # half a surrogate pair, which encode mends
+                # no Python list: while one is made, no other thread runs
+                return self.backend.encode_to_numpy(text, disallowed_special=()).astype(dtype)
         return np.array(self.encode(text, continues), dtype)
 
     def decode(self, ids: list[int]) -> str:
