@@ -689,6 +689,8 @@ class GPT(nn.Module):
 class CrossEntropy:
     """Objective of linear_loss: the sum of -log p(target) over targets (any shape) that are not -1."""
 
+    chunk_divisor = 1
+
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets.flatten()
 
@@ -731,7 +733,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, objective: Callable, c: GPTConfig, with_grad: bool) -> Tensor:
         w, N, V = weight.to(h.dtype), h.size(0), weight.size(0)
-        chunk = min(N, max(64, LOSS_CHUNK_ELEMENTS // V))
+        chunk = min(N, max(64, LOSS_CHUNK_ELEMENTS // (V * objective.chunk_divisor)))
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), device=h.device, dtype=wide)
         grad_h = torch.empty_like(h) if with_grad else None
@@ -3066,9 +3068,11 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float, temperature
     """
     if kind == "jsd" and beta in (0.0, 1.0):
         kind = "reverse_kl" if beta else "forward_kl"
-    p, q = log_p.exp(), log_q.exp()
+    p = log_p.exp()
     if kind == "forward_kl":
-        return (p * (log_p - log_q).where(p > 0, 0.0)).sum(-1), (q - p) / temperature
+        value = (log_p - log_q).masked_fill_(p == 0, 0.0).mul_(p).sum(-1)
+        return value, log_q.exp().sub_(p).div_(temperature)
+    q = log_q.exp()
     if kind == "reverse_kl":
         inner = (log_q - log_p).where(q > 0, 0.0)
         value = (q * inner).sum(-1)
@@ -3110,6 +3114,8 @@ class DistillLoss:
     """Objective of linear_loss for a chunk of tokens: the teacher's logits are made from its hidden states here, chunk
     by chunk, so that neither model's full logits ever exist."""
 
+    chunk_divisor = 4  # for it holds two distributions, and the products in between, where CrossEntropy holds one
+
     def __init__(self, d: DistillConfig, targets: Tensor, teacher_logp: Callable[[slice], Any], n_vocab: int) -> None:
         self.d, self.teacher_logp, self.n_vocab = d, teacher_logp, n_vocab
         self.cross_entropy, self.counted = CrossEntropy(targets), targets.flatten() >= 0
@@ -3117,21 +3123,20 @@ class DistillLoss:
 
     def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
         d, counted = self.d, self.counted[rows]
-        z = logits[:, : self.n_vocab]
-        z = z if z.dtype == torch.float64 else z.float()
-        log_q = (z / d.temperature).log_softmax(dim=-1)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        log_q = (logits[:, : self.n_vocab].to(wide) / d.temperature).log_softmax(dim=-1)
         teacher = self.teacher_logp(rows)
         if isinstance(teacher, tuple):
-            value, grad_z = self.with_tail(log_q, *teacher)
+            value, grad = self.with_tail(log_q, *teacher)
         else:
-            value, grad_z = divergence(teacher, log_q, d.divergence, d.beta, d.temperature)
+            value, grad = divergence(teacher, log_q, d.divergence, d.beta, d.temperature)
+        del log_q, teacher
         scale = d.alpha * d.temperature**2
-        grad = torch.zeros_like(logits, dtype=z.dtype)
-        grad[:, : self.n_vocab] = grad_z * counted[:, None] * scale
-        cross_entropy = torch.zeros((), dtype=z.dtype, device=z.device)
+        grad = F.pad(grad.mul_(counted[:, None]).mul_(scale), (0, logits.size(1) - self.n_vocab))
+        cross_entropy = torch.zeros((), dtype=wide, device=logits.device)
         if d.alpha < 1:
             cross_entropy, grad_ce = self.cross_entropy(logits, rows, True)
-            grad += (1 - d.alpha) * grad_ce
+            grad.add_(grad_ce, alpha=1 - d.alpha)
         value = (value * counted).sum()
         self.parts += torch.stack((value, cross_entropy)).to(self.parts.dtype)
         return scale * value + (1 - d.alpha) * cross_entropy, grad.to(logits.dtype) if with_grad else None
@@ -3178,9 +3183,8 @@ class TeacherCache:
 
         def open_array(name: str, dtype: str, shape: tuple[int, ...]) -> np.memmap:
             path = folder / name
-            if not path.exists():
-                with open(path, "wb") as f:
-                    f.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+            with open(path, "ab") as f:  # leaves alone what another process has begun
+                f.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
             return np.memmap(path, dtype, "r+", shape=shape)
 
         self.ids, self.probs = open_array("ids.bin", "<u4", shape), open_array("probs.bin", "<f2", shape)
@@ -3239,7 +3243,7 @@ class Distillation:
 
         def teacher_logp(rows: slice) -> Tensor:
             logits = self.teacher.logits(hidden[rows])[:, : self.n_vocab]
-            return (logits / self.d.temperature).log_softmax(dim=-1)
+            return logits.div_(self.d.temperature).log_softmax(dim=-1)
 
         return teacher_logp
 
@@ -4337,10 +4341,13 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
     if "distill" in checkpoint:
         spec = checkpoint["teacher"]
         teacher, _, _ = open_teacher(spec["path"], spec["variant"], model.wte.weight.device)
+        digest, d = weights_digest(teacher), DistillConfig(**checkpoint["distill"])
+        if digest != spec["digest"]:
+            raise UserError(
+                f"the teacher {spec['path']} has other weights than when {files.last} was made: bring it back"
+            )
         teacher = teacher_like(teacher, model)
-        options["objective"] = make_distillation(
-            teacher, DistillConfig(**checkpoint["distill"]), data, checkpoint["block_size"]
-        )
+        options["objective"] = make_distillation(teacher, digest, d, data, checkpoint["block_size"])
     say(f"resuming {files.last} at step {checkpoint['step']}")
     announce(model, data, t, checkpoint["variant"])
     kept = ("kind", "variant", "arguments", "lora_rank", "distill", "teacher")
@@ -4653,15 +4660,16 @@ def cmd_distill(args: argparse.Namespace) -> None:
     variant = args.student_variant or "7M"
     t = train_config(args, variant if args.student_variant else "", student.config.arch, student.config.n_embd)
     files.check_free(args.overwrite)
+    teacher_spec = {
+        "path": args.teacher_model_path, "variant": args.teacher_variant, "digest": weights_digest(teacher),
+    }  # fmt: skip
     student = prepare(student, t)
-    teacher = teacher_like(teacher, student)
     announce(student, data, t, args.student_variant or "student")
     say(
         f"teacher {teacher_checkpoint['path']}: {n_teacher:,} parameters; alpha {d.alpha}, temperature "
         f"{d.temperature}, {d.divergence}"
     )
-    objective = make_distillation(teacher, d, data, block_size)
-    teacher_spec = {"path": args.teacher_model_path, "variant": args.teacher_variant}
+    objective = make_distillation(teacher_like(teacher, student), teacher_spec["digest"], d, data, block_size)
     extra = {
         "kind": "distill",
         "variant": args.student_variant or "student",
@@ -4740,7 +4748,10 @@ def make_student(args: argparse.Namespace, teacher: GPT, teacher_checkpoint: dic
     return student
 
 
-def make_distillation(teacher: GPT, d: DistillConfig, data: Data, block_size: int) -> Distillation:
+def make_distillation(teacher: GPT, digest: str, d: DistillConfig, data: Data, block_size: int) -> Distillation:
+    """digest: of the teacher's weights, in the precision they are stored in."""
+    if d.on_policy and data.starts is not None:
+        raise UserError(f"--on_policy is for text, and {data.path} holds conversations: leave it out")
     n_vocab = min(data.tokenizer.n_vocab, teacher.config.vocab_size)
     cache = None
     if d.cache_teacher:
@@ -4748,7 +4759,7 @@ def make_distillation(teacher: GPT, d: DistillConfig, data: Data, block_size: in
             raise UserError(f"cache_teacher is {d.cache_teacher}: the vocabulary has only {n_vocab:,} tokens")
         folder = (data.path if data.path.is_dir() else data.path.parent) / "teacher_cache"
         meta = {
-            "teacher": weights_digest(teacher), "data": data.digest, "temperature": d.temperature,
+            "teacher": digest, "data": data.digest, "temperature": d.temperature,
             "block_size": block_size,
             "top_k": d.cache_teacher, "format_version": FORMAT_VERSION,
         }  # fmt: skip

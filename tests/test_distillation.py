@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_RUN, random_gpt, random_tokens, tiny_config
+from conftest import TINY_RUN, random_gpt, random_tokens, tiny_config, write_conversations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -549,6 +549,28 @@ def test_resume_does_not_take_another_teacher(distill, cli):
     assert "teacher" in cli("distill", "--teacher_model_path", "other.pt", *resume).error
 
 
+def test_resume_notices_a_teacher_that_was_replaced(distill):
+    distill(*STUDENT, "--max_iters", 2, "--name", "run").ok()
+    save_model("teacher.pt", byte_gpt(seed=5))
+    assert "teacher.pt" in distill("--resume", "--max_iters", 4, "--name", "run").error
+
+
+def test_the_students_own_text_is_not_for_conversations(distill, cli):
+    write_conversations(Path("data/talks"), [([72, 105, 10] * 8, [0, 1, 1] * 8)] * 20)
+    run = (*STUDENT, "--max_iters", 2, "--on_policy", 0.5)
+    error = cli("distill", "--teacher_model_path", "teacher.pt", "--data", "talks", *run).error
+    assert "--on_policy" in error and "conversations" in error
+
+
+def test_a_teacher_cache_opened_twice_keeps_what_is_in_it(workdir):
+    """As by two processes that start at once."""
+    meta, ids = {"teacher": "x"}, torch.arange(8).view(4, 2)
+    first = model.TeacherCache(workdir / "cache", meta, 3, 4, 2)
+    first.write(1, ids, torch.ones(4, 2))
+    second = model.TeacherCache(workdir / "cache", meta, 3, 4, 2)
+    assert second.done.tolist() == [0, 1, 0] and (second.ids[1] == ids.numpy()).all()
+
+
 @pytest.mark.parametrize(
     "flags, scale, rest",
     [
@@ -612,7 +634,7 @@ def test_two_processes_equal_one(distill, flags):
 
 def test_a_student_becomes_its_teacher(distill):
     """Truth: a teacher of noise, which the text says nothing about: only by listening does the student get close."""
-    run = ("--n_embd", 64, "--n_head", 4, "--max_iters", 60, "--learning_rate", 1e-2, "--alpha", 1, "--name", "run")
+    run = ("--n_embd", 64, "--n_head", 4, "--max_iters", 240, "--learning_rate", 1e-2, "--alpha", 1, "--name", "run")
     distill(*STUDENT, *run).ok()
     first, *_, last = [r["divergence"] for r in log_of("run") if "divergence" in r]
     assert last < 0.5 * first
