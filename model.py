@@ -416,8 +416,7 @@ def choose_attention(name: str) -> Callable:
         except ImportError:
             raise UserError(
                 "attn_implementation flash_attention_2 needs the flash-attn package (pip install flash-attn) and a "
-                "CUDA "
-                "GPU; --attn_implementation sdpa uses PyTorch's own flash kernel"
+                "CUDA GPU; --attn_implementation sdpa uses PyTorch's own flash kernel"
             ) from None
     return ATTENTION["sdpa" if name == "auto" else name]
 
@@ -981,8 +980,8 @@ def gpt2_tokenizer() -> Tokenizer:
         ranks = tiktoken.get_encoding("r50k_base")._mergeable_ranks
     except Exception as e:  # requests, urllib3 and tiktoken each have their own
         raise UserError(
-            f"GPT-2's vocabulary is not on this machine and could not be fetched ({type(e).__name__}): go online once, "
-            "or use --tokenizer bpe, which learns a vocabulary from your text, or --tokenizer byte"
+            f"GPT-2's vocabulary is not on this machine and could not be fetched ({type(e).__name__}): go online "
+            "once, or use --tokenizer bpe, which learns a vocabulary from your text, or --tokenizer byte"
         ) from None
     return with_special_tokens("gpt2", "gpt2", sorted(ranks, key=ranks.get))
 
@@ -1519,8 +1518,8 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
     template = chat_template(tokenizer)
     if template is None:
         raise UserError(
-            f"tokenizer {tokenizer.name} has no chat template and no chat tokens: finetune the model on "
-            "conversations first"
+            f"tokenizer {tokenizer.name} has no chat template and no chat tokens: finetune the model on conversations "
+            "first"
         )
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
     tokens = {k: tokenizer.spec.get(k) or "" for k in ("bos_token", "eos_token")}
@@ -1788,8 +1787,7 @@ class Data:
             if len(self.tokens) != n_tokens:
                 raise UserError(
                     f"{folder / 'data.bin'} has {len(self.tokens):,} tokens and should have {n_tokens:,}: it is "
-                    "truncated or "
-                    "not the file that was written; run tokenize again"
+                    "truncated or not the file that was written; run tokenize again"
                 )
             if (folder / "starts.bin").exists():
                 self.starts = np.fromfile(folder / "starts.bin", "<u8").astype(np.int64)
@@ -1812,8 +1810,8 @@ class Data:
         if largest >= self.tokenizer.n_vocab:
             raise UserError(
                 f"{path} has token id {largest} and tokenizer {self.tokenizer.describe()} ends at "
-                f"{self.tokenizer.n_vocab - 1}: "
-                "it was made with another tokenizer (name it with --tokenizer) or is not a file of uint16 token ids"
+                f"{self.tokenizer.n_vocab - 1}: it was made with another tokenizer (name it with --tokenizer) or is "
+                "not a file of uint16 token ids"
             )
         self.digest = hashlib.blake2b(np.ascontiguousarray(self.tokens[:1_000_000]), digest_size=16).hexdigest()
 
@@ -1835,8 +1833,7 @@ class Data:
         if not len(blocks):
             raise UserError(
                 f"the {'training' if split == 'train' else 'validation'} split of {self.path} has {high - low:,} "
-                "tokens, fewer than a "
-                f"block of {block_size} and its target: use a smaller --block_size or more text"
+                f"tokens, fewer than a block of {block_size} and its target: use a smaller --block_size or more text"
             )
         return blocks
 
@@ -1930,8 +1927,8 @@ def describe_meta(folder: Path, meta: dict[str, Any]) -> str:
     n, val = meta["n_tokens"], meta["n_tokens"] - meta["val_start"]
     bytes_per_token = f", {meta['n_bytes'] / n:.2f} bytes per token" if "n_bytes" in meta else ""
     return (
-        f"{folder}: {n:,} tokens{bytes_per_token}, tokenizer {meta['tokenizer']['name']}; "
-        f"validation begins at token {meta['val_start']:,} ({val:,} tokens)"
+        f"{folder}: {n:,} tokens{bytes_per_token}, tokenizer {meta['tokenizer']['name']}; validation begins at token "
+        f"{meta['val_start']:,} ({val:,} tokens)"
     )
 
 
@@ -2248,8 +2245,7 @@ def speculative_generate(
         if limit + n_draft > m.config.context:
             raise UserError(
                 f"prompt and --length need {limit + n_draft:,} tokens and a context is {m.config.context:,}: shorten "
-                "them, or leave "
-                "--draft_checkpoint out"
+                "them, or leave --draft_checkpoint out"
             )
     caches = []
     for m in (model, draft):
@@ -2421,8 +2417,7 @@ def open_model(
         if tokenizer.n_vocab > model.config.vocab_size:
             raise UserError(
                 f"{path}: its tokenizer has {tokenizer.n_vocab:,} tokens and its model only "
-                f"{model.config.vocab_size:,}: "
-                "they do not belong together"
+                f"{model.config.vocab_size:,}: they do not belong together"
             )
         name = spec.partition("@")[0].rsplit("/", 1)[-1] if is_hub_id and not local else path.resolve().name
         return model.eval(), tokenizer, {"path": path, "variant": name}
@@ -2992,8 +2987,7 @@ def fit(
                 )
                 raise UserError(
                     f"the loss or its gradient is not finite at step {int(first_bad)}: {kept}; try a lower "
-                    "--learning_rate, a longer "
-                    "--warmup_iters or --dtype float32"
+                    "--learning_rate, a longer --warmup_iters or --dtype float32"
                 )
             lr = optimizers[0].param_groups[0]["lr"]
             record = {
@@ -3012,8 +3006,7 @@ def fit(
                 record.update(results)
                 say(
                     f"step {done}: loss {record['loss']:.4f}, val_loss {results['val_loss']:.4f}, perplexity "
-                    f"{results['val_ppl']:.2f}, "
-                    f"{results['val_bpb']:.4f} bits per byte, {speed:,.0f} tokens/s"
+                    f"{results['val_ppl']:.2f}, {results['val_bpb']:.4f} bits per byte, {speed:,.0f} tokens/s"
                 )
                 improved, best = results["val_loss"] < best, min(best, results["val_loss"])
                 if improved:
@@ -3172,8 +3165,7 @@ class TeacherCache:
         if wrong:
             raise UserError(
                 f"{folder} was made for another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is "
-                f"{meta[wrong]}): "
-                "delete it, or run without --cache_teacher"
+                f"{meta[wrong]}): delete it, or run without --cache_teacher"
             )
         folder.mkdir(parents=True, exist_ok=True)
         if not there:
@@ -3861,8 +3853,8 @@ def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: An
                     shape = list(target.T.shape if how == "transpose" else target.shape)
                     if f.get_slice(name).get_shape() != shape:
                         raise UserError(
-                            f"{file}: tensor {name} has shape {tuple(f.get_slice(name).get_shape())}, config.json says "
-                            f"{tuple(shape)}"
+                            f"{file}: tensor {name} has shape {tuple(f.get_slice(name).get_shape())}, config.json "
+                            f"says {tuple(shape)}"
                         )
                     target.copy_(hf_layout(f.get_tensor(name), how, config, back=True))
         except (SafetensorError, FileNotFoundError) as e:
@@ -4367,21 +4359,21 @@ def announce(model: GPT, data: Data, t: TrainConfig, variant: str, block_size: i
     train, val = data.val_start, len(data.tokens if data.val_tokens is None else data.val_tokens)
     val -= 0 if data.val_tokens is not None else data.val_start
     say(
-        f"{variant} ({c.arch}): {count_parameters(c):,} parameters with a vocabulary of {c.vocab_size:,}; "
-        f"data {data.path}: {train:,} training and {val:,} validation tokens"
+        f"{variant} ({c.arch}): {count_parameters(c):,} parameters with a vocabulary of {c.vocab_size:,}; data "
+        f"{data.path}: {train:,} training and {val:,} validation tokens"
     )
     length = f"{t.epochs:g} epochs" if t.epochs else f"{t.max_iters:,} steps"
     dtype = str(model.compute_dtype).removeprefix("torch.")
     say(
-        f"{length} of {t.batch_size} x {block_size or c.block_size} tokens a step with {t.optimizer}, "
-        f"on {device} in {dtype}"
+        f"{length} of {t.batch_size} x {block_size or c.block_size} tokens a step with {t.optimizer}, on {device} in "
+        f"{dtype}"
     )
 
 
 def finish_run(results: dict[str, float], files: RunFiles) -> None:
     say(
-        f"done in {results['seconds']:.0f} s: best val_loss {results['best_val_loss']:.4f} in {files.model}; "
-        f"try: python model.py sample --model_checkpoint {files.model.name}"
+        f"done in {results['seconds']:.0f} s: best val_loss {results['best_val_loss']:.4f} in {files.model}; try: "
+        f"python model.py sample --model_checkpoint {files.model.name}"
     )
 
 
@@ -4554,8 +4546,7 @@ def cmd_finetune(args: argparse.Namespace) -> None:
     if data.tokenizer.digest != tokenizer.digest:
         raise UserError(
             f"{data.path} was made with tokenizer {data.tokenizer.describe()} and the model has "
-            f"{tokenizer.describe()}: make the data "
-            f"with tokenize --tokenizer {checkpoint['path']}"
+            f"{tokenizer.describe()}: make the data with tokenize --tokenizer {checkpoint['path']}"
         )
     block_size = args.block_size or min(512, model.config.context)
     if block_size > model.config.context:
@@ -4715,8 +4706,7 @@ def check_same_vocabulary(tokenizer: Tokenizer, data: Data, teacher_path: str) -
     if differ or abs(ours.n_vocab - theirs.n_vocab) > 64:
         raise UserError(
             f"the teacher has tokenizer {theirs.describe()} and {data.path} was made with {ours.describe()}: make "
-            "matching data with "
-            f"tokenize --tokenizer {teacher_path}"
+            f"matching data with tokenize --tokenizer {teacher_path}"
         )
 
 
@@ -4964,9 +4954,10 @@ class ChatSession:
             on_text(piece)
 
         try:
-            generate_text(self.model, self.tokenizer, ids, self.length, self.settings, on_text=show,
-            tokens_from=tokens_from,
-                          generator=self.generator)  # fmt: skip
+            generate_text(
+                self.model, self.tokenizer, ids, self.length, self.settings,
+                on_text=show, tokens_from=tokens_from, generator=self.generator,
+            )  # fmt: skip
         except KeyboardInterrupt:
             pass
         self.cached = (ids + new)[: self.cache.length]
@@ -5015,8 +5006,8 @@ def check_variant(variant: str, c: GPTConfig, path: Path) -> None:
     wrong = [k for k in ("n_layer", "n_head", "n_embd") if getattr(c, k) != shape[k]]
     if wrong:
         raise UserError(
-            f"{path} is not a {variant}: it has {wrong[0]} {getattr(c, wrong[0])} and {variant} has {shape[wrong[0]]}; "
-            "leave --variant out or name another checkpoint"
+            f"{path} is not a {variant}: it has {wrong[0]} {getattr(c, wrong[0])} and {variant} has "
+            f"{shape[wrong[0]]}; leave --variant out or name another checkpoint"
         )
 
 
