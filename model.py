@@ -2083,6 +2083,9 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         weight, bias = weight.float(), None if bias is None else bias.float()
+        self.bias = torch.zeros(()) if bias is None else bias
+        self.nbytes = weight.numel() * dtype.itemsize
+        self.rows_share_a_scale = dtype == torch.int8
         if dtype == torch.float16:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
             self.product = torch.ops.quantized.linear_dynamic_fp16.default
@@ -2098,6 +2101,9 @@ class PackedLinear(nn.Module):
             self.product = functools.partial(torch.ops.quantized.linear_dynamic.default, reduce_range=reduce_range)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rows_share_a_scale and x.numel() > x.size(-1):  # so bring them all to the same size
+            size = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8)
+            return (self.product(x / size, self.packed) - self.bias) * size + self.bias
         return self.product(x, self.packed)
 
 

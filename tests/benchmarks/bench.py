@@ -2,7 +2,7 @@
 
 python tests/benchmarks/bench.py train --nanogpt ../nanoGPT                          one row of the README's table
 python tests/benchmarks/bench.py shakespeare --nanogpt ../nanoGPT --text input.txt   Tiny Shakespeare, whole commands
-python tests/benchmarks/bench.py smollm2 --model DIR                                 a Hugging Face directory
+python tests/benchmarks/bench.py smollm2 --model DIR --text input.txt                a Hugging Face directory
 python tests/benchmarks/bench.py all --nanogpt ../nanoGPT --text input.txt --model DIR --json results.json
 
 Each measurement is a process of its own, and contenders take turns (A B A B ...), so that a machine that slows down
@@ -259,6 +259,11 @@ def smollm2(row: Row) -> None:
             bar = SMOLLM2_BARS.get((ours, peer), ("", ""))
             a, b = (f"{decoding(m[x])}, whole command {seconds[x]:.1f} s" for x in (ours, peer))
             row.line(f"SmolLM2-135M, {n} tokens", f"{ours} {a}", f"{peer} {b}", ratio, *bar)
+    if row.args.text:
+        row.data["quality"] = q = worker("quality", folder=folder, text=str(Path(row.args.text).resolve()))
+        for label, name in (("auto", "packed float16"), ("int8", "packed int8"), ("bfloat16", "bfloat16")):
+            ours = f"{name}: loss {q[f'{label}_loss']:.4f}, KL {q[f'{label}_kl']:.1e}"
+            row.line("what precision costs, nats a token", ours, f"float32: loss {q['float32_loss']:.4f}")
     share = m["ours"]["tokens_per_s"] * m["ours"]["weight_bytes"] / 1e9 / m["limits"]["memory_gb_per_s"]
     row.line("its share of the memory bandwidth", f"{share:.0%}", "")
     row.limits_line(m["limits"])

@@ -314,7 +314,7 @@ def sample_ours(folder: str, prompt: str, n: int, flags: tuple = (), cold: bool 
     plain = model.generate
 
     def clocked(net, *arguments, **options):
-        weight_bytes[:] = [sum(p.nbytes for p in [*net.parameters(), *net.buffers()])]
+        weight_bytes[:] = [sum(m.nbytes for m in net.modules() if isinstance(m, model.PackedLinear))]
         times[:] = [time.perf_counter()]
         for token in plain(net, *arguments, **options):
             times.append(time.perf_counter())
@@ -328,6 +328,26 @@ def sample_ours(folder: str, prompt: str, n: int, flags: tuple = (), cold: bool 
             model.main()
     print()
     return {**speeds(times), "weight_bytes": weight_bytes[0], "peak_mb": peak_mb()}
+
+
+def quality(folder: str, text: str, n: int = 512) -> dict:
+    """What a lower precision costs: the loss over the first n tokens of a text, read as one prompt, and the divergence
+    KL(float32 || it), both in nats a token."""
+    model = load()
+    import torch
+
+    results, exact = {}, None
+    for label, options in {"float32": ("float32",), "bfloat16": ("bfloat16",), "auto": ("auto",),
+                           "int8": ("auto", "int8")}.items():  # fmt: skip
+        net, tokenizer, _ = model.open_model(folder)
+        ids = torch.tensor(tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 10 * n])[:n])
+        model.prepare_generation(net, *options)
+        with torch.inference_mode():
+            log_q = net(ids[None, :-1])[0].log_softmax(dim=-1)
+        exact = log_q if exact is None else exact
+        results[f"{label}_loss"] = -log_q.gather(1, ids[1:, None]).mean().item()
+        results[f"{label}_kl"] = (exact.exp() * (exact - log_q)).sum(dim=-1).mean().item()
+    return results
 
 
 def sample_transformers(folder: str, prompt: str, n: int, cold: bool = False) -> dict:
