@@ -4279,7 +4279,7 @@ def cmd_train(args: argparse.Namespace) -> None:
     torch.manual_seed(t.seed)
     model = prepare(GPT(config), t)
     files.clear()
-    announce(model, data, t, args.variant)
+    announce(model, data, t, args.variant, model.config.block_size)
     extra = {"kind": "train", "variant": args.variant, "arguments": sys.argv[1:]}
     finish_run(fit(model, data, t, files, extra, prompt=sample_prompt(data)), files)
 
@@ -4347,7 +4347,7 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
         teacher = teacher_like(teacher, model)
         options["objective"] = make_distillation(teacher, digest, d, data, checkpoint["block_size"])
     say(f"resuming {files.last} at step {checkpoint['step']}")
-    announce(model, data, t, checkpoint["variant"])
+    announce(model, data, t, checkpoint["variant"], checkpoint["block_size"])
     kept = ("kind", "variant", "arguments", "lora_rank", "distill", "teacher")
     extra = {k: checkpoint[k] for k in kept if k in checkpoint}
     options.update(resume=checkpoint, prompt=sample_prompt(data), block_size=checkpoint["block_size"])
@@ -4358,7 +4358,7 @@ def sample_prompt(data: Data) -> str:
     return "def " if data.path.name == STDLIB_DATA else "\n"
 
 
-def announce(model: GPT, data: Data, t: TrainConfig, variant: str, block_size: int = 0) -> None:
+def announce(model: GPT, data: Data, t: TrainConfig, variant: str, block_size: int) -> None:
     """What is about to be trained, on what, and how, in two lines."""
     c = model.config
     device = model.wte.weight.device
@@ -4370,10 +4370,7 @@ def announce(model: GPT, data: Data, t: TrainConfig, variant: str, block_size: i
     )
     length = f"{t.epochs:g} epochs" if t.epochs else f"{t.max_iters:,} steps"
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    say(
-        f"{length} of {t.batch_size} x {block_size or c.block_size} tokens a step with {t.optimizer}, on {device} in "
-        f"{dtype}"
-    )
+    say(f"{length} of {t.batch_size} x {block_size} tokens a step with {t.optimizer}, on {device} in {dtype}")
 
 
 def finish_run(results: dict[str, float], files: RunFiles) -> None:
@@ -4661,7 +4658,7 @@ def cmd_distill(args: argparse.Namespace) -> None:
         "path": args.teacher_model_path, "variant": args.teacher_variant, "digest": weights_digest(teacher),
     }  # fmt: skip
     student = prepare(student, t)
-    announce(student, data, t, args.student_variant or "student")
+    announce(student, data, t, args.student_variant or "student", block_size)
     say(
         f"teacher {teacher_checkpoint['path']}: {n_teacher:,} parameters; alpha {d.alpha}, temperature "
         f"{d.temperature}, {d.divergence}"
