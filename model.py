@@ -4340,7 +4340,7 @@ def resume_training(args: argparse.Namespace, files: RunFiles) -> None:
         spec = checkpoint["teacher"]
         teacher, _, _ = open_teacher(spec["path"], spec["variant"], model.wte.weight.device)
         digest, d = weights_digest(teacher), DistillConfig(**checkpoint["distill"])
-        if digest != spec["digest"]:
+        if digest != spec.get("digest", digest):
             raise UserError(
                 f"the teacher {spec['path']} has other weights than when {files.last} was made: bring it back"
             )
@@ -5097,7 +5097,9 @@ def make_parser() -> argparse.ArgumentParser:
     def device_flags(sub: argparse.ArgumentParser, dtype: str = "auto", quantize: bool = True) -> None:
         dtypes = ("auto", "float32", "bfloat16", "float16")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-        sub.add_argument("--dtype", default=dtype, choices=dtypes, help=f"of the computation (default: {dtype})")
+        packed = ": on x86 CPUs float16 weights and float32 activations" if quantize else ""
+        help = f"of the computation (default: {dtype}{packed})"
+        sub.add_argument("--dtype", default=dtype, choices=dtypes, help=help)
         if quantize:
             sub.add_argument(
                 "--quantize", choices=("int8",), help="int8 weights, on a CPU: faster, a little less exact"
