@@ -372,7 +372,7 @@ def test_cached_decoding_equals_the_full_pass(arch, overrides, kernel):
 
 
 needs_fbgemm = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="PyTorch has packed products on x86 only"
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM needs x86 hardware"
 )
 
 

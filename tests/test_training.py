@@ -208,6 +208,49 @@ def test_resuming_with_another_setting_is_refused(cli, text_file, flags, word):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The fast path learns as the plain one
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORT = ("--device", "cpu", "--max_iters", 60, "--learning_rate", 3e-3, "--eval_interval", 30, "--sample_interval", -1)
+
+
+def test_bfloat16_learns_as_float32(cli, text_file):
+    """Truth: float32's curve, for three seeds: the precision matters less than the seed does."""
+    shape = ("--n_layer", 2, "--n_head", 2, "--n_embd", 64, "--block_size", 32, "--batch_size", 8)
+    losses: dict[str, list[list[float]]] = {"float32": [], "bfloat16": []}
+    for dtype, curves in losses.items():
+        for seed in (1, 2, 3):
+            flags = ("--dtype", dtype, "--seed", seed, "--name", f"{dtype}{seed}", "--compile", "false")
+            cli("train", *BYTES, *shape, *SHORT, *flags, "--eval_tokens", 4096).ok()
+            curves.append([r["val_loss"] for r in log_of(f"{dtype}{seed}") if "val_loss" in r])
+    plain, fast = np.array(losses["float32"]), np.array(losses["bfloat16"])  # (seed, evaluation)
+    assert plain.shape == fast.shape == (3, 2) and (plain[:, 1] < plain[:, 0]).all()
+    assert (abs(fast - plain).max(axis=0) < np.ptp(plain, axis=0)).all()
+
+
+def test_a_compiled_model_learns_as_the_eager_one(cli, text_file):
+    run = (
+        "train",
+        *BYTES,
+        *TINY_RUN,
+        "--arch",
+        "llama",
+        "--max_iters",
+        4,
+        "--log_interval",
+        1,
+        "--sample_interval",
+        -1,
+    )
+    cli(*run, "--name", "eager").ok()
+    compiled = cli(*run, "--name", "compiled", "--compile", "true").ok()
+    if any(map(shutil.which, ("c++", "g++", "clang++"))):
+        assert "no C++ compiler" not in compiled.out + compiled.err
+    for a, b in zip(log_of("eager"), log_of("compiled"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # However a batch is cut up
 # ---------------------------------------------------------------------------------------------------------------------
 
