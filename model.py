@@ -2065,11 +2065,13 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
 def pack_weights(model: GPT, dtype: torch.dtype) -> None:
     """Exchange the linear layers of a model on the CPU, and its head, for PackedLinear ones in float16 or int8."""
     model.float().compute_dtype = torch.float32
-    model.lm_head = PackedLinear(model.head_weight.data, None, dtype)
-    for block in model.blocks:
-        for parent, name in block.linears():
-            layer = getattr(parent, name)
-            setattr(parent, name, PackedLinear(layer.weight.data, layer.bias, dtype))
+    places = [(model, "lm_head"), *(place for block in model.blocks for place in block.linears())]
+    layers = [(model.head_weight.data, None)]
+    layers += [(layer.weight.data, layer.bias) for layer in (getattr(*place) for place in places[1:])]
+    with ThreadPoolExecutor() as pool:
+        packed = pool.map(lambda layer: PackedLinear(*layer, dtype), layers)
+        for (parent, name), layer in zip(places, packed, strict=True):
+            setattr(parent, name, layer)
     if model.config.attn_implementation != "eager":
         model.decoder = Decoder(model)
 
