@@ -2245,8 +2245,8 @@ def speculative_generate(
 ) -> Iterator[Tensor]:
     """generate for one prompt, with a small model's proposals: the same distribution, fewer passes of the large one
     (arXiv 2211.17192, algorithm 1). The draft proposes n_draft tokens, the model scores them in one pass, each is kept
-    with probability min(1, p / q), and the first that is not is drawn again from max(p - q, 0). stats counts `proposed`
-    and `accepted`."""
+    with probability min(1, p / q), and the first that is not is drawn again from max(p - q, 0). The next round has two
+    proposals more if all were kept, else one less, as in transformers. stats counts `proposed` and `accepted`."""
     (prompt,) = prompts
     device, limit = model.wte.weight.device, len(prompt) + max_new_tokens
     for m in (model, draft):
@@ -2286,6 +2286,7 @@ def speculative_generate(
             kept += 1
         stats["proposed"] += len(q)
         stats["accepted"] += kept
+        n_draft = n_draft + 2 if kept == len(q) else max(1, n_draft - 1)
         rest = p[kept] if kept == len(q) else (p[kept] - q[kept]).clamp(min=0)
         ids = torch.cat((ids[:, : before + kept], draw(rest, generator)[:, None]), dim=1)
         for cache in caches:  # forget what was not kept

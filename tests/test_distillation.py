@@ -1015,8 +1015,8 @@ def opposite(gpt: model.GPT) -> model.GPT:
 
 
 @pytest.mark.parametrize("draft, expected", [
-    (lambda teacher: teacher, {"proposed": 9, "accepted": 9}),  # 4 + 1, 4 + 1, 1 + 1
-    (opposite, {"proposed": 4 * 8 + 3 + 2 + 1 + 0, "accepted": 0}),  # one token a pass, as long as there is one to come
+    (lambda teacher: teacher, {"proposed": 10, "accepted": 10}),  # 4 + 1, then two proposals more: 6 + 1
+    (opposite, {"proposed": 4 + 3 + 2 + 8 * 1 + 0, "accepted": 0}),  # one token a pass, each round one proposal less
 ], ids=["itself", "opposite"])  # fmt: skip
 def test_acceptance_is_counted(draft, expected):
     """Truth: counted by hand for the draft that is always right and the one that never is."""
