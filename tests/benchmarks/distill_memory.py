@@ -57,7 +57,7 @@ def measure(
     d = model.DistillConfig()
     objective = model.Distillation(teacher, d, vocab_size)
     if rows:
-        model.LOSS_CHUNK_ELEMENTS = rows * student.config.padded_vocab_size
+        model.LOSS_CHUNK_ELEMENTS = rows * student.config.padded_vocab_size * model.DistillLoss.chunk_divisor
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1))
     batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
     before, seconds = peak_bytes(), []
@@ -67,7 +67,8 @@ def measure(
         loss = plain_loss(teacher, student, batch, d) if method == "plain" else objective(student, batch)
         loss.backward()
         seconds.append(time.perf_counter() - begin)
-    rows = min(batch_size * block_size, max(64, model.LOSS_CHUNK_ELEMENTS // student.config.padded_vocab_size))
+    elements = model.LOSS_CHUNK_ELEMENTS // model.DistillLoss.chunk_divisor
+    rows = min(batch_size * block_size, max(64, elements // student.config.padded_vocab_size))
     return {
         "rows_at_once": batch_size * block_size if method == "plain" else rows,
         "peak_mb": (peak_bytes() - before) / 1e6,
