@@ -2056,6 +2056,8 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
     on_cpu, engines = model.wte.weight.device.type == "cpu", torch.backends.quantized.supported_engines
     if quantize == "int8" and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
+    if quantize == "int8" and "fbgemm" not in engines:
+        raise UserError("--quantize int8 needs PyTorch's FBGEMM kernels, which it has on x86: leave it out")
     if quantize == "int8" or (on_cpu and dtype == "auto" and "fbgemm" in engines):
         pack_weights(model, torch.int8 if quantize == "int8" else torch.float16)
     else:
@@ -2064,14 +2066,16 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
 
 def pack_weights(model: GPT, dtype: torch.dtype) -> None:
     """Exchange the linear layers of a model on the CPU, and its head, for PackedLinear ones in float16 or int8."""
+
+    def pack(place: tuple[nn.Module, str]) -> None:  # and so free what it takes the place of
+        layer = getattr(*place)
+        setattr(*place, PackedLinear(layer.weight.data, layer.bias, dtype))
+
     model.float().compute_dtype = torch.float32
-    places = [(model, "lm_head"), *(place for block in model.blocks for place in block.linears())]
-    layers = [(model.head_weight.data, None)]
-    layers += [(layer.weight.data, layer.bias) for layer in (getattr(*place) for place in places[1:])]
-    with ThreadPoolExecutor() as pool:
-        packed = pool.map(lambda layer: PackedLinear(*layer, dtype), layers)
-        for (parent, name), layer in zip(places, packed, strict=True):
-            setattr(parent, name, layer)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # quantised tensors will leave PyTorch in a later version
+        model.lm_head = PackedLinear(model.head_weight.data, None, dtype)
+        list(pool.map(pack, [place for block in model.blocks for place in block.linears()]))
     if model.config.attn_implementation != "eager":
         model.decoder = Decoder(model)
 
@@ -2086,7 +2090,6 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight, bias = weight.float(), None if bias is None else bias.float()
         self.bias = torch.zeros(()) if bias is None else bias
-        self.nbytes = weight.numel() * dtype.itemsize
         self.rows_share_a_scale = dtype == torch.int8
         if dtype == torch.float16:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
@@ -2094,9 +2097,7 @@ class PackedLinear(nn.Module):
         else:
             scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
             zero = torch.zeros(len(weight), dtype=torch.int64)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # quantised tensors will leave PyTorch in a later version
-                rounded = torch.quantize_per_channel(weight, scale, zero, axis=0, dtype=torch.qint8)
+            rounded = torch.quantize_per_channel(weight, scale, zero, axis=0, dtype=torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
             # without VNNI instructions sums of 8-bit products overflow: 7 bits for the activations
             reduce_range = not torch.cpu._is_vnni_supported()

@@ -562,11 +562,12 @@ def test_the_students_own_text_is_not_for_conversations(distill, cli):
     assert "--on_policy" in error and "conversations" in error
 
 
-def test_a_teacher_cache_opened_twice_keeps_what_is_in_it(workdir):
-    """As by two processes that start at once."""
+def test_a_teacher_cache_opened_twice_keeps_what_is_in_it(workdir, monkeypatch):
+    """As by two processes that start at once: the second had looked for the files before the first made them."""
     meta, ids = {"teacher": "x"}, torch.arange(8).view(4, 2)
     first = model.TeacherCache(workdir / "cache", meta, 3, 4, 2)
     first.write(1, ids, torch.ones(4, 2))
+    monkeypatch.setattr(Path, "exists", lambda path: False)
     second = model.TeacherCache(workdir / "cache", meta, 3, 4, 2)
     assert second.done.tolist() == [0, 1, 0] and (second.ids[1] == ids.numpy()).all()
 
@@ -637,7 +638,7 @@ def test_a_student_becomes_its_teacher(distill):
     run = ("--n_embd", 64, "--n_head", 4, "--max_iters", 240, "--learning_rate", 1e-2, "--alpha", 1, "--name", "run")
     distill(*STUDENT, *run).ok()
     first, *_, last = [r["divergence"] for r in log_of("run") if "divergence" in r]
-    assert last < 0.5 * first
+    assert last < 0.45 * first
 
 
 def test_cached_and_live_teacher_train_alike(distill, cli):

@@ -417,6 +417,11 @@ def test_packed_weights_round_to_float16_or_int8():
         error[dtype] = (model.PackedLinear(weight, None, dtype)(x) - exact).norm() / exact.norm()
     # a row's weights have 255 steps between minus and plus their largest, the activations as many: about 1/255 each
     assert error[torch.float16] < 5e-4 < error[torch.int8] < 2e-2
+    # rows of very different sizes, and a bias: each row is as exact as if it were alone
+    bias, rows = torch.randn(len(weight)), x * torch.tensor([[1000.0], [1.0], [0.001]])
+    products = model.PackedLinear(weight, bias, torch.int8)(rows) - bias
+    error = (products - rows @ weight.T).norm(dim=1) / (rows @ weight.T).norm(dim=1)
+    assert (error < 2e-2).all()
     plain = gpt(idx).log_softmax(dim=-1)
     model.prepare_generation(gpt, "auto", "int8")
     rounded = gpt(idx).log_softmax(dim=-1)

@@ -311,16 +311,20 @@ def generate_transformers(variant: str, n: int) -> dict:
 def sample_ours(folder: str, prompt: str, n: int, flags: tuple = (), cold: bool = False) -> dict:
     """`model.py sample` as a user types it, with a clock around its generator. Warm: after a run of a few tokens."""
     model, times, weight_bytes = load(), [], []
-    plain = model.generate
+    plain, pack = model.generate, model.pack_weights
+
+    def weighed(net, dtype):
+        matrices = [net.head_weight, *(p for block in net.blocks for p in block.parameters() if p.dim() == 2)]
+        weight_bytes[:] = [sum(p.numel() for p in matrices) * dtype.itemsize]  # read for each token
+        pack(net, dtype)
 
     def clocked(net, *arguments, **options):
-        weight_bytes[:] = [sum(m.nbytes for m in net.modules() if isinstance(m, model.PackedLinear))]
         times[:] = [time.perf_counter()]
         for token in plain(net, *arguments, **options):
             times.append(time.perf_counter())
             yield token
 
-    model.generate = clocked
+    model.generate, model.pack_weights = clocked, weighed
     for length in (n,) if cold else (4, n):
         sample = ["sample", "--model_checkpoint", folder, "--prompt", prompt, "--temperature", 0, "--length", length]
         sys.argv = ["model.py", *map(str, sample), *flags]
