@@ -24,17 +24,21 @@ evaluation, Hugging Face in and out, the subcommands, the parser.
 import argparse
 import base64
 import codecs
+import ctypes
 import functools
 import hashlib
 import io
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -422,15 +426,15 @@ def choose_attention(name: str) -> Callable:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: for each layer (B, 2 n_kv_head, max_length, head_dim),
-    the heads of k before those of v.
+    """Keys and values of the tokens seen so far, preallocated: kv (n_layer, B, 2 n_kv_head, max_length, head_dim), the
+    heads of k before those of v.
 
     `pad` (B,) counts the padding tokens at the left of each row, for batches of prompts of different lengths.
     """
 
     def __init__(self, c: GPTConfig, batch_size: int, max_length: int, like: Tensor, pad: Tensor | None = None) -> None:
-        shape = (batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
-        self.kv = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(c.n_layer)]
+        shape = (c.n_layer, batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.length, self.max_length, self.pad = 0, max_length, pad
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -552,7 +556,7 @@ class GPT(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations
         self.compiled: Callable | None = None  # `hidden` as torch.compile made it, for training
-        self.decoder: Callable | None = None  # `hidden` for one token, see pack_weights
+        self.decoder: Decoder | None = None  # the blocks and the head for a few tokens, see prepare_generation
         self.build_rope()
         if self.wte.weight.device.type != "meta":
             self.init_weights()
@@ -623,8 +627,6 @@ class GPT(nn.Module):
         With a cache, idx continues what the cache holds, and is appended to it. `segments` (B, T) numbers the documents
         packed into each row: none sees another, and each has its own positions from 0.
         """
-        if self.decoder is not None and cache is not None and idx.numel() == 1:
-            return self.decoder(idx, cache)
         T, c = idx.size(1), self.config
         start = cache.length if cache is not None else 0
         positions, mask = slice(start, start + T), None
@@ -646,17 +648,24 @@ class GPT(nn.Module):
         if self.embd_norm is not None:
             x = self.embd_norm(x)
         x = dropout(x, c.embd_pdrop, self.training)
+        if self.decoder is not None and cache is not None and idx.numel() <= self.decoder.max_rows:
+            x = self.decoder(x, cache)
+        else:
+            x = self.apply_blocks(x, positions, cache, mask)
+        if cache is not None:
+            cache.length += T
+        return x if self.norm_f is None else self.norm_f(x)
+
+    def apply_blocks(self, x: Tensor, positions: Any, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         rope = None
         if self.rope_cos is not None:
             rope = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
         for block in self.blocks:
-            if c.gradient_checkpointing and self.training:
+            if self.config.gradient_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, cache, mask, use_reentrant=False)
             else:
                 x = block(x, rope, cache, mask)
-        if cache is not None:
-            cache.length += T
-        return x if self.norm_f is None else self.norm_f(x)
+        return x
 
     def trunk(self, idx: Tensor, segments: Tensor | None = None) -> Tensor:
         """hidden, compiled where that was asked for. Evaluation and generation, whose shapes vary, are not."""
@@ -664,7 +673,9 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., n_embd) -> logits (..., vocab_size), float32; padding rows of the head are left out."""
-        if isinstance(self.lm_head, PackedLinear):
+        if self.decoder is not None and x.numel() <= self.decoder.max_rows * x.size(-1):
+            logits = self.decoder.head(x)
+        elif isinstance(self.lm_head, Int8Linear):
             logits = self.lm_head(x)[..., : self.config.vocab_size]
         else:
             logits = linear(x, self.head_weight[: self.config.vocab_size]).float()
@@ -797,21 +808,27 @@ def byte_to_unicode() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+@functools.cache
+def unicode_to_byte() -> dict[str, int]:
+    return {c: b for b, c in byte_to_unicode().items()}
+
+
 class Tokenizer:
     """Text to token ids and back. `gpt2`, `bpe` and `byte` are tiktoken encodings with different ranks; `hf` is a
     tokenizer.json served by the tokenizers package. Special tokens are never recognised in text.
 
-    n_vocab: number of token ids. special: name -> id of the special tokens. bos: ids that open every prompt.
+    n_vocab: number of token ids. special: name -> id of the special tokens. bos: ids that open every prompt. A caller
+    that has opened an `hf` spec's tokenizer.json already hands it over as backend.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], backend: Any = None) -> None:
         self.spec, self.kind, self.name = spec, spec["kind"], spec["name"]
         self.special: dict[str, int] = spec["special"]
         self.bos: list[int] = spec.get("bos", [])
         if self.kind == "hf":
             import tokenizers
 
-            self.backend = tokenizers.Tokenizer.from_str(spec["json"])
+            self.backend = backend or tokenizers.Tokenizer.from_str(spec["json"])
             self.backend.encode_special_tokens = True  # as text, not as special tokens
             self.backend.no_truncation()
             self.middle = without_prefix(spec["json"], self.backend)
@@ -900,20 +917,20 @@ class Tokenizer:
     @functools.cached_property
     def is_bytes(self) -> bool:
         """Whether tokens are sequences of bytes, as in all vocabularies but SentencePiece's."""
-        return self.kind != "hf" or (json.loads(self.spec["json"])["decoder"] or {}).get("type") == "ByteLevel"
+        return self.kind != "hf" or type(self.backend.decoder).__name__ == "ByteLevel"
 
     @functools.cached_property
-    def hf_token_bytes(self) -> dict[int, bytes]:
-        to_byte = {c: b for b, c in byte_to_unicode().items()}
-        vocab = self.backend.get_vocab(with_added_tokens=False)
-        ordinary = {i: bytes(to_byte[c] for c in t) for t, i in vocab.items() if all(c in to_byte for c in t)}
-        return ordinary | {i: t.content.encode() for i, t in self.backend.get_added_tokens_decoder().items()}
+    def added_tokens(self) -> dict[int, bytes]:
+        return {i: t.content.encode() for i, t in self.backend.get_added_tokens_decoder().items()}
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for, where is_bytes."""
-        if self.kind == "hf":
-            return self.hf_token_bytes.get(token, b"")
-        return self.backend.decode_single_token_bytes(token)
+        if self.kind != "hf":
+            return self.backend.decode_single_token_bytes(token)
+        if token in self.added_tokens:
+            return self.added_tokens[token]
+        chars, to_byte = self.backend.id_to_token(token) or "", unicode_to_byte()
+        return bytes(to_byte[c] for c in chars) if to_byte.keys() >= set(chars) else b""
 
     def token_text(self, i: int) -> str | None:
         """A token as tokenizer.json writes it: for byte-level vocabularies a character for each byte."""
@@ -1003,7 +1020,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
         vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=progress, special_tokens=[]
     )
     bpe.train_from_iterator(texts, trainer)
-    to_byte = {c: b for b, c in byte_to_unicode().items()}
+    to_byte = unicode_to_byte()
     vocab = bpe.get_vocab()
     tokens = [bytes(to_byte[c] for c in token) for token in sorted(vocab, key=vocab.get)]
     return with_special_tokens("bpe", f"bpe-{len(tokens) + 3}", tokens)
@@ -1035,7 +1052,7 @@ def hf_tokenizer(path: Path) -> Tokenizer:
     bos = config.get("bos_token")
     spec["bos_token"] = bos["content"] if isinstance(bos, dict) else bos
     spec["chat_template"] = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-    return Tokenizer(spec)
+    return Tokenizer(spec, backend)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -1373,8 +1390,6 @@ def tokenize_text(
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and below 1")
     check_data_folder_free(folder, overwrite)
-    import shutil
-    import tempfile
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".tokenize-", dir=folder.parent))
@@ -2046,145 +2061,341 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
     return idx, pad if int(pad.max()) else None
 
 
-# On a CPU one token of one sequence is limited by memory: the weights are read once for it. So they are held in the
-# fewest bytes, laid out for a kernel that reads them as fast as memory gives them, and little is done beside.
+# On a CPU one token is limited by memory: every weight is read once for it. So weights are held in 16 or 8 bits, and
+# the blocks run in C, where PyTorch would spend as long between the products as on them. A few tokens at a time go
+# this way; a long prompt, and a machine without a C compiler, take the plain one.
 
 
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
-    """Hold a model's weights as they generate fastest. On a CPU, `auto` packs them in float16 where PyTorch has the
-    kernels for it (on x86); int8 is for the asking."""
-    on_cpu, engines = model.wte.weight.device.type == "cpu", torch.backends.quantized.supported_engines
+    """Hold a model's weights as they generate fastest. On a CPU, `auto` is float16 weights and float32 activations
+    with the blocks in C (see Decoder), where there is a C compiler; int8 weights are for the asking."""
+    c, on_cpu = model.config, model.wte.weight.device.type == "cpu"
     if quantize == "int8" and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
-    if quantize == "int8" and "fbgemm" not in engines:
-        raise UserError("--quantize int8 needs PyTorch's FBGEMM kernels, which it has on x86: leave it out")
-    if quantize == "int8" or (on_cpu and dtype == "auto" and "fbgemm" in engines):
-        pack_weights(model, torch.int8 if quantize == "int8" else torch.float16)
-    else:
+    in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager" and decoder_library() is not None
+    if not in_c and quantize is None:
         set_precision(model, dtype)
-
-
-def pack_weights(model: GPT, dtype: torch.dtype) -> None:
-    """Exchange the linear layers of a model on the CPU, and its head, for PackedLinear ones in float16 or int8."""
-
-    def pack(place: tuple[nn.Module, str]) -> None:  # and so free what it takes the place of
-        layer = getattr(*place)
-        setattr(*place, PackedLinear(layer.weight.data, layer.bias, dtype))
-
-    model.float().compute_dtype = torch.float32
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # quantised tensors will leave PyTorch in a later version
-        model.lm_head = PackedLinear(model.head_weight.data, None, dtype)
-        list(pool.map(pack, [place for block in model.blocks for place in block.linears()]))
-    if model.config.attn_implementation != "eager":
+        return
+    model.compute_dtype = torch.float32
+    if quantize == "int8":
+        if model.lm_head is None:
+            model.lm_head = Int8Linear(model.head_weight.data, None)
+        for place in [(model, "lm_head"), *(place for block in model.blocks for place in block.linears())]:
+            layer = getattr(*place)
+            if not isinstance(layer, Int8Linear):
+                setattr(*place, Int8Linear(layer.weight.data, layer.bias))
+    for p in model.parameters():
+        p.data = p.data.to(torch.float16 if p.dim() > 1 else torch.float32).contiguous()
+    if in_c:
         model.decoder = Decoder(model)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer for generation on a CPU, by PyTorch's FBGEMM kernels: float32 activations, and weights in float16
-    or in int8 with one scale a row. One token's time is the time to read the weights, and these kernels read them
-    nearly as fast as the memory gives them, where F.linear takes twice to three times as long (float16 is also finer
-    than bfloat16). For int8 the activations are rounded to 8 bits too."""
+class Int8Linear(nn.Module):
+    """A linear layer for generation, its weights in 8 bits with one scale a row (the largest is 127)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        weight, bias = weight.float(), None if bias is None else bias.float()
-        self.bias = torch.zeros(()) if bias is None else bias
-        self.rows_share_a_scale = dtype == torch.int8
-        if dtype == torch.float16:
-            self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-            self.product = torch.ops.quantized.linear_dynamic_fp16.default
-        else:
-            scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
-            zero = torch.zeros(len(weight), dtype=torch.int64)
-            rounded = torch.quantize_per_channel(weight, scale, zero, axis=0, dtype=torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
-            # without VNNI instructions sums of 8-bit products overflow: 7 bits for the activations
-            reduce_range = not torch.cpu._is_vnni_supported()
-            self.product = functools.partial(torch.ops.quantized.linear_dynamic.default, reduce_range=reduce_range)
+        scale = weight.abs().amax(dim=1).float().clamp(min=1e-12) / 127  # (out,)
+        self.weight, self.scale, self.bias = torch.round(weight.float() / scale[:, None]).to(torch.int8), scale, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rows_share_a_scale and x.numel() > x.size(-1):  # so bring them all to the same size
-            size = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8)
-            return (self.product(x / size, self.packed) - self.bias) * size + self.bias
-        return self.product(x, self.packed)
+        y = linear(x, self.weight) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+DECODER_C = r"""
+// The blocks of a GPT for a few tokens, each with a cache of the keys and values before it. All threads run `blocks`
+// from top to bottom, share the rows of each product and wait for each other after it (`omp for`); each has its own x.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct { const void *weight; const float *scale, *bias; } Matrix;  // (out, in), float16; int8 if scale (out)
+typedef struct { const float *weight, *bias; } Norm;
+typedef struct { Norm norm_1, norm_2, q_norm, k_norm; Matrix qkv, proj, fc, mlp_proj; } Layer;
+typedef struct {
+    long n_layer, n_embd, n_head, n_kv_head, head_dim, rope_dim, n_inner;
+    long layernorm, pre_norm, parallel, qk_norm, norm_before_rope, activation, is_glu;
+} Shape;
+
+// Vectors of LANES floats, and how to load them; compilers vectorise these conversions badly by themselves.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+typedef __m512 vec;
+static vec load(const float *x) { return _mm512_loadu_ps(x); }
+static vec load_half(const void *w) { return _mm512_cvtph_ps(_mm256_loadu_si256(w)); }
+static vec load_int8(const void *w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(w))); }
+static float total(vec x) { return _mm512_reduce_add_ps(x); }
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define LANES 8
+typedef __m256 vec;
+static vec load(const float *x) { return _mm256_loadu_ps(x); }
+static vec load_half(const void *w) { return _mm256_cvtph_ps(_mm_loadu_si128(w)); }
+static vec load_int8(const void *w) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(w))); }
+static float total(vec x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+#else
+#define LANES 4
+typedef float vec __attribute__((vector_size(16)));
+static vec load(const float *x) { return (vec){x[0], x[1], x[2], x[3]}; }
+static float from_half(uint16_t half) {
+    int32_t bits = ((int32_t)((uint32_t)half << 16) >> 3) & (int32_t)0x8fffffff;  // of half / 2^112, as a float
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x * 0x1p112f;
+}
+static vec load_half(const uint16_t *w) {
+    return (vec){from_half(w[0]), from_half(w[1]), from_half(w[2]), from_half(w[3])};
+}
+static vec load_int8(const int8_t *w) { return (vec){w[0], w[1], w[2], w[3]}; }
+static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
+#endif
+
+// w (n) times x (n). Two sums, since an addition waits for the one before it.
+#define DOT(NAME, TYPE, LOAD)                                         \
+    static float NAME(const TYPE *w, const float *x, long n) {        \
+        vec even = {0}, odd = {0};                                    \
+        long i = 0;                                                   \
+        for (; i + 2 * LANES <= n; i += 2 * LANES) {                  \
+            even += LOAD(w + i) * load(x + i);                        \
+            odd += LOAD(w + i + LANES) * load(x + i + LANES);         \
+        }                                                             \
+        for (; i < n; i += LANES) {                                   \
+            TYPE w_rest[LANES] = {0};                                 \
+            float x_rest[LANES] = {0};                                \
+            long rest = n - i < LANES ? n - i : LANES;                \
+            memcpy(w_rest, w + i, rest * sizeof *w);                  \
+            memcpy(x_rest, x + i, rest * sizeof *x);                  \
+            even += LOAD(w_rest) * load(x_rest);                      \
+        }                                                             \
+        return total(even + odd);                                     \
+    }
+DOT(dot, float, load)
+DOT(dot_half, uint16_t, load_half)
+DOT(dot_int8, int8_t, load_int8)
+
+// y (rows, out) = x (rows, in) times the matrix, plus its bias.
+static void product(Matrix m, long out, long in, const float *x, long rows, float *y) {
+    const uint16_t *half = m.weight;
+    const int8_t *int8 = m.weight;
+    #pragma omp for
+    for (long o = 0; o < out; o++)
+        for (long r = 0; r < rows; r++) {
+            const float *row = x + r * in;
+            float sum = m.scale ? dot_int8(int8 + o * in, row, in) * m.scale[o] : dot_half(half + o * in, row, in);
+            y[r * out + o] = m.bias ? sum + m.bias[o] : sum;
+        }
+}
+
+// y (rows, n) may be x.
+static void normalise(Norm norm, long layernorm, float eps, const float *x, long rows, long n, float *y) {
+    for (long r = 0; r < rows; r++, x += n, y += n) {
+        float mean = 0, square = 0;
+        #pragma omp simd reduction(+ : mean)
+        for (long i = 0; i < n; i++) mean += x[i];
+        mean = layernorm ? mean / n : 0;
+        #pragma omp simd reduction(+ : square)
+        for (long i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+        float scale = 1 / sqrtf(square / n + eps);
+        for (long i = 0; i < n; i++) y[i] = (x[i] - mean) * scale;
+        if (norm.weight) for (long i = 0; i < n; i++) y[i] *= norm.weight[i];
+        if (norm.bias) for (long i = 0; i < n; i++) y[i] += norm.bias[i];
+    }
+}
+
+static void rotate(float *x, const float *cos, const float *sin, long d) {
+    for (long i = 0; i < d / 2; i++) {
+        float a = x[i], b = x[i + d / 2];
+        x[i] = a * cos[i] + b * sin[i];
+        x[i + d / 2] = b * cos[i + d / 2] + a * sin[i + d / 2];
+    }
+}
+
+// Softmax attention of q (d) to n keys and values (n, d).
+static void attend(const float *q, const float *k, const float *v, long n, long d, float *p, float *y) {
+    float scale = 1 / sqrtf(d), max = -INFINITY, sum = 0;
+    for (long s = 0; s < n; s++) {
+        p[s] = dot(q, k + s * d, d) * scale;
+        max = fmaxf(max, p[s]);
+    }
+    for (long s = 0; s < n; s++) sum += p[s] = expf(p[s] - max);
+    memset(y, 0, d * sizeof *y);
+    for (long s = 0; s < n; s++, v += d) {
+        float share = p[s] / sum;
+        for (long i = 0; i < d; i++) y[i] += share * v[i];
+    }
+}
+
+static float activate(long kind, float x) {  // in the order of ACTIVATIONS
+    switch (kind) {
+        case 0: return 0.5f * x * (1 + erff(x * 0.70710678f));
+        case 1: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+        case 2: return fmaxf(x, 0);
+        case 3: return fmaxf(x, 0) * fmaxf(x, 0);
+        default: return x / (1 + expf(-x));
+    }
+}
+
+static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
+
+// x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
+// batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
+// rope_cos, rope_sin (context, rope_dim): as in apply_rope, or NULL.
+void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, float *kv,
+            const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
+    const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
+    const long heads = n_q + 2 * n_kv, fan_out = c->n_inner * (1 + c->is_glu);
+    float *qkv = malloc(rows * (heads * d + n_q * d + n + fan_out + c->n_inner) * sizeof *qkv);  // shared
+    float *attended = qkv + rows * heads * d, *delta = attended + rows * n_q * d;
+    float *fan = delta + rows * n, *inner = fan + rows * fan_out;
+
+    #pragma omp parallel num_threads(threads)
+    {
+        float *mine = malloc((2 * rows * n + start + T) * sizeof *mine), *h = mine + rows * n, *p = h + rows * n;
+        memcpy(mine, x, rows * n * sizeof *x);
+        for (long l = 0; l < c->n_layer; l++) {
+            const Layer *layer = layers + l;
+            float *cache = kv + l * batch * 2 * n_kv * max_length * d;
+            const float *input = mine;
+            if (c->pre_norm) normalise(layer->norm_1, c->layernorm, eps, mine, rows, n, h), input = h;
+            product(layer->qkv, heads * d, n, input, rows, qkv);
+            #pragma omp for
+            for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
+                long b = i / heads / T, t = start + i / heads % T, head = i % heads, position = t - pad[b];
+                float *y = qkv + i * d;
+                Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
+                if (head < n_q + n_kv) {
+                    if (c->qk_norm && c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
+                    long at = (position < 0 ? 0 : position) * c->rope_dim;
+                    if (rope_cos) rotate(y, rope_cos + at, rope_sin + at, c->rope_dim);
+                    if (c->qk_norm && !c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
+                }
+                if (head >= n_q)
+                    memcpy(cache + ((b * 2 * n_kv + head - n_q) * max_length + t) * d, y, d * sizeof *y);
+            }
+            #pragma omp for
+            for (long i = 0; i < rows * n_q; i++) {
+                long row = i / n_q, head = i % n_q, b = row / T, t = start + row % T, from = pad[b] < t ? pad[b] : t;
+                const float *k = cache + ((b * 2 * n_kv + head / (n_q / n_kv)) * max_length + from) * d;
+                const float *q = qkv + (row * heads + head) * d, *v = k + n_kv * max_length * d;
+                attend(q, k, v, t + 1 - from, d, p, attended + i * d);
+            }
+            product(layer->proj, n, n_q * d, attended, rows, delta);
+            input = mine;
+            if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h), input = h;
+            add(mine, delta, rows * n);
+            if (!c->pre_norm) normalise(layer->norm_1, c->layernorm, eps, mine, rows, n, mine);
+            else if (!c->parallel)
+                normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h), input = h;
+            product(layer->fc, fan_out, n, input, rows, fan);
+            #pragma omp for
+            for (long i = 0; i < rows * c->n_inner; i++) {
+                const float *y = fan + i / c->n_inner * fan_out + i % c->n_inner;
+                inner[i] = activate(c->activation, y[0]) * (c->is_glu ? y[c->n_inner] : 1);
+            }
+            product(layer->mlp_proj, n, c->n_inner, inner, rows, delta);
+            add(mine, delta, rows * n);
+            if (!c->pre_norm) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, mine);
+        }
+        #pragma omp single
+        memcpy(x, mine, rows * n * sizeof *x);
+        free(mine);
+    }
+    free(qkv);
+}
+
+// y (rows, out) = x (rows, in) times the matrix.
+void head(const Matrix *m, long out, long in, const float *x, long rows, float *y, int threads) {
+    #pragma omp parallel num_threads(threads)
+    product(*m, out, in, x, rows, y);
+}
+"""
+
+
+@functools.cache
+def decoder_library(march: str = "native") -> ctypes.CDLL | None:
+    """DECODER_C, compiled for this processor and kept in the user's cache folder; None where there is no C compiler
+    with OpenMP."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
+    command = [*compiler.split(), "-O3", f"-march={march}", "-fopenmp", "-fPIC", "-shared"]
+    processor = platform.processor()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        processor = next((line for line in f if line.startswith(("flags", "Features"))), processor)
+    key = hashlib.sha256("\0".join((DECODER_C, *command, platform.machine(), processor)).encode()).hexdigest()
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "model.py"
+        path = folder / f"decoder-{key[:16]}.so"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                source, library = Path(scratch) / "decoder.c", Path(scratch) / "decoder.so"
+                source.write_text(DECODER_C, encoding="utf-8")
+                subprocess.run([*command, str(source), "-o", str(library), "-lm"], check=True, capture_output=True)
+                library.replace(path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
+        say("without a C compiler with OpenMP, such as gcc, generation on a CPU is slower", file=sys.stderr)
+        return None
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
+    library.head.argtypes = [pointer, long, long, pointer, long, pointer, ctypes.c_int]
+    return library
+
+
+def addresses(module: nn.Module | None, *names: str) -> list[int | None]:
+    """Where the tensors of these names lie in memory; None for one that the module lacks."""
+    tensors = [getattr(module, name, None) for name in names]
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 class Decoder:
-    """GPT.hidden for one more token of one sequence, float32, in the fewest calls: with packed weights, a CPU would
-    spend nearly as long on what is between the products as on the products. Made by pack_weights."""
+    """The blocks and the head of a model for a few tokens at a time, by DECODER_C. It reads the model's weights where
+    they lie, matrices in float16 or an Int8Linear's, all else in float32."""
+
+    max_rows = 16  # with more tokens the plain pass is faster
 
     def __init__(self, model: GPT) -> None:
-        self.model, c = model, model.config
-        self.n_head, self.n_kv_head, self.head_dim, self.rope_dim = c.n_head, c.n_kv_head, c.head_dim, c.rope_dim
-        self.is_glu, self.activation = c.is_glu, ACTIVATIONS[c.activation]
-        self.pre_norm, self.parallel = c.norm_position == "pre", c.parallel_residual
-        self.qk_norm, self.norm_first = c.qk_norm, c.norm_weight
-        self.embd_norm, self.norm_f = self.norm(model.embd_norm), self.norm(model.norm_f)
-        self.layers = []
+        self.library, self.model, c = decoder_library(), model, model.config
+        pointers = []
         for block in model.blocks:
-            qk_norm = self.qk_norm and self.norm(block.attn.q_norm, block.attn.k_norm)
-            attn = (block.attn.qkv.packed, block.attn.proj.packed, qk_norm)
-            mlp = (block.mlp.fc.packed, block.mlp.proj.packed)
-            self.layers.append((self.norm(block.norm_1), attn, self.norm(block.norm_2), mlp))
-        self.product = block.attn.qkv.product
+            attn = block.attn
+            for norm in (block.norm_1, block.norm_2, getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)):
+                pointers += addresses(norm, "weight", "bias")
+            for place in block.linears():
+                pointers += addresses(getattr(*place), "weight", "scale", "bias")
+        self.layers = (ctypes.c_void_p * len(pointers))(*pointers)
+        self.head_matrix = (ctypes.c_void_p * 3)(*addresses(model.lm_head or model.wte, "weight", "scale", "bias"))
+        pre_norm, activation = c.norm_position == "pre", list(ACTIVATIONS.values()).index(ACTIVATIONS[c.activation])
+        shape = (
+            *(c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.rope_dim, c.n_inner),
+            *(c.norm == "layernorm", pre_norm, pre_norm and c.parallel_residual),
+            *(c.qk_norm, c.norm_weight, activation, c.is_glu),
+        )
+        self.shape = (ctypes.c_long * len(shape))(*shape)
 
-    def norm(self, norm: Norm | None, k_norm: Norm | None = None) -> Callable:
-        """A norm as one function; with k_norm, of all heads of q and k. RMSNorm is x sqrt(n) / sqrt(|x|^2 + n eps)."""
-        if norm is None:
-            return lambda x: x
-        (n,), weight, bias, eps = norm.dim, norm.weight, norm.bias, norm.eps
-        if norm.kind == "layernorm":
-            return lambda x: torch.layer_norm(x, (n,), weight, bias, eps)
-        if weight is not None and k_norm is not None:
-            weight = torch.cat((weight.expand(self.n_head, -1), k_norm.weight.expand(self.n_kv_head, -1)))
-        scale, root = n**0.5 if weight is None else weight.data * n**0.5, torch.tensor((n * eps) ** 0.5)
-        return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), root) * scale
+    def __call__(self, x: Tensor, cache: KVCache) -> Tensor:
+        """x (B, T, n_embd), float32, through the blocks. Its keys and values go to the cache, whose length stays."""
+        x, (B, T, _), model = x.contiguous(), x.shape, self.model
+        pad = torch.zeros(B, dtype=torch.int64) if cache.pad is None else cache.pad
+        rope = addresses(model, "rope_cos", "rope_sin")
+        memory = x.data_ptr(), cache.kv.data_ptr(), pad.data_ptr()
+        sizes = B, T, cache.length, cache.max_length
+        threads = torch.get_num_threads()
+        self.library.blocks(self.shape, self.layers, *rope, *memory, *sizes, model.config.norm_eps, threads)
+        return x
 
-    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """Token idx (1, 1) after what the cache holds -> (1, 1, n_embd)."""
-        model, t = self.model, cache.length
-        x = torch.embedding(model.wte.weight, idx[0])  # (1, n_embd)
-        if model.wpe is not None:
-            x = x + model.wpe.weight[t]
-        x = self.embd_norm(x)
-        rope = None if model.rope_cos is None else (model.rope_cos[t], model.rope_sin[t])
-        for (norm_1, attn, norm_2, mlp), kv in zip(self.layers, cache.kv, strict=True):
-            if self.pre_norm and self.parallel:
-                x = x + self.attention(norm_1(x), *attn, kv, t, rope) + self.mlp(norm_2(x), *mlp)
-            elif self.pre_norm:
-                x = x.add_(self.attention(norm_1(x), *attn, kv, t, rope))
-                x = x.add_(self.mlp(norm_2(x), *mlp))
-            else:
-                x = norm_1(x + self.attention(x, *attn, kv, t, rope))
-                x = norm_2(x + self.mlp(x, *mlp))
-        cache.length += 1
-        return self.norm_f(x)[None]
-
-    def attention(
-        self, x: Tensor, qkv: Any, proj: Any, qk_norm: Any, kv: Tensor, t: int, rope: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        n_qk = self.n_head + self.n_kv_head
-        heads = self.product(x, qkv).view(-1, self.head_dim)  # of q, then k, then v
-        if self.qk_norm and self.norm_first:
-            heads[:n_qk] = qk_norm(heads[:n_qk])
-        if rope is not None:
-            qk = heads[:n_qk, : self.rope_dim]
-            torch.addcmul(qk * rope[0], qk.roll(self.rope_dim // 2, dims=-1), rope[1], out=qk)
-        if self.qk_norm and not self.norm_first:
-            heads[:n_qk] = qk_norm(heads[:n_qk])
-        kv[0, :, t] = heads[self.n_head :]
-        k, v = kv[:, : self.n_kv_head, : t + 1], kv[:, self.n_kv_head :, : t + 1]
-        q = heads[: self.n_head].view(1, self.n_head, 1, -1)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_head != self.n_kv_head)
-        return self.product(y.view(1, -1), proj)
-
-    def mlp(self, x: Tensor, fc: Any, proj: Any) -> Tensor:
-        x = self.product(x, fc)
-        if self.is_glu:
-            gate, value = x.chunk(2, dim=-1)
-            return self.product(self.activation(gate) * value, proj)
-        return self.product(self.activation(x), proj)
+    def head(self, x: Tensor) -> Tensor:
+        """Hidden states (..., n_embd) -> logits (..., vocab_size) before the soft-cap, float32."""
+        x, sizes = x.contiguous(), (self.model.config.vocab_size, x.size(-1))
+        y, rows = torch.empty(*x.shape[:-1], sizes[0]), x.numel() // sizes[1]
+        self.library.head(self.head_matrix, *sizes, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        return y
 
 
 @torch.inference_mode()
@@ -2832,8 +3043,6 @@ def stop_signals() -> Iterator[list[int]]:
 
 def compile_model(model: GPT, t: TrainConfig, device: torch.device) -> None:
     """torch.compile the blocks where asked, or where the work ahead is long enough to pay for it."""
-    import shutil
-
     auto = device.type == "cuda" and t.max_iters >= 200
     if t.compile == "false" or t.compile == "auto" and not auto:
         return
@@ -3838,15 +4047,11 @@ def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: An
 
     config = replace(config_from_hf(read_json_object(folder / "config.json"), folder / "config.json"), **overrides)
     with torch.device("meta"):
-        model = GPT(config)
-    model = model.to(dtype).to_empty(device=device)
-    model.build_rope()
-    model.compute_dtype = dtype
-    params = dict(model.named_parameters())
-    for name in ("wte.weight", "lm_head.weight"):
-        if name in params:
-            params[name].data[config.vocab_size :] = 0
-    wanted = {theirs: (params[ours].data[rows], how) for theirs, ours, rows, how in hf_tensors(config)}
+        shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
+    state = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    for name in state.keys() & {"wte.weight", "lm_head.weight"}:
+        state[name][config.vocab_size :] = 0
+    wanted = {theirs: (state[ours][rows], how) for theirs, ours, rows, how in hf_tensors(config)}
     prefix = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}.get(config.arch, "model.")
     for file in safetensors_files(folder):
         try:
@@ -3871,6 +4076,8 @@ def load_hf_model(folder: Path, dtype: torch.dtype, device: str, **overrides: An
             raise UserError(f"{file} cannot be read as safetensors: {e}") from None
     if wanted:
         raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} are)")
+    model = build_model(config, state, folder)
+    model.compute_dtype = dtype
     return model
 
 
@@ -4440,8 +4647,6 @@ def cmd_sample(args: argparse.Namespace) -> None:
 
 
 def cmd_export(args: argparse.Namespace) -> None:
-    import shutil
-    import tempfile
 
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.overwrite:
@@ -5101,7 +5306,7 @@ def make_parser() -> argparse.ArgumentParser:
     def device_flags(sub: argparse.ArgumentParser, dtype: str = "auto", quantize: bool = True) -> None:
         dtypes = ("auto", "float32", "bfloat16", "float16")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-        packed = ": on x86 CPUs float16 weights and float32 activations" if quantize else ""
+        packed = ": on a CPU float16 weights and float32 activations" if quantize else ""
         help = f"of the computation (default: {dtype}{packed})"
         sub.add_argument("--dtype", default=dtype, choices=dtypes, help=help)
         if quantize:

@@ -311,12 +311,12 @@ def generate_transformers(variant: str, n: int) -> dict:
 def sample_ours(folder: str, prompt: str, n: int, flags: tuple = (), cold: bool = False) -> dict:
     """`model.py sample` as a user types it, with a clock around its generator. Warm: after a run of a few tokens."""
     model, times, weight_bytes = load(), [], []
-    plain, pack = model.generate, model.pack_weights
+    plain, prepare = model.generate, model.prepare_generation
 
-    def weighed(net, dtype):
-        matrices = [net.head_weight, *(p for block in net.blocks for p in block.parameters() if p.dim() == 2)]
-        weight_bytes[:] = [sum(p.numel() for p in matrices) * dtype.itemsize]  # read for each token
-        pack(net, dtype)
+    def weighed(net, *arguments):
+        prepare(net, *arguments)
+        matrices = [net.head_weight, *(getattr(*place).weight for block in net.blocks for place in block.linears())]
+        weight_bytes[:] = [sum(w.nbytes for w in matrices)]  # read for each token
 
     def clocked(net, *arguments, **options):
         times[:] = [time.perf_counter()]
@@ -324,7 +324,7 @@ def sample_ours(folder: str, prompt: str, n: int, flags: tuple = (), cold: bool 
             times.append(time.perf_counter())
             yield token
 
-    model.generate, model.pack_weights = clocked, weighed
+    model.generate, model.prepare_generation = clocked, weighed
     for length in (n,) if cold else (4, n):
         sample = ["sample", "--model_checkpoint", folder, "--prompt", prompt, "--temperature", 0, "--length", length]
         sys.argv = ["model.py", *map(str, sample), *flags]
