@@ -2157,24 +2157,20 @@ static vec load_int8(const int8_t *w) { return (vec){w[0], w[1], w[2], w[3]}; }
 static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
 #endif
 
-// w (n) times x (n). Two sums, since an addition waits for the one before it.
-#define DOT(NAME, TYPE, LOAD)                                         \
-    static float NAME(const TYPE *w, const float *x, long n) {        \
-        vec even = {0}, odd = {0};                                    \
-        long i = 0;                                                   \
-        for (; i + 2 * LANES <= n; i += 2 * LANES) {                  \
-            even += LOAD(w + i) * load(x + i);                        \
-            odd += LOAD(w + i + LANES) * load(x + i + LANES);         \
-        }                                                             \
-        for (; i < n; i += LANES) {                                   \
-            TYPE w_rest[LANES] = {0};                                 \
-            float x_rest[LANES] = {0};                                \
-            long rest = n - i < LANES ? n - i : LANES;                \
-            memcpy(w_rest, w + i, rest * sizeof *w);                  \
-            memcpy(x_rest, x + i, rest * sizeof *x);                  \
-            even += LOAD(w_rest) * load(x_rest);                      \
-        }                                                             \
-        return total(even + odd);                                     \
+// w (n) times x (n). One running sum: with two or four, 16-bit weights came a quarter slower from memory.
+#define DOT(NAME, TYPE, LOAD)                                                      \
+    static float NAME(const TYPE *w, const float *x, long n) {                     \
+        vec sum = {0};                                                             \
+        long i = 0;                                                                \
+        for (; i + LANES <= n; i += LANES) sum += LOAD(w + i) * load(x + i);       \
+        if (i < n) {                                                               \
+            TYPE w_rest[LANES] = {0};                                              \
+            float x_rest[LANES] = {0};                                             \
+            memcpy(w_rest, w + i, (n - i) * sizeof *w);                            \
+            memcpy(x_rest, x + i, (n - i) * sizeof *x);                            \
+            sum += LOAD(w_rest) * load(x_rest);                                    \
+        }                                                                          \
+        return total(sum);                                                         \
     }
 DOT(dot, float, load)
 DOT(dot_half, uint16_t, load_half)
