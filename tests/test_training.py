@@ -229,6 +229,18 @@ def test_bfloat16_learns_as_float32(cli, text_file):
     assert (abs(fast - plain).max(axis=0) < np.ptp(plain, axis=0)).all()
 
 
+@pytest.mark.parametrize("device, n_embd, max_iters, compiles", [
+    ("cuda", 128, 200, True), ("cuda", 128, 199, False),  # steps
+    ("cpu", 512, 400, True), ("cpu", 512, 300, False), ("cpu", 448, 10_000, False),  # 1e15 FLOPs: 339 steps
+])  # fmt: skip
+def test_compiling_is_chosen_by_the_work_ahead(monkeypatch, device, n_embd, max_iters, compiles):
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(model.shutil, "which", lambda name: "c++")
+    gpt = model.GPT(model.make_config("26M", 6400, {"n_embd": n_embd}))
+    model.compile_model(gpt, model.TrainConfig(batch_size=32, max_iters=max_iters), torch.device(device))
+    assert (gpt.compiled is not None) == compiles
+
+
 def test_a_compiled_model_learns_as_the_eager_one(cli, text_file, monkeypatch):
     """Truth: the eager run. Without a C++ compiler the second is eager too, and says so."""
     run = ("train", *BYTES, *TINY_RUN, "--arch", "llama", "--max_iters", 4, "--log_interval", 1)
