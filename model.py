@@ -2263,12 +2263,12 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             product(layer->qkv, heads * d, n, input, rows, qkv);
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
-                long b = i / heads / T, t = start + i / heads % T, head = i % heads, position = t - pad[b];
+                long b = i / heads / T, t = start + i / heads % T, head = i % heads;
+                long at = t * c->rope_dim;  // RoPE is relative: it does not matter that padding counts
                 float *y = qkv + i * d;
                 Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
                     if (c->qk_norm && c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
-                    long at = (position < 0 ? 0 : position) * c->rope_dim;
                     if (rope_cos) rotate(y, rope_cos + at, rope_sin + at, c->rope_dim);
                     if (c->qk_norm && !c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
                 }
@@ -2336,7 +2336,7 @@ def decoder_library(march: str = "native") -> ctypes.CDLL | None:
                 library.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        say("without a C compiler with OpenMP, such as gcc, generation on a CPU is slower", file=sys.stderr)
+        say("without a C compiler with OpenMP, such as gcc, generation on a CPU is several times slower", file=sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]

@@ -95,6 +95,18 @@ def test_streamed_pieces_join_to_the_decoded_text(ids):
     assert "".join(pieces) == bytes(ids).decode("utf-8", "replace")
 
 
+def test_added_tokens_are_streamed_as_written(corpus, tmp_path):
+    """Their text is text, where ordinary tokens are written with a character for each byte."""
+    backend = train_with_tokenizers(corpus, 300)
+    backend.add_tokens(["two words é"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = model.hf_tokenizer(tmp_path)
+    ids = backend.encode("é two words é.").ids
+    assert backend.token_to_id("two words é") in ids
+    stream = model.TextStream(tokenizer)
+    assert "".join(map(stream, ids)) + stream(None) == "é two words é."
+
+
 def test_text_is_streamed_as_soon_as_it_is_whole():
     stream = model.TextStream(model.byte_tokenizer())
     assert [stream(b) for b in "aé🙂b".encode()] == ["a", "", "é", "", "", "", "🙂", "b"]
