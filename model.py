@@ -2336,7 +2336,7 @@ def decoder_library(march: str = "native") -> ctypes.CDLL | None:
                 library.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        say("without a C compiler with OpenMP, such as gcc, generation on a CPU is several times slower", file=sys.stderr)
+        say("without a C compiler (gcc, with OpenMP) generation on a CPU is several times slower", file=sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
