@@ -5308,8 +5308,8 @@ def make_parser() -> argparse.ArgumentParser:
     def device_flags(sub: argparse.ArgumentParser, dtype: str = "auto", quantize: bool = True) -> None:
         dtypes = ("auto", "float32", "bfloat16", "float16")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-        packed = ": on a CPU float16 weights and float32 activations" if quantize else ""
-        help = f"of the computation (default: {dtype}{packed})"
+        held = ": on a CPU float16 weights and float32 activations" if quantize else ""
+        help = f"of the computation (default: {dtype}{held})"
         sub.add_argument("--dtype", default=dtype, choices=dtypes, help=help)
         if quantize:
             sub.add_argument(

@@ -261,7 +261,7 @@ def smollm2(row: Row) -> None:
             row.line(f"SmolLM2-135M, {n} tokens", f"{ours} {a}", f"{peer} {b}", ratio, *bar)
     if row.args.text:
         row.data["quality"] = q = worker("quality", folder=folder, text=str(Path(row.args.text).resolve()))
-        for label, name in (("auto", "packed float16"), ("int8", "packed int8"), ("bfloat16", "bfloat16")):
+        for label, name in (("auto", "float16"), ("int8", "int8"), ("bfloat16", "bfloat16")):
             ours = f"{name}: loss {q[f'{label}_loss']:.4f}, KL {q[f'{label}_kl']:.1e}"
             row.line("what precision costs, nats a token", ours, f"float32: loss {q['float32_loss']:.4f}")
     share = m["ours"]["tokens_per_s"] * m["ours"]["weight_bytes"] / 1e9 / m["limits"]["memory_gb_per_s"]
