@@ -1390,7 +1390,6 @@ def tokenize_text(
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}: it must be at least 0 and below 1")
     check_data_folder_free(folder, overwrite)
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".tokenize-", dir=folder.parent))
     try:
@@ -2354,7 +2353,7 @@ class Decoder:
     """The blocks and the head of a model for a few tokens at a time, by DECODER_C. It reads the model's weights where
     they lie, matrices in float16 or an Int8Linear's, all else in float32."""
 
-    max_rows = 16  # with more tokens the plain pass is faster
+    max_rows = 16  # with 32 tokens the plain pass is as fast
 
     def __init__(self, model: GPT) -> None:
         self.library, self.model, c = decoder_library(), model, model.config
@@ -3048,7 +3047,7 @@ def compile_model(model: GPT, t: TrainConfig, device: torch.device) -> None:
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
         say("no C++ compiler here: going on without torch.compile")
         return
-    say("compiling the model: the first step takes about a minute")
+    say("compiling the model: the first step can take a minute")
     if t.compile == "auto":
         torch._dynamo.config.suppress_errors = True  # where it fails, go on without
     model.compiled = torch.compile(model.hidden)
@@ -4649,7 +4648,6 @@ def cmd_sample(args: argparse.Namespace) -> None:
 
 
 def cmd_export(args: argparse.Namespace) -> None:
-
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.overwrite:
         raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
@@ -5604,8 +5602,6 @@ def make_parser() -> argparse.ArgumentParser:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each
     time, and the page faults of getting them again took half of a training step with GPT-2's vocabulary."""
-    import ctypes
-
     if sys.platform == "linux":
         with suppress(OSError):
             libc = ctypes.CDLL("libc.so.6")
