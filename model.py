@@ -4276,9 +4276,9 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: Path, kind: str, name: s
         raise UserError("llama.cpp's llama has no biases in the MLP")
     if c.rope_scaling == "llama3" and c.arch != "llama":
         raise UserError(f"llama.cpp's {c.arch} has no rope_scaling llama3")
-    for name, own in (("rope_beta_fast", 32.0), ("rope_beta_slow", 1.0)):
-        if c.rope_scaling == "yarn" and getattr(c, name) != own:
-            raise UserError(f"{name} {getattr(c, name)} cannot be written: llama.cpp takes {own} unless told otherwise")
+    for beta, own in (("rope_beta_fast", 32.0), ("rope_beta_slow", 1.0)):
+        if c.rope_scaling == "yarn" and getattr(c, beta) != own:
+            raise UserError(f"{beta} {getattr(c, beta)} cannot be written: llama.cpp takes {own} unless told otherwise")
     w = gguf.GGUFWriter(None, arch)
     w.add_name(name)
     w.add_context_length(c.context)

@@ -542,7 +542,7 @@ def test_gguf_holds_the_model(cli, arch, quantize, tolerance):
     assert f"out/out-{quantize}.gguf" in done.ok().out
     metadata, tensors = read_gguf(Path(f"out/out-{quantize}.gguf"))
     name = arch.replace("_", "")
-    assert metadata["general.architecture"] == name
+    assert metadata["general.architecture"] == name and metadata["general.name"] == "out"
     c = gpt.config
     for key, value in {
         "context_length": 128, "embedding_length": 32, "block_count": 2, "feed_forward_length": c.n_inner,
