@@ -2038,10 +2038,11 @@ def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = 
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index (B,) from each row of unnormalised probabilities (B, n), by inversion of the cumulative
-    distribution."""
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    u = torch.rand(probs.size(0), 1, dtype=torch.float64, device=probs.device, generator=generator)
+    """One index (B,) from each row of unnormalised probabilities (B, n), by inversion of the cumulative distribution.
+    In float32, since MPS has no float64: u < 1 times the total never rounds up to the total, so that the index is of a
+    token that has a probability."""
+    cumulative = probs.float().cumsum(dim=-1)
+    u = torch.rand(probs.size(0), 1, device=probs.device, generator=generator)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
 
 
@@ -2814,7 +2815,8 @@ def choose_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # is_bf16_supported() also counts GPUs that emulate it, ten times slower than float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "cpu" and cpu_bfloat16_pays(width):
         return torch.bfloat16
     return torch.float32

@@ -5,6 +5,7 @@ import torch
 from conftest import random_gpt, random_tokens, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as theirs
 
 import model
@@ -81,6 +82,30 @@ def test_draws_follow_the_distribution():
     counts = drawn.bincount(minlength=10).double()
     assert not counts[weights == 0].any()
     assert chi_squared(counts, (weights / weights.sum()).double()) < 22.5
+
+
+def test_drawing_needs_no_float64(monkeypatch):
+    """MPS has none: every tensor that drawing makes is of a type that it has."""
+
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert out.dtype != torch.float64, func
+            return out
+
+    logits, generator = torch.randn(4, 100), torch.Generator().manual_seed(0)
+    with Types():
+        for s in (SamplingSettings(), SamplingSettings(0.7, 5, 0.9, 0.1, 1.3)):
+            model.sample_token(logits, s, torch.zeros(4, 2, dtype=torch.int64), generator)
+
+
+def test_a_token_without_probability_is_never_drawn():
+    """One token of 50,000 may come, at the front or at the end, or three of very different weight."""
+    generator = torch.Generator().manual_seed(0)
+    for allowed in ([0], [49_999], [3, 40, 700]):
+        probs = torch.zeros(1, 50_000)
+        probs[0, allowed] = torch.tensor([1e-3, 0.4, 3.0])[: len(allowed)]
+        assert set(model.draw(probs.expand(3000, -1), generator).tolist()) <= set(allowed)
 
 
 def test_generated_tokens_follow_the_models_distribution():

@@ -242,6 +242,16 @@ def test_compiling_is_chosen_by_the_work_ahead(monkeypatch, device, n_embd, max_
     assert (gpt.compiled is not None) == compiles
 
 
+@pytest.mark.parametrize("capability, dtype", [
+    ((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16),
+])  # fmt: skip
+def test_old_gpus_compute_in_float16(monkeypatch, capability, dtype):
+    """V100 and T4 (7.x) have no bfloat16; what PyTorch calls supported there is emulated."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
+    assert model.choose_dtype("auto", torch.device("cuda"), 768) == dtype
+
+
 def test_a_compiled_model_learns_as_the_eager_one(cli, text_file, monkeypatch):
     """Truth: the eager run. Without a C++ compiler the second is eager too, and says so."""
     run = ("train", *BYTES, *TINY_RUN, "--arch", "llama", "--max_iters", 4, "--log_interval", 1)
