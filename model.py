@@ -4649,10 +4649,28 @@ def cmd_sample(args: argparse.Namespace) -> None:
         out(f"---\n{prompt}{text}\n")
 
 
+EXPORT_LIST = "export.json"  # names the files of an export, which --overwrite may replace
+
+
+def replaceable_export(folder: Path, overwrite: bool) -> set[str]:
+    """The files of the export that a folder holds, none if it is free. Raises UserError if something else is there."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return set()
+    if not overwrite:
+        raise UserError(f"{folder} is already there: choose another --output_dir or add --overwrite")
+    files = read_json(folder / EXPORT_LIST, []) if folder.is_dir() else []
+    files = {f for f in files if isinstance(f, str) and Path(f).name == f} if isinstance(files, list) else set()
+    if strangers := sorted({p.name for p in folder.iterdir()} - files if folder.is_dir() else [folder.name]):
+        raise UserError(
+            f"{folder} holds {strangers[0]}, which no export wrote: --overwrite only replaces an earlier export; "
+            "choose another --output_dir"
+        )
+    return files
+
+
 def cmd_export(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.overwrite:
-        raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
+    replaced = replaceable_export(output, args.overwrite)
     model, tokenizer, checkpoint = open_model(args.model_path or args.model_checkpoint)
     if args.variant:
         check_variant(args.variant, model.config, checkpoint["path"])
@@ -4678,11 +4696,14 @@ def cmd_export(args: argparse.Namespace) -> None:
             if not difference <= 1e-3:
                 raise RuntimeError(f"the export read back differs from the model by {difference} in its logits")
             done = f"{output}: {model.config.arch}, {args.dtype}; read back, logits differ by at most {difference:.1e}"
-        if output.exists():
-            shutil.rmtree(output) if args.format == "hf" else None
         output.mkdir(exist_ok=True)
-        for file in scratch.iterdir():
-            os.replace(file, output / file.name)
+        written = {file.name for file in scratch.iterdir()} | {EXPORT_LIST}
+        kept = replaced if args.format == "gguf" else set()
+        write_json(scratch / EXPORT_LIST, sorted(written | kept))
+        for name in written:
+            os.replace(scratch / name, output / name)
+        for name in replaced - written - kept:
+            (output / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     say(done)

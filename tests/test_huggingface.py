@@ -273,6 +273,45 @@ def test_scaling_chosen_at_export(cli, complaints):
     assert_same_logits(gpt, theirs)
 
 
+def tree() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in Path(".").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("output", [".", "..", "checkpoints", "folder", "exported", "a_model.pt"])
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch, output, kind):
+    """Not the working folder, nor the one above it, nor one with other files in it, nor an export with a stranger."""
+    Path("inner/checkpoints").mkdir(parents=True)
+    monkeypatch.chdir("inner")
+    for path in ("../above.txt", "precious.txt", "checkpoints/other_model.pt", "folder/notes.txt"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text("precious")
+    export(cli, small(), to="exported")
+    Path("exported/notes.txt").write_text("precious")
+    before = tree()
+    run = ("export", "--model_path", "a_model.pt", "--output_dir", output, "--format", kind, "--overwrite")
+    assert "no export wrote" in cli(*run).error
+    assert tree() == before and Path("../above.txt").exists()
+
+
+def test_overwrite_leaves_no_file_of_the_export_before(cli):
+    folder = export(cli, small(), None, "--max_shard_size", "30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    gpt = small("gpt2")
+    export(cli, gpt, None, "--overwrite")
+    assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]
+    assert not (folder / "model.safetensors.index.json").exists()
+    assert_same_logits(gpt, open_theirs(folder))
+
+
+def test_exports_to_gguf_share_a_folder(cli):
+    save("a_model.pt", small())
+    for quantize in ("f16", "q8_0", "f16"):
+        run = ("export", "--model_path", "a_model.pt", "--output_dir", "out", "--format", "gguf", "--overwrite")
+        cli(*run, "--quantize", quantize).ok()
+    assert {p.name for p in Path("out").glob("*.gguf")} == {"out-f16.gguf", "out-q8_0.gguf"}
+
+
 REFUSED = {  # what no class of transformers' can be: (arch, setting, value)
     "rope in gpt2": ("gpt2", "pos_embd", "rope"),
     "no positions in gpt2": ("gpt2", "pos_embd", "none"),
@@ -336,8 +375,9 @@ def test_an_output_directory_in_the_way(cli):
     Path("mine/notes.txt").write_text("keep me")
     assert "mine is already there" in cli(*run).error
     assert Path("mine/notes.txt").read_text() == "keep me"
+    assert "notes.txt" in cli(*run, "--overwrite").error and Path("mine/notes.txt").read_text() == "keep me"
+    Path("mine/notes.txt").unlink()
     cli(*run, "--overwrite").ok()
-    assert not Path("mine/notes.txt").exists() and Path("mine/model.safetensors").exists()
     Path("file").write_text("keep me too")
     assert "file is already there" in cli(*run[:-1], "file").error
     assert Path("file").read_text() == "keep me too"
