@@ -3,8 +3,10 @@
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -62,6 +64,23 @@ def random_gpt(config: "model.GPTConfig", seed: int = 0) -> "model.GPT":
 
 def random_tokens(*shape: int, vocab_size: int = 100, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def save_model(path: str, gpt: "model.GPT", tokenizer: "model.Tokenizer | None" = None) -> str:
+    """A checkpoint of a model, of bytes unless told otherwise."""
+    tokenizer = tokenizer or model.byte_tokenizer()
+    content = {"config": model.asdict(gpt.config), "model": gpt.state_dict(), "tokenizer": tokenizer.spec}
+    model.save_checkpoint(Path(path), content)
+    return path
+
+
+def all_tokens(data: "model.Data") -> np.ndarray:
+    """The ids of both splits, as they stand in data.bin."""
+    return np.concatenate([data.splits[name].tokens for name in ("train", "val")])
+
+
+def text_of(data: "model.Data") -> str:
+    return data.tokenizer.decode(all_tokens(data).tolist())
 
 
 def stdlib_source(*modules: str) -> str:
@@ -164,6 +183,35 @@ def download(requirement: str, folder: Path) -> Path:
     return folder
 
 
+def at_each_step(monkeypatch: pytest.MonkeyPatch, before=None, after=None) -> None:
+    """Call before(step=..., ...) and after(step=..., sums=..., ...) around the forward and backward pass of each
+    training step, counted from 1 in each process, with the arguments of accumulate_gradients by name."""
+    original, calls = model.accumulate_gradients, itertools.count(1)
+
+    def accumulate_gradients(**arguments) -> dict:
+        step = next(calls)
+        if before is not None:
+            before(step=step, **arguments)
+        sums = original(**arguments)
+        if after is not None:
+            after(step=step, sums=sums, **arguments)
+        return sums
+
+    monkeypatch.setattr(model, "accumulate_gradients", accumulate_gradients)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal while these steps, counted from the start of each run, are being computed."""
+    remaining = np.cumsum(steps).tolist()
+
+    def stop(step: int, **arguments) -> None:
+        if remaining and step == remaining[0]:
+            remaining.pop(0)
+            os.kill(os.getpid(), number)
+
+    at_each_step(monkeypatch, before=stop)
+
+
 def program(*args, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     """python model.py ARGS, as a program of its own."""
     command = [sys.executable, str(ROOT / "model.py"), *map(str, args)]
@@ -173,7 +221,8 @@ def program(*args, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
 
 def write_conversations(folder: Path, conversations: list[tuple[list[int], list[int]]], val_fraction=0.1) -> dict:
     """A data folder of conversations, each (ids, mask), over the byte tokenizer."""
-    writer = model.DataWriter(folder, model.byte_tokenizer(), overwrite=False)
-    for ids, mask in conversations:
-        writer.write(np.array(ids), np.array(mask))
-    return writer.finish(val_fraction, "made by hand")
+    folder.parent.mkdir(exist_ok=True)
+    with model.DataWriter(folder, model.byte_tokenizer(), overwrite=False) as writer:
+        for ids, mask in conversations:
+            writer.write(np.array(ids), np.array(mask))
+        return writer.finish(val_fraction, "made by hand")

@@ -1,13 +1,13 @@
 """Conversations: from the forms people have to tokens, targets, finetuning and a chat in the terminal."""
 
+import itertools
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, program, random_gpt, stdlib_source, tiny_config
+from conftest import ROOT, all_tokens, at_each_step, random_gpt, stdlib_source, stop_at, text_of, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers, trainers
@@ -25,6 +25,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 import model
 
 BYTES = ("--tokenizer", "byte")
+GREEDY = model.SamplingSettings(temperature=0)
 
 
 def turns(*contents: str, system: str | None = None) -> list[dict]:
@@ -39,20 +40,28 @@ def write_jsonl(path: str | Path, records: list[dict]) -> str:
     return str(path)
 
 
+def opened(name: str) -> model.Data:
+    return model.Data(Path("data") / name)
+
+
 def read(name: str) -> tuple[str, str]:
     """The text of a data folder, and what of it is a target: `_` stands for every other token."""
-    data = model.Data(Path("data") / name)
-    text = data.tokenizer.decode(data.tokens.tolist())
-    if data.mask is None:
-        return text, text
-    shown = [data.tokenizer.decode([t]) if m else "_" for t, m in zip(data.tokens.tolist(), data.mask, strict=True)]
-    return text, "".join(shown)
+    data = opened(name)
+    if not data.is_chat:
+        return text_of(data), text_of(data)
+    mask = np.concatenate([split.mask for split in data.splits.values()])
+    shown = [data.tokenizer.decode([t]) if m else "_" for t, m in zip(all_tokens(data).tolist(), mask, strict=True)]
+    return text_of(data), "".join(shown)
 
 
 def tokenized(cli, *records: dict, flags: tuple = ()) -> tuple[str, str]:
     write_jsonl("records.jsonl", list(records))
     cli("tokenize", "--dataset", "made", "--txt", "records.jsonl", *BYTES, "--overwrite", *flags).ok()
     return read("made")
+
+
+def hub(cli, source: str | Path, *flags, name: str = "x"):
+    return cli("hf_tokenize", "--hf_dataset", source, "--dataset", name, *BYTES, *flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,37 +99,32 @@ def test_the_mask_by_hand(cli, messages, parts):
     assert text == targets == "".join(part for part, _ in parts)
 
 
+TWO = MESSAGES[1:]
+KIND = turns("Hi!", "Hello.", system="Be kind.")
+
+
+def sharegpt(*names: str) -> dict:
+    return {"conversations": [{"from": n, "value": m["content"]} for n, m in zip(names, TWO, strict=True)]}
+
+
 FORMS = {
-    "messages": {"messages": MESSAGES[1:]},
-    "sharegpt": {"conversations": [
-        {"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Hello."},
-        {"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4\n\nfour"},
-    ]},
-    "sharegpt, other names": {"conversations": [
-        {"from": "user", "value": "Hi!"}, {"from": "assistant", "value": "Hello."},
-        {"from": "human", "value": "2 + 2?"}, {"from": "chatgpt", "value": "4\n\nfour"},
-    ]},
-    "utterances": {"utterances": ["Hi!", "Hello.", "2 + 2?", "4\n\nfour"], "emotions": [0, 1, 2, 3]},
-}  # fmt: skip
-SHORT_FORMS = {
-    "messages with a system turn": (
-        {"messages": turns("Hi!", "Hello.", system="Be kind.")}, turns("Hi!", "Hello.", system="Be kind.")
-    ),
-    "sharegpt with a system turn": (
-        {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi!"},
-                           {"from": "gpt", "value": "Hello."}]},
-        turns("Hi!", "Hello.", system="Be kind."),
-    ),
+    "messages": ({"messages": TWO}, TWO),
+    "conversations": (sharegpt("human", "gpt", "human", "gpt"), TWO),
+    "sharegpt, other names": (sharegpt("user", "assistant", "human", "chatgpt"), TWO),
+    "utterances": ({"utterances": [m["content"] for m in TWO], "emotions": [0, 1, 2, 3]}, TWO),
+    "messages with a system turn": ({"messages": KIND}, KIND),
+    "sharegpt with a system turn": ({"conversations": [
+        {"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Hello."},
+    ]}, KIND),
     "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, turns("Add.\n\n2 and 2", "4")),
     "alpaca, no input": ({"instruction": "Add.", "input": "", "output": "4"}, turns("Add.", "4")),
     "alpaca, input left out": ({"instruction": "Add.", "output": "4", "text": "x"}, turns("Add.", "4")),
-    "prompt and completion": ({"prompt": "Hi!", "completion": "Hello."}, turns("Hi!", "Hello.")),
-    "prompt and response": ({"prompt": "Hi!", "response": "Hello.", "score": 3}, turns("Hi!", "Hello.")),
+    "prompt and completion": ({"prompt": "Hi!", "completion": "Hello."}, TWO[:2]),
+    "prompt and response": ({"prompt": "Hi!", "response": "Hello.", "score": 3}, TWO[:2]),
 }  # fmt: skip
-ALL_FORMS = {name: (record, MESSAGES[1:]) for name, record in FORMS.items()} | SHORT_FORMS
 
 
-@pytest.mark.parametrize("record, messages", ALL_FORMS.values(), ids=ALL_FORMS)
+@pytest.mark.parametrize("record, messages", FORMS.values(), ids=FORMS)
 def test_every_form_of_conversation(cli, record, messages):
     """Recognised by its columns, and the same conversation as in the plainest form."""
     expected = tokenized(cli, {"messages": messages})
@@ -141,76 +145,67 @@ def test_chat_format_says_which_columns_count(cli, chat_format, wanted):
     flags = () if chat_format is None else ("--chat_format", chat_format)
     expected = tokenized(cli, {"messages": wanted})
     assert tokenized(cli, record, flags=flags) == expected
-    run = ("hf_tokenize", "--hf_dataset", "records.jsonl", *BYTES, *flags)
-    cli(*run, "--dataset", "hub").ok()
-    assert read("hub") == expected
+    hub(cli, "records.jsonl", *flags).ok()
+    assert read("x") == expected
     if chat_format is not None:
         write_jsonl("records.jsonl", [{"text": "no conversation"}])
-        assert chat_format in cli(*run, "--dataset", "none").error
+        assert chat_format in hub(cli, "records.jsonl", *flags, name="none").error
 
 
-@pytest.mark.parametrize("column, record", [("utterances", FORMS["utterances"]), ("messages", FORMS["messages"]),
-                                            ("conversations", FORMS["sharegpt"])])  # fmt: skip
-def test_a_column_of_turns_by_any_name(cli, column, record):
+@pytest.mark.parametrize("column", ["utterances", "messages", "conversations"])
+def test_a_column_of_turns_by_any_name(cli, column):
     """--hf_text_column may name turns, whatever the column is called."""
-    expected = tokenized(cli, {"messages": MESSAGES[1:]})
-    write_jsonl("named.jsonl", [{"talk": record[column], "messages": "not these"}])
-    cli("hf_tokenize", "--hf_dataset", "named.jsonl", "--hf_text_column", "talk", "--dataset", "x", *BYTES).ok()
+    expected = tokenized(cli, {"messages": TWO})
+    write_jsonl("named.jsonl", [{"talk": FORMS[column][0][column], "messages": "not these"}])
+    hub(cli, "named.jsonl", "--hf_text_column", "talk").ok()
     assert read("x") == expected
 
 
+NO_TARGET = "not one token is a target"
 WRONG = {
-    "assistant first": ({"messages": turns("a", "b")[1:]}, "turn 1 is 'assistant'"),
-    "user twice": ({"messages": [*turns("a", "b"), *turns("c", "d")[::-1]]}, "turn 3 is 'assistant'"),
-    "assistant twice": ({"messages": [*turns("a", "b"), *turns("c", "d")[1:]]}, "turn 3 is 'assistant'"),
-    "late system turn": ({"messages": [*turns("a", "b"), {"role": "system", "content": "c"}]}, "turn 3 is 'system'"),
-    "two system turns": ({"messages": [{"role": "system", "content": "c"}] * 2}, "turn 2 is 'system'"),
-    "unknown role": ({"messages": [{"role": "narrator", "content": "c"}]}, "'narrator'"),
-    "no role": ({"messages": [{"content": "c"}]}, "None"),
-    "sharegpt roles": ({"conversations": [{"from": "gpt", "value": "a"}]}, "turn 1 is 'assistant'"),
-    "content of a number": ({"messages": [{"role": "user", "content": 3}]}, "int"),
-    "content missing": ({"messages": [{"role": "user"}]}, "not text"),
-    "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "not text"),
-    "utterance of a number": ({"utterances": [1, 2]}, "int"),
-    "answer missing": ({"prompt": "a", "completion": None}, "not text"),
-    "question missing": ({"instruction": None, "output": None}, "not text"),
-    "no list": ({"messages": "hello"}, "messages"),
-    "a number": ({"conversations": 7}, "conversations"),
-    "turns that are none": ({"messages": ["hello", "there"]}, "messages"),
-    "a dictionary": ({"utterances": {"a": "b"}}, "utterances"),
+    "assistant first": ("turn 1 is 'assistant'", {"messages": turns("a", "b")[1:]}),
+    "user twice": ("turn 3 is 'assistant'", {"messages": [*turns("a", "b"), *turns("c", "d")[::-1]]}),
+    "assistant twice": ("turn 3 is 'assistant'", {"messages": [*turns("a", "b"), *turns("c", "d")[1:]]}),
+    "late system turn": ("turn 3 is 'system'", {"messages": [*turns("a", "b"), *turns(system="c")]}),
+    "two system turns": ("turn 2 is 'system'", {"messages": turns(system="c") * 2}),
+    "unknown role": ("'narrator'", {"messages": [{"role": "narrator", "content": "c"}]}),
+    "no role": ("None", {"messages": [{"content": "c"}]}),
+    "sharegpt roles": ("turn 1 is 'assistant'", {"conversations": [{"from": "gpt", "value": "a"}]}),
+    "content of a number": ("int", {"messages": [{"role": "user", "content": 3}]}),
+    "content missing": ("not text", {"messages": [{"role": "user"}]}),
+    "content in parts": ("not text", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
+    "utterance of a number": ("int", {"utterances": [1, 2]}),
+    "answer missing": ("not text", {"prompt": "a", "completion": None}),
+    "question missing": ("not text", {"instruction": None, "output": None}),
+    "no list": ("messages", {"messages": "hello"}),
+    "a number": ("conversations", {"conversations": 7}),
+    "turns that are none": ("messages", {"messages": ["hello", "there"]}),
+    "a dictionary": ("utterances", {"utterances": {"a": "b"}}),
+    "empty": (NO_TARGET, {"messages": []}),
+    "a question": (NO_TARGET, {"messages": turns("a question")}),
+    "a system turn": (NO_TARGET, {"messages": turns(system="only this")}),
+    "an utterance and none": (NO_TARGET, {"utterances": ["nobody answers"]}, {"utterances": []}),
+    "text after conversations": ("conversations and other text", {"messages": TWO}, {"text": "prose"}),
+    "text before conversations": ("conversations and other text", {"text": "prose"}, {"messages": TWO}),
 }
 
 
-@pytest.mark.parametrize("record, words", WRONG.values(), ids=WRONG)
-def test_a_record_that_is_no_conversation(cli, record, words):
-    """One sentence that says where, and no data folder."""
-    write_jsonl("bad.jsonl", [record])
-    for run in (("tokenize", "--txt", "bad.jsonl"), ("hf_tokenize", "--hf_dataset", "bad.jsonl")):
-        assert words in cli(*run, "--dataset", "x", *BYTES).error
-        assert not Path("data/x/meta.json").exists()
-
-
-EMPTY = [{"messages": []}, {"utterances": []}, {"utterances": None}, {"messages": None}]
-
-
-@pytest.mark.parametrize("empty", EMPTY, ids=str)
-def test_empty_conversations_are_passed_over(cli, empty):
-    (column,) = empty
-    full = FORMS[column]
-    expected = tokenized(cli, full)
-    kept = {k: full[k] for k in empty}
-    assert tokenized(cli, empty, kept, empty) == expected
-
-
-@pytest.mark.parametrize("records", [
-    [{"messages": []}], [{"messages": turns("a question")}], [{"messages": turns(system="only this")}],
-    [{"utterances": ["nobody answers"]}, {"utterances": []}],
-], ids=["empty", "question", "system", "utterances"])  # fmt: skip
-def test_no_target_tokens_is_an_error(cli, records):
+@pytest.mark.parametrize("words, records", [(w, r) for w, *r in WRONG.values()], ids=WRONG)
+def test_records_that_are_no_conversations(cli, words, records):
+    """One sentence, and no data folder; nothing is dropped without a word."""
     write_jsonl("bad.jsonl", records)
-    error = cli("tokenize", "--txt", "bad.jsonl", "--dataset", "x", *BYTES).error
-    assert "target" in error or "nothing to tokenize" in error
-    assert not Path("data/x").exists()
+    for run in (cli("tokenize", "--txt", "bad.jsonl", "--dataset", "x", *BYTES), hub(cli, "bad.jsonl"),
+                hub(cli, "bad.jsonl", "--streaming")):  # fmt: skip
+        assert words in run.error and not Path("data/x").exists()
+
+
+@pytest.mark.parametrize(
+    "column, empty", [("messages", []), ("utterances", []), ("utterances", None), ("messages", None)]
+)
+def test_empty_conversations_are_passed_over(cli, column, empty):
+    kept, empty = {column: FORMS[column][0][column]}, {column: empty}
+    expected = tokenized(cli, kept)
+    assert tokenized(cli, empty, kept, empty) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,41 +253,37 @@ def foreign(folder: Path, template: str | None, eos: str = "<|im_end|>", chat_to
     return model.hf_tokenizer(folder)
 
 
-TOKENIZERS = {
-    "byte": lambda tmp, bpe, gpt2: model.byte_tokenizer(),
-    "bpe": lambda tmp, bpe, gpt2: bpe,
-    "gpt2": lambda tmp, bpe, gpt2: gpt2,
-    "imported": lambda tmp, bpe, gpt2: foreign(tmp, SYSTEM_TEMPLATE),
-    "imported, [INST]": lambda tmp, bpe, gpt2: foreign(tmp, INST_TEMPLATE, "<|endoftext|>", chat_tokens=False),
-}
+@pytest.fixture(params=["byte", "bpe", "gpt2", "imported", "imported, [INST]"])
+def tokenizer(request, tmp_path, bpe, gpt2) -> model.Tokenizer:
+    if request.param.startswith("imported"):
+        ours = request.param == "imported"
+        template, eos = (SYSTEM_TEMPLATE, "<|im_end|>") if ours else (INST_TEMPLATE, "<|endoftext|>")
+        return foreign(tmp_path / "theirs", template, eos, chat_tokens=ours)
+    return {"byte": model.byte_tokenizer(), "bpe": bpe, "gpt2": gpt2}[request.param]
 
 
-@pytest.fixture(params=TOKENIZERS.values(), ids=TOKENIZERS)
-def tokenizer(request, tmp_path_factory, bpe, gpt2) -> model.Tokenizer:
-    return request.param(tmp_path_factory.mktemp("tokenizer"), bpe, gpt2)
-
-
-def save_model(path: str, tokenizer: model.Tokenizer, **overrides) -> model.GPT:
-    """A random model of a tokenizer as a checkpoint."""
-    config = tiny_config("llama", **{"vocab_size": tokenizer.n_vocab, "block_size": 256, "n_embd": 16, **overrides})
-    gpt = random_gpt(config)
-    state = {"config": asdict(config), "model": gpt.state_dict(), "tokenizer": tokenizer.spec, "variant": "tiny"}
+def save(path: str, gpt: model.GPT, tokenizer: model.Tokenizer, variant: str = "tiny") -> model.GPT:
+    state = {"config": asdict(gpt.config), "model": gpt.state_dict(), "tokenizer": tokenizer.spec, "variant": variant}
     model.save_checkpoint(Path(path), state)
     return gpt
 
 
+def save_random(path: str, tokenizer: model.Tokenizer, n_embd: int = 16, block_size: int = 256) -> model.GPT:
+    config = tiny_config("llama", vocab_size=tokenizer.n_vocab, block_size=block_size, n_embd=n_embd)
+    return save(path, random_gpt(config), tokenizer)
+
+
 def without(names: list[str], text: str) -> str:
     """Text in which none of the names is left, however they are nested."""
-    while any(name in text for name in names):
-        for name in names:
-            text = text.replace(name, "")
-    return text
+    clean = re.sub("|".join(map(re.escape, names)), "", text)
+    return text if clean == text else without(names, clean)
 
 
 def test_the_exported_template_gives_the_ids_of_training(cli, tokenizer):
     """apply_chat_template of the export = data.bin, conversation by conversation: white space, line breaks, emoji,
-    digits; and what spells a special token, which is taken out of a turn before it is one."""
-    save_model("m.pt", tokenizer)
+    digits; and what spells a special token, which is taken out of a turn before it is one. Its generation prompt is
+    what chat reads."""
+    save_random("m.pt", tokenizer)
     cli("export", "--model_path", "m.pt", "--output_dir", "out").ok()
     theirs = transformers.AutoTokenizer.from_pretrained("out")
     rng, talks = random.Random(0), []
@@ -300,20 +291,13 @@ def test_the_exported_template_gives_the_ids_of_training(cli, tokenizer):
         contents = rng.choices(HARD, k=rng.choice([2, 4, 6]))
         talks.append(turns(*contents, system=rng.choice([None, rng.choice(HARD)])))
     write_jsonl("talks.jsonl", [{"messages": m} for m in talks])
-    cli("tokenize", "--dataset", "talks", "--txt", "talks.jsonl", "--tokenizer", "m.pt").ok()
-    data = model.Data(Path("data/talks"))
-    ends = [*data.starts[1:], len(data.tokens)]
+    cli("tokenize", "--dataset", "x", "--txt", "talks.jsonl", "--tokenizer", "m.pt", "--val_fraction", 0).ok()
+    split = opened("x").splits["train"]
     names = [t.content for t in theirs.added_tokens_decoder.values() if t.special]
     assert set(names) >= set(tokenizer.special)
-    for messages, start, end in zip(talks, data.starts, ends, strict=True):
+    for messages, ids in zip(talks, np.split(split.tokens, split.starts[1:]), strict=True):
         clean = [{**m, "content": without(names, m["content"])} for m in messages]
-        assert theirs.apply_chat_template(clean, return_dict=False) == data.tokens[start:end].tolist()
-
-
-def test_the_exported_generation_prompt_is_what_chat_reads(cli, tokenizer):
-    save_model("m.pt", tokenizer)
-    cli("export", "--model_path", "m.pt", "--output_dir", "out").ok()
-    theirs = transformers.AutoTokenizer.from_pretrained("out")
+        assert theirs.apply_chat_template(clean, return_dict=False) == ids.tolist()
     for messages in (MESSAGES[:2], MESSAGES[1:4]):
         ids = tokenizer.encode_rendered(model.render_chat(tokenizer, messages, add_generation_prompt=True))
         assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
@@ -328,28 +312,16 @@ def test_no_turn_can_spell_a_special_token(text):
     assert [tokenizer.decode([i]) for i in special] == ["<|im_start|>", "<|im_end|>"]
 
 
-def test_a_template_that_refuses(cli, tmp_path):
-    """What a template raises is the error."""
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-    foreign(tmp_path / "theirs", refusing + SYSTEM_TEMPLATE)
-    write_jsonl("talk.jsonl", [{"messages": MESSAGES}])
-    error = cli("tokenize", "--dataset", "x", "--txt", "talk.jsonl", "--tokenizer", tmp_path / "theirs").error
-    assert "no system turns" in error
-
-
-@pytest.mark.parametrize("template", ["{{ messages[0].missing.attribute }}", "{% for %}", "{{ 1 / 0 }}"])
-def test_a_broken_template(cli, tmp_path, template):
+@pytest.mark.parametrize("template, words", [
+    ("{{ raise_exception('no system turns') }}" + SYSTEM_TEMPLATE, "no system turns"),  # what it raises is the error
+    ("{{ messages[0].missing.attribute }}", "template"), ("{% for %}", "template"), ("{{ 1 / 0 }}", "template"),
+    # targets cannot be told by their place when an earlier turn changes: an error and not a wrong mask
+    ("{% for m in messages %}<|im_start|>{{ m['content'] if loop.last else '...' }}{% endfor %}", "earlier turns"),
+], ids=["refuses", "undefined", "no Jinja", "division", "rewrites the past"])  # fmt: skip
+def test_a_template_that_does_not_work(cli, tmp_path, template, words):
     foreign(tmp_path / "theirs", template)
     write_jsonl("talk.jsonl", [{"messages": MESSAGES}])
-    assert "template" in cli("tokenize", "--dataset", "x", "--txt", "talk.jsonl", "--tokenizer", "theirs").error
-
-
-def test_a_template_that_rewrites_the_past(cli, tmp_path):
-    """Targets cannot be told by their place when an earlier turn changes; that is an error and not a wrong mask."""
-    last_only = "{% for m in messages %}{{ '<|im_start|>' + (m['content'] if loop.last else '...') }}{% endfor %}"
-    foreign(tmp_path / "theirs", last_only)
-    write_jsonl("talk.jsonl", [{"messages": MESSAGES[1:]}])
-    assert "template" in cli("tokenize", "--dataset", "x", "--txt", "talk.jsonl", "--tokenizer", "theirs").error
+    assert words in cli("tokenize", "--dataset", "x", "--txt", "talk.jsonl", "--tokenizer", "theirs").error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,68 +332,77 @@ DOCUMENTS = ["First document.", "Second: 2 lines\nof text", "", "éß🙂 <|endo
 JOINED = "<|endoftext|>".join(filter(None, DOCUMENTS))
 
 
-def write_documents(kind: str, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    columns = {"text": DOCUMENTS, "id": list(range(5))}
-    table = datasets.Dataset.from_dict(columns)
-    if kind == "arrow folder":
-        return table.save_to_disk(folder)
-    path = str(folder / f"part.{kind}")
-    if kind == "parquet":
-        table.to_parquet(path)
-    elif kind == "csv":
-        table.to_csv(path, index=False)
-    elif kind == "arrow":
-        with datasets.arrow_writer.ArrowWriter(path=path) as writer:
-            writer.write_table(table.data.table)
-            writer.finalize()
-    elif kind == "jsonl":
-        write_jsonl(path, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
-    else:
-        Path(path).write_text(json.dumps([{"text": t} for t in DOCUMENTS]))
+def write_arrow(table: datasets.Dataset, path: str) -> None:
+    with datasets.arrow_writer.ArrowWriter(path=path) as writer:
+        writer.write_table(table.data.table)
+        writer.finalize()
 
 
-@pytest.mark.parametrize("flags", [(), ("--streaming",), ("--num_proc", 2)], ids=["plain", "streaming", "2 processes"])
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv", "arrow", "arrow folder"])
-def test_text_in_every_kind_of_file(cli, kind, flags):
+WRITERS = {  # of local/part.KIND, or of a folder
+    "parquet": datasets.Dataset.to_parquet,
+    "jsonl": lambda table, path: write_jsonl(path, table.to_list()),
+    "json": lambda table, path: Path(path).write_text(json.dumps(table.to_list())),
+    "csv": lambda table, path: table.to_csv(path, index=False),
+    "arrow": write_arrow,
+    "arrow folder": lambda table, path: table.save_to_disk(Path(path).parent),
+}
+STREAMING = pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["plain", "streaming"])
+
+
+def check_documents(cli, kind: str, *flags) -> None:
     """Documents are parted by end-of-text; a folder and a file in it are the same; empty documents leave no trace."""
-    if flags == ("--num_proc", 2) and kind != "jsonl":
-        return  # starting processes takes seconds, and they see no files
-    write_documents(kind, Path("local"))
-    for i, source in enumerate(["local"] if kind == "arrow folder" else ["local", *Path("local").iterdir()]):
-        cli("hf_tokenize", "--hf_dataset", source, "--dataset", f"x{i}", *BYTES, "--val_fraction", 0, *flags).ok()
-        data = model.Data(Path(f"data/x{i}"))
-        assert read(f"x{i}")[0] == JOINED and data.mask is None
-        assert (data.tokens == 256).sum() == 3  # the one that a document spells is text
+    Path("local").mkdir()
+    WRITERS[kind](datasets.Dataset.from_dict({"text": DOCUMENTS, "id": list(range(5))}), f"local/part.{kind}")
+    for source in {"local", *Path("local").glob(f"part.{kind}")}:
+        hub(cli, source, "--val_fraction", 0, "--overwrite", *flags).ok()
+        assert read("x")[0] == JOINED and not opened("x").is_chat
+        assert (all_tokens(opened("x")) == 256).sum() == 3  # the one that a document spells is text
 
 
-@pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["plain", "streaming"])
+@STREAMING
+@pytest.mark.parametrize("kind", WRITERS)
+def test_text_in_every_kind_of_file(cli, monkeypatch, kind, flags):
+    clock = itertools.count(0, 3).__next__  # a run saves its progress every two seconds, so here at each record
+    monkeypatch.setattr(model, "time", types.SimpleNamespace(**{**vars(time), "monotonic": clock}))
+    check_documents(cli, kind, *flags)
+
+
+def test_two_processes_make_the_same(cli):
+    check_documents(cli, "jsonl", "--num_proc", 2)
+    expected = tokenized(cli, *({"utterances": [f"What is {i}?", f"It is {i}."]} for i in range(20)))
+    hub(cli, "records.jsonl", "--num_proc", 2, name="y").ok()
+    assert read("y") == expected
+    write_jsonl("mixed.jsonl", [{"messages": TWO}, {"text": "prose"}])
+    assert "conversations and other text" in hub(cli, "mixed.jsonl", "--num_proc", 2, name="z").error
+
+
+@STREAMING
 def test_text_files(cli, flags):
     """A file is a document, with its line breaks."""
     Path("local").mkdir()
     for i, text in enumerate(["One file.\n\nTwo paragraphs.\n", "Another\n"]):
         Path(f"local/{i}.txt").write_text(text)
-    cli("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *BYTES, *flags).ok()
+    hub(cli, "local", *flags).ok()
     assert read("x")[0] == "One file.\n\nTwo paragraphs.\n<|endoftext|>Another\n"
 
 
 def test_splits(cli):
     """As the hub lays them out."""
-    for split in ("train", "validation"):
+    names = ("train", "validation")
+    for split in names:
         write_jsonl(f"local/{split}.jsonl", [{"text": f"this is {split}"}])
-    for split in ("train", "validation"):
-        cli("hf_tokenize", "--hf_dataset", "local", "--hf_split", split, "--dataset", split, *BYTES).ok()
+    for split in names:
+        hub(cli, "local", "--hf_split", split, name=split).ok()
         assert read(split)[0] == f"this is {split}"
-    error = cli("hf_tokenize", "--hf_dataset", "local", "--hf_split", "test", "--dataset", "x", *BYTES).error
+    error = hub(cli, "local", "--hf_split", "test").error
     assert "test" in error and "validation" in error
 
 
-def test_max_tokens(cli):
+@STREAMING
+def test_max_tokens(cli, flags):
     write_jsonl("many.jsonl", [{"text": "ten letter"} for _ in range(3000)])
-    for flags in ((), ("--streaming",)):
-        run = ("hf_tokenize", "--hf_dataset", "many.jsonl", "--dataset", "x", *BYTES, "--overwrite", *flags)
-        cli(*run, "--max_tokens", 500).ok()
-        assert 500 <= len(model.Data(Path("data/x")).tokens) < 511
+    hub(cli, "many.jsonl", *flags, "--max_tokens", 500).ok()
+    assert 500 <= len(all_tokens(opened("x"))) < 511
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
@@ -430,112 +411,94 @@ def test_other_tokenizers(cli, tokenizer, gpt2):
     write_jsonl("local/a.jsonl", [{"text": line} for line in stdlib_source("textwrap").splitlines()])
     flags = ("--tokenizer", tokenizer, "--vocab_size", 400)
     cli("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *flags).ok()
-    lines = [line for line in stdlib_source("textwrap").splitlines() if line]
-    assert read("x")[0] == "<|endoftext|>".join(lines)
-    assert model.Data(Path("data/x")).tokenizer.n_vocab == {"gpt2": 50259, "bpe": 400}[tokenizer]
-    talks = [{"utterances": [f"What is {i}?", f"It is {i}."]} for i in range(50)]
-    write_jsonl("talks/a.jsonl", talks)
+    assert read("x")[0] == "<|endoftext|>".join(filter(None, stdlib_source("textwrap").splitlines()))
+    assert opened("x").tokenizer.n_vocab == {"gpt2": 50259, "bpe": 400}[tokenizer]
+    write_jsonl("talks/a.jsonl", [{"utterances": [f"What is {i}?", f"It is {i}."]} for i in range(50)])
     cli("hf_tokenize", "--hf_dataset", "talks", "--dataset", "y", *flags).ok()
-    data = model.Data(Path("data/y"))
-    learned = data.tokenizer.decode(data.tokens[data.mask == 1].tolist())
-    assert learned == "".join(f"It is {i}.<|im_end|>" for i in range(50))
+    assert re.findall("It is .*?>", read("y")[1]) == [f"It is {i}.<|im_end|>" for i in range(50)]
 
 
 def test_a_missing_column_lists_those_there_are(cli):
     write_jsonl("local/a.jsonl", [{"body": "a", "title": "b"}])
     for flags in ((), ("--hf_text_column", "text"), ("--hf_text_column", "text", "--streaming")):
-        error = cli("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *BYTES, *flags).error
+        error = hub(cli, "local", *flags).error
         assert "'text'" in error and "body, title" in error
         assert not Path("data/x").exists()
-    cli("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *BYTES, "--hf_text_column", "body").ok()
+    hub(cli, "local", "--hf_text_column", "body").ok()
 
 
 @pytest.mark.parametrize("value, kind", [(3, "int"), (2.5, "float"), ({"a": 1}, "dict"), ([1], "list"), (True, "bool")])
 def test_a_column_of_another_type(cli, value, kind):
     write_jsonl("local/a.jsonl", [{"text": value}])
-    error = cli("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *BYTES).error
+    error = hub(cli, "local").error
     assert "'text'" in error and kind in error and not Path("data/x").exists()
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b"])
-def test_a_data_set_is_a_plain_name(cli, name):
-    write_jsonl("local/a.jsonl", [{"text": "abc"}])
-    assert "--dataset" in cli("hf_tokenize", "--hf_dataset", "local", "--dataset", name, *BYTES).error
-
-
 @pytest.mark.parametrize("content", [b"{", b'{"text": "a"}\n{"text"', b"\x00\x01", b""])
-@pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["plain", "streaming"])
+@STREAMING
 def test_a_damaged_file(cli, content, flags):
     """Told once the data set is opened or, when it streams, when the damage is met."""
     Path("local").mkdir()
     Path("local/a.jsonl").write_bytes(content)
-    error = cli("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *BYTES, *flags).error
-    assert "local" in error and not Path("data/x/meta.json").exists()
+    assert "local" in hub(cli, "local", *flags).error and not Path("data/x/meta.json").exists()
 
 
 def test_a_data_set_in_the_way(cli):
     write_jsonl("local/a.jsonl", [{"text": "first"}])
-    run = ("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *BYTES)
-    cli(*run).ok()
+    hub(cli, "local").ok()
     write_jsonl("local/a.jsonl", [{"text": "second, longer"}])
-    assert "--overwrite" in cli(*run).error and read("x")[0] == "first"
-    cli(*run, "--overwrite").ok()
+    assert "--overwrite" in hub(cli, "local").error and read("x")[0] == "first"
+    assert "plain name" in hub(cli, "local", "--overwrite", name="../x").error
+    hub(cli, "local", "--overwrite").ok()
     assert read("x")[0] == "second, longer"
 
 
-@pytest.mark.parametrize("kind, flags", [("text", ("--streaming",)), ("conversations", ())])
-def test_a_killed_run_goes_on_where_it_stopped(workdir, kind, flags):
-    """SIGKILL once some of it is saved; the same command again gives the files of a run that nobody stopped."""
-    rng, n = random.Random(1), 6000
-    lines = stdlib_source("argparse", "tarfile", "inspect").splitlines()
-    texts = [" ".join(rng.choices(lines, k=12)) for _ in range(n)]
-    records = [{"text": t} if kind == "text" else {"utterances": [t[:20], t[20:200]]} for t in texts]
-    write_jsonl("big.jsonl", records)
-    slow = f"""
-import itertools, sys, time, types
+KILLED = f"""
+import itertools, os, signal, sys, time, types
 sys.path.insert(0, {str(ROOT)!r})
 import model
-save = model.DataWriter.save_progress
-model.DataWriter.save_progress = lambda *args: (save(*args), time.sleep(0.05))
-clock = itertools.count(0, 3).__next__  # it saves every two seconds
-model.time = types.SimpleNamespace(**{{**vars(time), "monotonic": clock}})
+clock, calls, write = itertools.count(0, 3).__next__, itertools.count(1), model.DataWriter.write
+model.time = types.SimpleNamespace(**{{**vars(time), "monotonic": clock}})  # it saves every two seconds
+def killed(self, *args):
+    write(self, *args)
+    if next(calls) == 40:
+        self.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+model.DataWriter.write = killed
 model.main()
 """
-    run = ["hf_tokenize", "--hf_dataset", "big.jsonl", *BYTES, *flags, "--dataset", "killed"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", slow, *run], cwd=workdir, **quiet)
-    progress = workdir / "data/killed/.progress.json"
-    while not progress.exists() or json.loads(progress.read_text())["records"] < 1000:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    stopped = json.loads(progress.read_text())["records"]
-    assert 1000 <= stopped < n and not (workdir / "data/killed/meta.json").exists()
-    resumed = program(*run, cwd=workdir)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after record {stopped:,}".encode() in resumed.stdout
-    parts = model.RecordEncoder(model.byte_tokenizer().spec, None, None, False)(records)
-    files = {p.name: p.read_bytes() for p in (workdir / "data/killed").iterdir()}
-    if kind == "text":
-        assert files.keys() == {"data.bin", "meta.json"}
-        whole = np.concatenate([[256, *ids] for ids, _ in parts])[1:]
-    else:
-        assert files.keys() == {"data.bin", "meta.json", "mask.bin", "starts.bin"}
-        whole = np.concatenate([ids for ids, _ in parts])
-        assert files["mask.bin"] == np.concatenate([mask for _, mask in parts]).tobytes()
-        assert files["starts.bin"] == np.cumsum([0] + [len(ids) for ids, _ in parts[:-1]]).astype("<u8").tobytes()
-    assert files["data.bin"] == whole.astype("<u2").tobytes()
 
 
-def test_another_run_of_the_same_name_starts_anew(workdir):
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+@STREAMING
+def test_a_killed_run_does_not_stand_in_the_way(cli, workdir, kind, flags):
+    """The same command again gives the files of a run that nobody stopped; streaming goes on where it was saved."""
+    lines = [f"{i}: {line}" for i, line in enumerate(stdlib_source("argparse").splitlines()[:100])]
+    write_jsonl("big.jsonl", [{"text": t} if kind == "text" else {"utterances": [t, t[::-1]]} for t in lines])
+    run = ["hf_tokenize", "--hf_dataset", "big.jsonl", *BYTES, *flags, "--dataset"]
+    assert subprocess.run([sys.executable, "-c", KILLED, *run, "killed"], cwd=workdir, check=False).returncode == -9
+    assert not Path("data/killed").exists()
+    again = cli(*run, "killed").ok()
+    assert [p.name for p in Path("data").iterdir()] == ["killed"]
+    cli(*run, "whole").ok()
+    parts, whole = ({p.name: p.read_bytes() for p in Path("data", n).iterdir()} for n in ("killed", "whole"))
+    assert parts == whole and opened("whole").is_chat == (kind == "conversations")
+    resumed = re.search(r"resuming after ([\d,]+) tokens", again.out)
+    assert bool(resumed) == bool(flags)
+    if resumed:  # all but the last record was saved, with the end-of-text tokens between texts
+        data = opened("whole")
+        ends = data.splits["train"].starts if data.is_chat else np.flatnonzero(all_tokens(data) == 256)
+        assert int(resumed[1].replace(",", "")) == ends[39 if data.is_chat else 38]
+
+
+def test_another_run_of_the_same_name_starts_anew(cli):
     """Progress of other data is not gone on from."""
     write_jsonl("a.jsonl", [{"text": "aaa"}])
-    tokenizer = model.byte_tokenizer()
-    writer = model.DataWriter(Path("data/x"), tokenizer, False, "another key")
+    Path("data").mkdir()
+    writer = model.DataWriter(Path("data/x"), model.byte_tokenizer(), False, "another key")
     writer.write(np.array([1, 2, 3]))
-    writer.save_progress(1)
-    model.tokenize_records(Path("data/x"), "a.jsonl", tokenizer, val_fraction=0.0)
+    writer.save_progress(None)
+    hub(cli, "a.jsonl", "--streaming").ok()
     assert read("x")[0] == "aaa"
 
 
@@ -558,29 +521,42 @@ FINETUNE = (
 @pytest.fixture
 def base(cli) -> str:
     """A random model of bytes and the conversations, mixed so that the last tenth is a fair sample."""
+    write_talks()
+    torch.manual_seed(0)
+    save("base.pt", model.GPT(tiny_config("llama", vocab_size=259, block_size=128, n_embd=64)), model.byte_tokenizer())
+    return "base.pt"
+
+
+def write_talks() -> None:
     random.Random(0).shuffle(talks := list(TALKS))
     write_jsonl("talks.jsonl", talks)
-    torch.manual_seed(0)
-    config = tiny_config("llama", vocab_size=259, block_size=128, n_embd=64)
-    state = {"config": asdict(config), "model": model.GPT(config).state_dict(), "variant": "tiny"}
-    model.save_checkpoint(Path("base.pt"), {**state, "tokenizer": model.byte_tokenizer().spec})
-    return "base.pt"
+
+
+def finetune(cli, *flags, data: str = "talks.jsonl", start: str = "base.pt", iters: int = 1, command: str = "finetune"):
+    source = {"finetune": "--data", "hf_finetune": "--hf_dataset"}[command]
+    return cli(command, "--model_checkpoint", start, source, data, *FINETUNE, "--finetune_iters", iters, *flags)
+
+
+def checkpoint(name: str) -> dict:
+    return torch.load(f"checkpoints/{name}.pt", weights_only=True)
 
 
 def test_packed_conversations_do_not_see_each_other(cli, base):
     """The loss over all windows is that of every conversation alone: each target once, none across a border."""
     cli("tokenize", "--dataset", "talks", "--txt", "talks.jsonl", *BYTES, "--val_fraction", 0).ok()
-    data, gpt = model.Data(Path("data/talks")), model.open_model(base)[0]
-    batch = data.batch("train", data.windows("train", 128), 128)
+    data, gpt = opened("talks"), model.open_model(base).model
+    split = data.splits["train"]
+    windows = split.windows(128)
+    batch = split.batch(windows, range(len(windows)), 128)
     assert all(len(row.unique()) > 1 for row in batch["segments"][:-1])  # several in each window
     with torch.no_grad():
-        packed, alone, n = gpt.loss(**batch).item(), 0.0, 0
+        packed, alone, n = gpt.loss(batch["idx"], batch["targets"], batch["segments"]).item(), 0.0, 0
         for talk in {json.dumps(t): t for t in TALKS}.values():
             ids, mask = model.encode_conversation(data.tokenizer, model.messages_of(talk), False)
             targets = torch.from_numpy(np.where(mask[1:] == 1, ids[1:], -1))[None]
             alone += 3 * gpt.loss(torch.from_numpy(ids[:-1])[None], targets).item()
             n += 3 * int((targets >= 0).sum())
-    assert n == int((batch["targets"] >= 0).sum()) == int(data.mask.sum())
+    assert n == int((batch["targets"] >= 0).sum()) == int(split.mask.sum())
     assert packed == pytest.approx(alone, rel=1e-5)
 
 
@@ -592,8 +568,7 @@ def val_losses(out: str) -> list[float]:
 def test_finetuning_lowers_the_held_out_loss(cli, base, flags):
     """On answers it has not seen: from some 5.5 nats (knowing nothing is ln 259) to where the form has been learned."""
     answers = ("--prompt", "What is red and big?", "--sample_length", 20, "--sample_temperature", 0)
-    run = ("finetune", "--model_checkpoint", base, "--data", "talks.jsonl", *FINETUNE, *flags, *answers)
-    out = cli(*run, "--finetune_iters", 150, "--eval_interval", 50).ok().out
+    out = finetune(cli, *flags, *answers, "--eval_interval", 50, iters=150).ok().out
     losses = val_losses(out)
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)
     assert losses[-1] < (5.0 if flags else 0.7)  # adapters cannot mend random embeddings
@@ -601,9 +576,9 @@ def test_finetuning_lowers_the_held_out_loss(cli, base, flags):
     assert before != after and all(t.startswith("What is red and big?\n") for t in (before, after))
     if not flags:
         assert after == "What is red and big?\nThe big apples."
-    gpt, tokenizer, checkpoint = model.open_model("finetuned_tiny_model.pt")
-    assert checkpoint["kind"] == "finetune" and not [k for k in gpt.state_dict() if "lora" in k]
-    assert tokenizer.digest == model.byte_tokenizer().digest
+    made = model.open_model("finetuned_tiny_model.pt")
+    assert made.checkpoint.kind == "finetune" and not [k for k in made.model.state_dict() if "lora" in k]
+    assert made.tokenizer.digest == model.byte_tokenizer().digest
     said = cli("chat", "--model_checkpoint", "finetuned_tiny_model.pt", "--temperature", 0, "--length", 20,
                stdin=b"What is red and big?\n")  # fmt: skip
     assert said.ok().out.startswith(after.split("\n")[1][:3])
@@ -612,11 +587,9 @@ def test_finetuning_lowers_the_held_out_loss(cli, base, flags):
 def test_lora_trains_adapters_only(cli, base):
     """What is saved to go on from holds the base's weights bit for bit; what is saved to use is W + 2 B A; and the
     two models say the same."""
-    run = ("finetune", "--model_checkpoint", base, "--data", "talks.jsonl", *FINETUNE, "--lora_rank", 4)
-    out = cli(*run, "--finetune_iters", 20, "--eval_interval", 20).ok().out
-    first = model.load_checkpoint(Path(base))["model"]
-    last = torch.load("checkpoints/finetuned_tiny_model_last.pt", weights_only=True)
-    merged = model.load_checkpoint(Path("checkpoints/finetuned_tiny_model.pt"))["model"]
+    out = finetune(cli, "--lora_rank", 4, "--eval_interval", 20, iters=20).ok().out
+    first, last = model.load_checkpoint(Path(base)).model, checkpoint("finetuned_tiny_model_last")
+    merged = checkpoint("finetuned_tiny_model")["model"]
     assert merged.keys() == first.keys()
     adapted = {n.removesuffix("lora_a") + "weight" for n in last["model"] if n.endswith("lora_a")}
     layers = [f"blocks.{i}.{n}.weight" for i in range(2) for n in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")]
@@ -633,190 +606,233 @@ def test_lora_trains_adapters_only(cli, base):
     n_all = sum(t.numel() for t in first.values())
     assert f"training {n_adapters:,} of {n_all:,} parameters" in out and out.count(" GB") == 2
 
-    gpt = model.add_lora(model.GPT(model.GPTConfig(**last["config"])), 4)
+    gpt, idx = model.open_model(base).model, torch.randint(259, (2, 100))
+    expected = gpt(idx)
+    assert torch.equal(model.add_lora(gpt, 4)(idx), expected)  # a new adapter changes nothing
+    assert all(torch.equal(tensor, first[name]) for name, tensor in model.merged_state(gpt).items())
     assert sum(p.numel() for p in gpt.parameters() if p.requires_grad) == n_adapters
     gpt.load_state_dict(last["model"])
-    idx = torch.randint(259, (2, 100))
-    ours = model.open_model("finetuned_tiny_model.pt")[0](idx)
+    ours = model.open_model("finetuned_tiny_model.pt").model(idx)
     torch.testing.assert_close(gpt.eval()(idx), ours, atol=1e-4, rtol=0)
 
 
-def test_a_new_adapter_changes_nothing(base):
-    gpt = model.open_model(base)[0]
-    idx = torch.randint(259, (2, 100))
-    expected = gpt(idx)
-    assert torch.equal(model.add_lora(gpt, 4)(idx), expected)
-    saved = model.load_checkpoint(Path(base))["model"]
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.merged_state(gpt).items())
-
-
-def stop_after(monkeypatch, step: int) -> None:
-    """Ctrl-C while this step is being computed, once."""
-    original, calls = model.train_step, [0]
-
-    def train_step(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(model, "train_step", train_step)
-
-
-@pytest.mark.parametrize("resume", ["by name", "by the same command"])
-@pytest.mark.parametrize("flags", [(), ("--lora_rank", 4)], ids=["all weights", "lora"])
-@pytest.mark.parametrize("command", ["finetune", "hf_finetune"])
-def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, flags, resume):
-    """Bit for bit the run that was never stopped."""
-    data = {"finetune": "--data", "hf_finetune": "--hf_dataset"}[command], "talks.jsonl"
-    run = (command, "--model_checkpoint", base, *data, *FINETUNE, *flags, "--finetune_iters", 12, "--eval_interval", 6)
-    run += ("--resid_pdrop", 0.1)
-    cli(*run, "--name", "whole").ok()
-    stop_after(monkeypatch, 5)
-    assert cli(*run).code == 130
-    assert torch.load("checkpoints/finetuned_tiny_model_last.pt", weights_only=True)["step"] == 5
-    named = (command, *(data if command == "hf_finetune" else ()), "--name", "finetuned_tiny")
-    cli(*(run if resume == "by the same command" else named), "--resume").ok()
-    for suffix in ("", "_last"):
-        whole, parts = (
-            torch.load(f"checkpoints/{n}_model{suffix}.pt", weights_only=True) for n in ("whole", "finetuned_tiny")
-        )
+@pytest.mark.parametrize("command, start, lora, by_name", [
+    ("finetune", "base.pt", 0, True), ("finetune", "theirs", 4, True), ("hf_finetune", "base.pt", 4, True),
+    ("finetune", "base.pt", 4, False), ("hf_finetune", "base.pt", 0, False),
+])  # fmt: skip
+def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, lora, by_name):
+    """Bit for bit the run that was never stopped; by its name alone, or by the same command."""
+    if start == "theirs":
+        save_theirs()
+    flags = (*(("--lora_rank", lora) if lora else ()), "--eval_interval", 6, "--resid_pdrop", 0.1)
+    run, parts_name = {"start": start, "iters": 12, "command": command}, f"finetuned_{start.replace('base.pt', 'tiny')}"
+    torch.manual_seed(0)  # new tokens' rows
+    finetune(cli, *flags, "--name", "whole", **run).ok()
+    torch.manual_seed(0)
+    stop_at(monkeypatch, 5)
+    assert finetune(cli, *flags, **run).code == 130
+    assert checkpoint(f"{parts_name}_model_last")["step"] == 5
+    again = cli(command, "--name", parts_name, "--resume") if by_name else finetune(cli, *flags, "--resume", **run)
+    again.ok()
+    for suffix in ("_model", "_model_last"):
+        whole, parts = checkpoint("whole" + suffix), checkpoint(parts_name + suffix)
         assert whole["step"] == parts["step"]
         assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
 
 
-def test_finetuning_can_be_resumed_for_longer(cli, base):
-    run = ("finetune", "--model_checkpoint", base, "--data", "talks.jsonl", *FINETUNE, "--variant", "7M")
-    Path("checkpoints").mkdir()
-    shape = model.VARIANTS["7M"]
-    config = model.make_config("7M", 259, {"arch": "gpt2"})
-    state = {"config": asdict(config), "model": model.GPT(config).state_dict(), "variant": "7M"}
-    model.save_checkpoint(Path(base), {**state, "tokenizer": model.byte_tokenizer().spec})
-    assert config.n_layer == shape["n_layer"]
-    cli(*run, "--finetune_iters", 2).ok()
-    assert Path("checkpoints/finetuned_7M_model.pt").exists()
-    cli("finetune", "--variant", "7M", "--resume", "--finetune_iters", 3).ok()
-    assert torch.load("checkpoints/finetuned_7M_model_last.pt", weights_only=True)["step"] == 3
+def test_finetuning_can_be_resumed_for_longer_but_not_on_other_data(cli, base):
+    save("base.pt", model.GPT(model.make_config("7M", 259, {"arch": "gpt2"})), model.byte_tokenizer(), "7M")
+    finetune(cli, "--variant", "7M", iters=2).ok()
+    write_jsonl("other.jsonl", TALKS[:40])
+    run = ("finetune", "--variant", "7M", "--resume", "--finetune_iters", 3)
+    error = cli(*run, "--data", "other.jsonl").error
+    assert "other" in error and "finetuned_7M_model_last.pt" in error
+    assert checkpoint("finetuned_7M_model_last")["step"] == 2
+    cli(*run, "--data", "talks.jsonl").ok()
+    assert checkpoint("finetuned_7M_model_last")["step"] == 3
+
+
+def test_a_flag_by_two_names(cli, base):
+    error = finetune(cli, "--max_iters", 3, iters=2).error
+    assert "--finetune_iters" in error and "--max_iters" in error and not Path("checkpoints").exists()
+    finetune(cli, "--max_iters", 2, iters=2).ok()
 
 
 def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
     """Two data sets of one name are not mistaken for each other, nor two columns, nor yesterday's contents."""
-    run = ("hf_finetune", "--model_checkpoint", base, *FINETUNE, "--finetune_iters", 1, "--overwrite")
     write_jsonl("a/talks/x.jsonl", TALKS[:30])
     write_jsonl("b/talks/x.jsonl", [{"utterances": ["Really other", "words here."], "more": ["c", "d"]}] * 40)
 
-    def trained_on(*flags) -> str:
-        cli(*run, *flags).ok()
-        path = model.load_checkpoint(Path("checkpoints/finetuned_tiny_model.pt"))["data"]["path"]
-        return model.byte_tokenizer().decode(model.Data(Path(path)).tokens[:200].tolist())
+    def trained_on(data: str, *flags) -> tuple[str, int]:
+        finetune(cli, "--overwrite", *flags, data=data, command="hf_finetune").ok()
+        path = Path(checkpoint("finetuned_tiny_model")["data"]["path"])
+        return text_of(model.Data(path)), (path / "data.bin").stat().st_mtime_ns
 
-    assert "What is red" in trained_on("--hf_dataset", "a/talks")
-    assert "Really other" in trained_on("--hf_dataset", "b/talks")
-    assert "user\nc<" in trained_on("--hf_dataset", "b/talks", "--hf_text_column", "more")
+    first = trained_on("a/talks")
+    assert "What is red" in first[0] and trained_on("a/talks") == first
+    assert "Really other" in trained_on("b/talks")[0]
+    assert "user\nc<" in trained_on("b/talks", "--hf_text_column", "more")[0]
     write_jsonl("a/talks/x.jsonl", [{"utterances": ["Something new", "today."]}] * 40)
-    assert "Something new" in trained_on("--hf_dataset", "a/talks")
+    assert "Something new" in trained_on("a/talks")[0]
+
+
+@pytest.mark.parametrize("flags", [
+    ("--train_on_all",), ("--chat_format", "prompt"), ("--max_tokens", 900), ("--val_fraction", 0.5),
+], ids=lambda flags: flags[0])  # fmt: skip
+def test_hf_finetune_heeds_every_flag_of_its_data(cli, base, flags):
+    """Where a data folder is already there too, and as hf_tokenize heeds it."""
+    write_jsonl("both.jsonl", [{**talk, "prompt": f"Is it {i}?", "completion": "Yes."} for i, talk in enumerate(TALKS)])
+    finetune(cli, data="both.jsonl", command="hf_finetune").ok()
+    finetune(cli, "--name", "second", *flags, data="both.jsonl", command="hf_finetune").ok()
+    hub(cli, "both.jsonl", *flags).ok()
+    made = model.Data(Path(checkpoint("second_model")["data"]["path"]))
+    for name, split in opened("x").splits.items():
+        assert np.array_equal(made.splits[name].tokens, split.tokens)
+        assert np.array_equal(made.splits[name].mask, split.mask)
 
 
 def test_hf_finetune_does_not_replace_a_run_unasked(cli, base):
     """Not when it makes new data either; and a changed file is new data."""
     write_jsonl("talks.jsonl", TALKS[:40])
-    run = ("hf_finetune", "--model_checkpoint", base, "--hf_dataset", "talks.jsonl", *FINETUNE, "--finetune_iters", 1)
-    cli(*run).ok()
+    finetune(cli, command="hf_finetune").ok()
     first = Path("checkpoints/finetuned_tiny_model.pt").read_bytes()
     write_jsonl("talks.jsonl", [{"utterances": ["Something new", "today."]}] * 40)
-    assert "--overwrite" in cli(*run).error
+    assert "--overwrite" in finetune(cli, command="hf_finetune").error
     assert Path("checkpoints/finetuned_tiny_model.pt").read_bytes() == first
-    cli(*run, "--name", "second").ok()
-    path = model.load_checkpoint(Path("checkpoints/second_model.pt"))["data"]["path"]
-    assert b"Something new" in bytes(model.Data(Path(path)).tokens[:40].clip(0, 255).astype(np.uint8))
+    finetune(cli, "--name", "second", command="hf_finetune").ok()
+    assert "Something new" in text_of(model.Data(Path(checkpoint("second_model")["data"]["path"])))
 
 
 def test_finetuning_with_another_tokenizers_data(cli, base):
     cli("tokenize", "--dataset", "other", "--txt", "talks.jsonl", "--tokenizer", "bpe", "--vocab_size", 300).ok()
-    error = cli("finetune", "--model_checkpoint", base, "--data", "other", *FINETUNE).error
+    error = finetune(cli, data="other").error
     assert "bpe-300" in error and "byte" in error and "base.pt" in error
     cli("tokenize", "--dataset", "same", "--txt", "talks.jsonl", "--tokenizer", base).ok()
-    cli("finetune", "--model_checkpoint", base, "--data", "same", *FINETUNE, "--finetune_iters", 1).ok()
+    finetune(cli, data="same").ok()
 
 
 def test_finetuning_on_plain_text(cli, base, text_file):
-    out = cli("finetune", "--model_checkpoint", base, "--data", "input.txt", *FINETUNE, "--finetune_iters", 30,
-              "--eval_interval", 15, "--prompt", "def ", "--sample_length", 5).ok().out  # fmt: skip
+    flags = ("--eval_interval", 15, "--prompt", "def ", "--sample_length", 5)
+    out = finetune(cli, *flags, data="input.txt", iters=30).ok().out
     assert val_losses(out)[1] < val_losses(out)[0] and "longer than a block" not in out
 
 
 def test_conversations_longer_than_a_block_are_counted(cli, base):
     long = {"utterances": ["Why?", "Because " + "so " * 100]}
     write_jsonl("long.jsonl", [*TALKS[:40], long, long, *TALKS[:5]])
-    run = ("finetune", "--model_checkpoint", base, "--data", "long.jsonl", *FINETUNE, "--finetune_iters", 1)
-    out = cli(*run).ok().out
+    out = finetune(cli, data="long.jsonl").ok().out
     assert "2 of 47 conversations are longer than a block of 128 and will be cut: raise --block_size" in out
-    out = cli(*run, "--block_size", 64, "--overwrite").ok().out
+    out = finetune(cli, "--block_size", 64, "--overwrite", data="long.jsonl").ok().out
     assert "longer than a block of 64" in out and "4 x 64 tokens a step" in out
-    error = cli(*run[:-2], "--block_size", 129, "--overwrite").error
+    error = finetune(cli, "--block_size", 129, "--overwrite", data="long.jsonl").error
     assert "129" in error and "128" in error
 
 
-def test_a_base_model_of_someone_elses(cli, tmp_path, monkeypatch):
-    """A Hugging Face directory without chat tokens: they are added, learned, and exported with the rest."""
-    tokenizer = foreign(tmp_path / "theirs", None, "<|endoftext|>", chat_tokens=False)
-    config = transformers.LlamaConfig(
+@pytest.mark.parametrize("short", [0, 200], ids=["in no block", "in none of the evaluation's"])
+def test_blocks_without_a_target_are_an_error(cli, base, short):
+    """And not a loss of 0."""
+    write_jsonl("long.jsonl", [*TALKS[:short], *[{"utterances": ["Why? " * 60, "So."]}] * 60])
+    done = finetune(cli, data="long.jsonl", iters=2)
+    assert "no target" in done.error and "--block_size" in done.error and "val_loss 0" not in done.out
+
+
+def save_theirs(steps: int = 0, tie: bool = True) -> None:
+    """A Hugging Face directory without chat tokens, which has seen the words of the conversations for some steps."""
+    tokenizer = foreign(Path("theirs"), None, "<|endoftext|>", chat_tokens=False)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=tokenizer.n_vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True,
-    )  # fmt: skip
-    theirs = transformers.LlamaForCausalLM(config)
+        max_position_embeddings=128, tie_word_embeddings=tie,
+    ))  # fmt: skip
+    optimizer = torch.optim.AdamW(theirs.parameters(), 1e-2)
+    ids = torch.tensor(tokenizer.encode(" ".join(" ".join(t["utterances"]) for t in TALKS)))
+    for _ in range(steps):
+        idx = torch.stack([ids[i : i + 64] for i in torch.randint(len(ids) - 64, (8,))])
+        theirs(input_ids=idx, labels=idx).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     theirs.save_pretrained("theirs")
-    write_jsonl("talks.jsonl", TALKS)
+
+
+def test_a_base_model_of_someone_elses(cli):
+    """Chat tokens are added, learned, and exported with the rest."""
+    save_theirs()
+    write_talks()
     assert "chat" in cli("chat", "--model_checkpoint", "theirs", stdin=b"hello\n").error
-    run = ("finetune", "--model_checkpoint", "theirs", "--data", "talks.jsonl", *FINETUNE, "--finetune_iters", 60)
-    losses = val_losses(cli(*run, "--eval_interval", 30).ok().out)
+    losses = val_losses(finetune(cli, "--eval_interval", 30, start="theirs", iters=60).ok().out)
     assert losses[1] < losses[0]
     cli("export", "--model_path", "finetuned_theirs_model.pt", "--output_dir", "out").ok()
     again = transformers.AutoTokenizer.from_pretrained("out")
     assert again.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [600, 601]
     exported = transformers.AutoModelForCausalLM.from_pretrained("out")
     assert exported.config.vocab_size == 602
-    messages = turns("What is red and big?", "The big apples.")
-    gpt, ours, _ = model.open_model("finetuned_theirs_model.pt")
+    made, messages = model.open_model("finetuned_theirs_model.pt"), turns("What is red and big?", "The big apples.")
     ids = again.apply_chat_template(messages, return_dict=False)
-    assert ids == model.encode_conversation(ours, messages, False)[0].tolist()
+    assert ids == model.encode_conversation(made.tokenizer, messages, False)[0].tolist()
     with torch.no_grad():
         idx = torch.tensor([ids])
-        torch.testing.assert_close(gpt(idx), exported(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(made.model(idx), exported(idx).logits, atol=1e-4, rtol=0)
     cli("chat", "--model_checkpoint", "out", "--length", 5, stdin=b"What is red and big?\n").ok()
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_lora_trains_the_rows_of_the_chat_tokens_it_adds(cli, monkeypatch, tie):
+    """And no others."""
+    save_theirs(tie=tie)
+    write_talks()
+    start: dict[str, torch.Tensor] = {}
+
+    def rows(model: model.GPT) -> dict[str, torch.Tensor]:
+        return {k: v.clone() for k, v in model.state_dict().items() if k in ("wte.weight", "lm_head.weight")}
+
+    at_each_step(monkeypatch, before=lambda step, model, **_: start or start.update(rows(model)))
+    finetune(cli, "--lora_rank", 4, start="theirs", iters=5).ok()
+    end = rows(model.open_model("finetuned_theirs_model.pt").model)
+    assert len(end) == 2 - tie
+    for name, table in end.items():
+        assert torch.equal(table[:600], start[name][:600]) and torch.equal(table[602:], start[name][602:])
+        assert ((table - start[name])[600:602].abs().amax(dim=1) > 1e-3).all() and (table[600] != table[601]).all()
+
+
+def test_an_answer_of_a_lora_finetuned_base_ends_by_itself(cli):
+    save_theirs(steps=60)
+    write_talks()
+    finetune(cli, "--lora_rank", 16, "--learning_rate", 2e-2, start="theirs", iters=100).ok()
+    made = model.open_model("finetuned_theirs_model.pt")
+    for color in ANSWERS:
+        question = model.render_chat(made.tokenizer, turns(f"What is {color} and big?"), add_generation_prompt=True)
+        prompt = made.tokenizer.encode_rendered(question)
+        answer = [int(t) for t in model.generate(made.model, [prompt], 60, GREEDY)]
+        assert 601 in answer[5:30] and answer.index(601) >= 5, made.tokenizer.decode(answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat
 # ---------------------------------------------------------------------------------------------------------------------
 
-GREEDY = model.SamplingSettings(temperature=0)
-
 
 @pytest.fixture
 def chatty(cli, bpe) -> model.GPT:
-    return save_model("chatty.pt", bpe, n_embd=32, block_size=512)
+    return save_random("chatty.pt", bpe, n_embd=32, block_size=512)
 
 
-def fresh_answer(gpt, tokenizer, messages: list[dict], length: int, settings: model.SamplingSettings) -> str:
+def fresh_answer(gpt, tokenizer, messages: list[dict], settings: model.SamplingSettings = GREEDY) -> str:
     """The whole conversation read again, by a full pass for every token."""
     ids = tokenizer.encode_rendered(model.render_chat(tokenizer, messages, add_generation_prompt=True))
     new: list[int] = []
-    while len(new) < length:
+    while len(new) < 12:
         with torch.no_grad():
             idx = torch.tensor([ids + new])
-            probs = model.next_token_probs(gpt(idx)[:, -1], settings, idx)
-        token = int(probs.argmax())
-        if token in (tokenizer.special[model.EOT], tokenizer.special[model.IM_END]):
-            break
-        new.append(token)
+            new.append(int(model.next_token_probs(gpt(idx)[:, -1], settings, idx).argmax()))
+        if new[-1] in (tokenizer.special[model.EOT], tokenizer.special[model.IM_END]):
+            return tokenizer.decode(new[:-1])
     return tokenizer.decode(new)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, model.SamplingSettings(temperature=0, repetition_penalty=1.3)],
                          ids=["greedy", "repetition penalty"])  # fmt: skip
 def test_the_cache_changes_no_answer(chatty, bpe, settings):
-    """Turn after turn, the answer is that of reading everything again; and only what is new is read."""
+    """Turn after turn, the answer is that of reading everything again, in pieces; and only what is new is read."""
     session, read_lengths = model.ChatSession(chatty, bpe, settings, 12, 0), []
     original = chatty.hidden
 
@@ -827,21 +843,16 @@ def test_the_cache_changes_no_answer(chatty, bpe, settings):
     messages = []
     for text in ("Hello", "And you?", "  12 + 7\n", "", "Hello"):
         messages.append({"role": "user", "content": text})
-        expected = fresh_answer(chatty, bpe, messages, 12, settings)
+        expected, pieces = fresh_answer(chatty, bpe, messages, settings), []
         chatty.hidden = hidden
         read_lengths.clear()
-        assert session.answer(text, lambda piece: None) == expected
+        assert session.answer(text, pieces.append) == "".join(pieces) == expected
+        assert len(list(filter(None, pieces))) > 3
         chatty.hidden = original
         new = model.render_chat(bpe, messages[-2:], add_generation_prompt=True)  # the last answer, which was text since
         assert read_lengths[0] <= len(bpe.encode_rendered(new)) and set(read_lengths[1:]) <= {1}
         messages.append({"role": "assistant", "content": expected})
     assert session.messages == messages
-
-
-def test_answers_are_streamed(chatty, bpe):
-    pieces = []
-    answer = model.ChatSession(chatty, bpe, GREEDY, 20, 0).answer("Hello", pieces.append)
-    assert "".join(pieces) == answer and len([p for p in pieces if p]) > 3
 
 
 def test_the_oldest_turns_make_room(chatty, bpe):
@@ -873,7 +884,7 @@ def test_chat_in_the_terminal(cli, chatty, bpe):
     assert [m["role"] for m in second] == ["system", "user", "assistant"] and second[0]["content"] == "Be kind."
     assert saved("two.jsonl") == [second]  # reset keeps the system turn, and greedy says the same again
     for messages in (first[:2], first, second):
-        assert messages[-1]["content"] == fresh_answer(chatty, bpe, messages[:-1], 12, GREEDY)
+        assert messages[-1]["content"] == fresh_answer(chatty, bpe, messages[:-1])
         assert messages[-1]["content"] in said.out
     assert "/reset, /system TEXT, /save FILE" in said.out and "never read" not in said.out
     cli("tokenize", "--dataset", "x", "--txt", "one.jsonl", *BYTES).ok()
@@ -881,17 +892,12 @@ def test_chat_in_the_terminal(cli, chatty, bpe):
     assert flagged.out.startswith(second[-1]["content"])
 
 
-def test_chat_goes_on_after_a_message_too_long(cli, chatty):
-    """It says so, and forgets the message and not the conversation."""
-    done = chat(cli, "Hello", "word " * 2000, "/save kept.jsonl", "And you?").ok()
-    assert "512" in done.out + done.err and "Traceback" not in done.err
+def test_chat_goes_on_after_a_mistake(cli, chatty):
+    """It says so, and forgets the message that is too long and not the conversation."""
+    done = chat(cli, "Hello", "word " * 2000, "/save no/such/folder/x.jsonl", "/save kept.jsonl", "And you?").ok()
+    assert "512" in done.out + done.err and "no/such/folder" in done.out + done.err and "Traceback" not in done.err
     (kept,) = saved("kept.jsonl")
     assert [m["content"] for m in kept if m["role"] == "user"] == ["Hello"]
-
-
-def test_chat_goes_on_where_a_file_cannot_be_written(cli, chatty):
-    done = chat(cli, "Hello", "/save no/such/folder/x.jsonl", "/save kept.jsonl").ok()
-    assert "no/such/folder" in done.out + done.err and len(saved("kept.jsonl")) == 1
 
 
 def test_saving_keeps_the_turns_that_were_dropped(cli, chatty):
@@ -914,11 +920,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chatty, bpe):
 
     assert session.answer("Hello", interrupted) == "".join(pieces)
     messages = [*session.messages, {"role": "user", "content": "And you?"}]
-    assert session.answer("And you?", lambda piece: None) == fresh_answer(chatty, bpe, messages, 12, GREEDY)
+    assert session.answer("And you?", lambda piece: None) == fresh_answer(chatty, bpe, messages)
 
 
 def test_a_model_without_chat_tokens_cannot_chat(cli):
     spec = {**model.byte_tokenizer().spec, "special": {model.EOT: 256}}
-    save_model("base.pt", model.Tokenizer(spec))
+    save_random("base.pt", model.Tokenizer(spec))
     error = cli("chat", "--model_checkpoint", "base.pt", stdin=b"hello\n").error
     assert "no chat" in error and "finetune" in error

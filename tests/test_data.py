@@ -1,156 +1,133 @@
 """From text to data folders to batches: what goes in comes out, once, whole, in a known order."""
 
 import contextlib
+import functools
 import http.server
 import json
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, program, random_gpt, stdlib_source, tiny_config, write_conversations
+from conftest import (
+    ROOT,
+    TINY_RUN,
+    all_tokens,
+    program,
+    random_gpt,
+    stdlib_source,
+    text_of,
+    tiny_config,
+    write_conversations,
+)
 
 import model
 
 
-def tokens_of(folder: Path) -> list[int]:
-    return np.fromfile(folder / "data.bin", "<u2").tolist()
+@pytest.fixture
+def tokenize(cli):
+    """tokenize(ARGUMENT, ..., content=): --txt ARGUMENTS, or in.txt with that content, as bytes into data/d."""
+
+    def tokenize(*args, content: bytes | None = None, stdin: bytes | None = None):
+        if content is not None:
+            Path("in.txt").write_bytes(content)
+            args = ("in.txt", *args)
+        return cli("tokenize", "--dataset", "d", "--tokenizer", "byte", "--txt", *args, stdin=stdin)
+
+    return tokenize
 
 
-def nothing_left(folder: Path) -> bool:
+def made() -> bytes:
+    """The text in data/d; end-of-text is a |."""
+    return bytes(t if t < 256 else ord("|") for t in np.fromfile("data/d/data.bin", "<u2").tolist())
+
+
+def nothing_left() -> bool:
     """No half-written files, no scratch folders."""
-    return not folder.exists() or not [p for p in folder.rglob("*") if p.is_file() or p.name.startswith(".")]
+    return not [p for p in Path("data").rglob("*") if p.is_file() or p.name.startswith(".")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenize
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_becomes_its_bytes(cli, workdir):
-    text = "Café 🙂\r\nsecond line\n" * 50
-    Path("in.txt").write_bytes(text.encode())
-    out = cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte").ok().out
-    assert bytes(tokens_of(workdir / "data/d")) == text.encode()
+def test_a_file_becomes_its_bytes(tokenize, workdir):
+    text = ("Café 🙂\r\nsecond line\n" * 50).encode()
+    out, n = tokenize(content=text).ok().out, len(text)
+    assert made() == text and {p.name for p in Path("data/d").iterdir()} == {"data.bin", "meta.json"}
     meta = json.loads(Path("data/d/meta.json").read_text())
-    n = len(text.encode())
-    assert meta["n_tokens"] == n and meta["val_start"] == n - n // 10
-    assert meta["format_version"] == 1 and meta["dtype"] == "uint16"
+    assert meta["n_tokens"] == n and meta["val_start"] == n - n // 10 and meta["dtype"] == "uint16"
     assert meta["source"][0]["path"] == str(workdir / "in.txt") and meta["source"][0]["bytes"] == n
-    assert (
-        f"{n:,} tokens" in out
-        and "1.00 bytes per token" in out
-        and f"validation begins at token {n - n // 10:,}" in out
-    )
-    assert {p.name for p in Path("data/d").iterdir()} == {"data.bin", "meta.json"}
+    for words in (f"{n:,} tokens", "1.00 bytes per token", f"validation begins at token {n - n // 10:,}"):
+        assert words in out
 
 
-def test_a_bpe_folder_decodes_to_the_text(cli, workdir, text_file):
-    cli("tokenize", "--dataset", "d", "--txt", text_file, "--tokenizer", "bpe", "--vocab_size", 1000).ok()
-    data = model.Data(Path("data/d"))
-    assert data.tokenizer.n_vocab == 1000 and data.tokenizer.decode(data.tokens.tolist()) == text_file.read_text()
+@pytest.mark.parametrize("flags", [("--tokenizer", "bpe", "--vocab_size", 1000), ()])
+def test_a_bpe_folder_decodes_to_the_text(cli, text_file, flags, gpt2):
+    cli("tokenize", "--dataset", "d", "--txt", text_file, *flags).ok()
+    data, text = model.Data(Path("data/d")), text_file.read_text()
+    assert text_of(data) == text and data.tokenizer.n_vocab == (1000 if flags else gpt2.n_vocab)
+    if not flags:  # GPT-2's is the default
+        assert data.tokenizer.digest == gpt2.digest and all_tokens(data).tolist() == gpt2.encode(text)
 
 
-def test_gpt2_is_the_default_tokenizer(cli, workdir, text_file, gpt2):
-    cli("tokenize", "--dataset", "d", "--txt", text_file).ok()
-    data = model.Data(Path("data/d"))
-    assert data.tokenizer.digest == gpt2.digest and data.tokens.tolist() == gpt2.encode(text_file.read_text())
-
-
-def test_several_files_are_separated_by_end_of_text(cli):
+def test_several_files_are_separated_by_end_of_text(tokenize):
     for name, text in (("b.txt", "second"), ("a.txt", "first")):
         Path(name).write_text(text)
-    cli("tokenize", "--dataset", "d", "--txt", "a.txt", "b.txt", "--tokenizer", "byte").ok()
-    assert tokens_of(Path("data/d")) == [*b"first", 256, *b"second"]
+    tokenize("a.txt", "b.txt").ok()
+    assert np.fromfile("data/d/data.bin", "<u2").tolist() == [*b"first", 256, *b"second"]
 
 
-def test_a_folder_gives_every_text_file_below_it(cli):
+def test_a_folder_gives_every_text_file_below_it(tokenize):
     contents = {"x/a.txt": b"alpha", "x/deep/er/b.md": b"beta", "x/c": b"gamma", "x/.hidden": b"no", "x/.git/d": b"no",
                 "x/binary.txt": b"\x00\x01", "x/empty.txt": b""}  # fmt: skip
     for name, content in contents.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
-    cli("tokenize", "--dataset", "d", "--txt", "x", "--tokenizer", "byte").ok()
-    documents = "".join(chr(t) if t < 256 else "|" for t in tokens_of(Path("data/d"))).split("|")
-    assert sorted(documents) == ["alpha", "beta", "gamma"]
+    tokenize("x").ok()
+    assert sorted(made().split(b"|")) == [b"alpha", b"beta", b"gamma"]
 
 
-def test_standard_input(cli):
-    cli("tokenize", "--dataset", "d", "--txt", "-", "--tokenizer", "byte", stdin="é from a pipe".encode()).ok()
-    assert bytes(tokens_of(Path("data/d"))).decode() == "é from a pipe"
-
-
-def test_a_real_pipe_and_a_real_program(workdir):
-    run = program("tokenize", "--dataset", "d", "--txt", "-", "--tokenizer", "byte", cwd=workdir, input=b"abc" * 100)
+def test_standard_input(tokenize, workdir):
+    tokenize("-", stdin="é from a pipe".encode()).ok()
+    assert made().decode() == "é from a pipe"
+    run = program("tokenize", "--dataset", "d", "--txt", "-", "--tokenizer", "byte", "--overwrite",
+                  cwd=workdir, input=b"abc" * 100)  # fmt: skip
     assert run.returncode == 0 and run.stderr == b""  # quiet where it is not a terminal
-    assert bytes(tokens_of(workdir / "data/d")) == b"abc" * 100
+    assert made() == b"abc" * 100
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "utf-8", "UTF-8", "cp1252"])
-def test_encodings(cli, encoding):
-    Path("in.txt").write_bytes("naïve café".encode(encoding))
-    cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte", "--encoding", encoding).ok()
-    assert bytes(tokens_of(Path("data/d"))).decode() == "naïve café"
+def test_encodings(tokenize, encoding):
+    tokenize("--encoding", encoding, content="naïve café".encode(encoding)).ok()
+    assert made().decode() == "naïve café"
 
 
-def test_a_byte_order_mark_is_not_text(cli):
-    Path("in.txt").write_bytes(b"\xef\xbb\xbfabc")
-    cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte").ok()
-    assert bytes(tokens_of(Path("data/d"))) == b"abc"
-
-
-@pytest.mark.parametrize("encoding", [None, "utf-8", "UTF-8", "utf8"])
-@pytest.mark.parametrize("before", [b"", "é".encode() * 7, b"\xef\xbb\xbf", b"\xef\xbb\xbf" + "aé".encode() * 40])
-def test_the_offset_of_a_byte_that_is_no_text(cli, monkeypatch, before, encoding):
-    """The offset in the file: over blocks whose ends cut characters in two, and after a byte order mark."""
-    monkeypatch.setattr(model, "PIECE_CHARS", 16)
-    content = before + "x€".encode() * 30 + b"abc\xff" + b"and more" * 9
-    Path("in.txt").write_bytes(content)
-    flags = ["--encoding", encoding] if encoding else []
-    error = cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte", *flags).error
-    assert f"byte {content.index(0xFF)} (0xff)" in error and "--encoding" in error and "in.txt" in error
-    assert nothing_left(Path("data"))
-    cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte", "--errors", "replace", *flags).ok()
-    text = content.decode("utf-8-sig" if encoding is None else "utf-8", "replace")
-    assert bytes(tokens_of(Path("data/d"))).decode() == text
-
-
-def test_the_offset_right_after_a_byte_order_mark(cli):
-    Path("in.txt").write_bytes(b"\xef\xbb\xbfab\xff")
-    assert "byte 5 (0xff)" in cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte").error
-
-
-@pytest.mark.parametrize("bad", [b"ab\xe2\x82", b"ab\xf0\x9f\x99"])
-def test_a_text_that_ends_within_a_character(cli, bad):
-    Path("in.txt").write_bytes(bad)
-    assert "byte 2 " in cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte").error
+@pytest.mark.parametrize("flags", [(), ("--encoding", "UTF-8")])
+@pytest.mark.parametrize("before", ["", "\ufeff", "é" * 7, "aé\n" * 40, "x€\r\n" * 30_000])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xff and more\n" * 9, b"\xe2\x82", b"\xf0\x9f\x99\nx"])
+def test_the_line_of_a_byte_that_is_no_text(tokenize, before, bad, flags):
+    """Over blocks whose ends cut characters in two, after a byte order mark, and where a character is cut short."""
+    content = before.encode() + bad
+    error = tokenize(*flags, content=content).error
+    words = f"in.txt, line {content[: len(before.encode())].count(10) + 1}: byte 0x{bad[0]:02x} is not "
+    assert words in error and "--encoding" in error and nothing_left()
+    tokenize("--errors", "replace", *flags, content=content).ok()
+    assert made().decode() == content.decode("utf-8" if flags else "utf-8-sig", "replace")
 
 
 @pytest.mark.parametrize("encoding", ["no-such", "hex", "rot13"])
-def test_an_encoding_that_is_none(cli, text_file, encoding):
-    error = cli("tokenize", "--dataset", "d", "--txt", text_file, "--tokenizer", "byte", "--encoding", encoding).error
-    assert encoding in error
+def test_an_encoding_that_is_none(tokenize, encoding):
+    assert encoding in tokenize("--encoding", encoding, content=b"text").error
 
 
-def test_a_failed_overwrite_keeps_the_old_data(cli):
-    Path("good.txt").write_text("good text " * 30)
-    Path("bad.txt").write_bytes(b"fine at first " * 10 + b"\xff")
-    cli("tokenize", "--dataset", "d", "--txt", "good.txt", "--tokenizer", "byte").ok()
-    assert "--overwrite" in cli("tokenize", "--dataset", "d", "--txt", "good.txt", "--tokenizer", "byte").error
-    cli("tokenize", "--dataset", "d", "--txt", "bad.txt", "--tokenizer", "byte", "--overwrite").error  # noqa: B018
-    data = model.Data(Path("data/d"))
-    assert data.tokenizer.decode(data.tokens.tolist()) == "good text " * 30
-
-
-def test_overwrite_replaces(cli):
-    for text in ("old text " * 30, "new text " * 10):
-        Path("in.txt").write_text(text)
-        cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte", "--overwrite").ok()
-    assert bytes(tokens_of(Path("data/d"))).decode() == "new text " * 10
+def test_only_overwrite_replaces_and_a_failed_one_keeps_the_old_data(tokenize):
+    good = b"good text " * 30
+    tokenize(content=good).ok()
+    assert "--overwrite" in tokenize(content=b"new text").error
+    assert "0xff" in tokenize("--overwrite", content=b"fine at first " * 10 + b"\xff").error
+    assert text_of(model.Data(Path("data/d"))).encode() == good
+    tokenize("--overwrite", content=b"new text " * 10).ok()
+    assert made() == b"new text " * 10
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "..", ".", ""])
@@ -161,56 +138,55 @@ def test_a_dataset_is_a_plain_name(cli, text_file, name):
 
 
 @pytest.mark.parametrize("fraction, val", [(0.0, 0), (0.5, 500), (0.1, 100)])
-def test_validation_fraction(cli, fraction, val):
-    Path("in.txt").write_text("x" * 1000)
-    cli("tokenize", "--dataset", "d", "--txt", "in.txt", "--tokenizer", "byte", "--val_fraction", fraction).ok()
+def test_validation_fraction(tokenize, fraction, val):
+    tokenize("--val_fraction", fraction, content=b"x" * 1000).ok()
     assert json.loads(Path("data/d/meta.json").read_text())["val_start"] == 1000 - val
+
+
+def test_an_interrupted_tokenize_leaves_no_folder_that_looks_whole(workdir, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.DataWriter, "write", interrupt)
+    Path("in.txt").write_text(stdlib_source("textwrap"))
+    with contextlib.suppress(KeyboardInterrupt):
+        model.tokenize_text(Path("data/d"), ["in.txt"], "byte")
+    assert nothing_left()
 
 
 def test_digest_and_token_width(workdir):
     """The digest is of the ids; 65,536 tokens fit in two bytes, one more does not."""
     assert model.token_dtype(65536) == np.dtype("<u2") and model.token_dtype(65537) == np.dtype("<u4")
     metas = [write_conversations(workdir / str(i), [([1, 2, i // 2] * 9, [1] * 27)] * 2) for i in range(3)]
-    assert metas[0]["digest"] == metas[1]["digest"] != metas[2]["digest"]
+    assert metas[0].digest == metas[1].digest != metas[2].digest
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# URLs
-# ---------------------------------------------------------------------------------------------------------------------
 
 PAGE = ("A page of text, é. " * 2000).encode()  # 40,000 bytes
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/page: whole. /flaky: an error twice, then whole. /short, /cut: fewer bytes than promised. /slow: nothing."""
+    """/flaky: an error twice, then whole. /short, /cut, /healing (twice): fewer bytes than promised. /slow: none."""
 
     requests: list[str] = []
 
     def do_GET(self) -> None:
-        self.requests.append(self.path)
-        count = self.requests.count(self.path)
-        if self.path in ("/missing.txt", "/forbidden.txt"):
-            return self.send_error(404 if "missing" in self.path else 403)
-        if self.path == "/broken.txt" or self.path == "/flaky.txt" and count < 3:
-            return self.send_error(503)
+        name = self.path.strip("/").split(".")[0]
+        self.requests.append(name)
+        early = self.requests.count(name) < 3
+        if status := {"missing": 404, "forbidden": 403, "broken": 503, "flaky": 503 if early else 0}.get(name):
+            return self.send_error(status)
         self.send_response(200)
-        if self.path == "/cut.txt":
+        if name == "cut":  # a chunk that never ends
             self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            self.wfile.write(b"ffff\r\n" + PAGE[:1000])  # a chunk that never ends
-        elif self.path == "/short.txt" or self.path == "/healing.txt" and count < 3:
+        elif name != "no_length":
             self.send_header("Content-Length", str(len(PAGE)))
-            self.end_headers()
-            self.wfile.write(PAGE[:-1])
-        elif self.path == "/slow.txt":
-            self.send_header("Content-Length", str(len(PAGE)))
-            self.end_headers()
-            time.sleep(1)
+        self.end_headers()
+        if name == "slow":
+            threading.Event().wait(1)  # not time.sleep, which is skipped
+        elif name == "cut":
+            self.wfile.write(b"ffff\r\n" + PAGE[:1000])
         else:
-            if self.path != "/no_length.txt":
-                self.send_header("Content-Length", str(len(PAGE)))
-            self.end_headers()
-            self.wfile.write(PAGE)
+            self.wfile.write(PAGE[:-1] if name == "short" or name == "healing" and early else PAGE)
 
     def log_message(self, *args) -> None:
         pass
@@ -233,10 +209,9 @@ def server(monkeypatch):
 @pytest.mark.parametrize("path, requests", [
     ("/page.txt", 1), ("/page.txt?raw=1", 1), ("/no_length.txt", 1), ("/", 1), ("/flaky.txt", 3), ("/healing.txt", 3),
 ])  # fmt: skip
-def test_a_url_is_fetched_whole(cli, server, path, requests):
-    cli("tokenize", "--dataset", "d", "--txt", server + path, "--tokenizer", "byte").ok()
-    assert bytes(tokens_of(Path("data/d"))) == PAGE
-    assert len(Handler.requests) == requests
+def test_a_url_is_fetched_whole(tokenize, server, path, requests):
+    tokenize(server + path).ok()
+    assert made() == PAGE and len(Handler.requests) == requests
     assert [p.name for p in Path("data").iterdir()] == ["d"]
 
 
@@ -244,42 +219,22 @@ def test_a_url_is_fetched_whole(cli, server, path, requests):
     ("/missing.txt", "Not Found", 1),
     ("/forbidden.txt", "Forbidden", 1),
     ("/broken.txt", "Service Unavailable", 3),
-    ("/short.txt", "39,999 of 40,000", 3),
+    ("/short.txt", "39999 out of 40000", 3),
     ("/cut.txt", "", 3),
+    ("http://127.0.0.1:1/x.txt", "", 0), ("http://no-such-host.invalid/x", "", 0),
+    ("ftp://example.org/x", "only http", 0), ("http://127.0.0.1:port/x", "", 0),
 ])  # fmt: skip
-def test_a_url_that_cannot_be_had(cli, server, path, words, requests):
+def test_a_url_that_cannot_be_had(tokenize, server, path, words, requests):
     """A part of a file is never taken for the whole; what may pass is tried again, what may not is not."""
-    error = cli("tokenize", "--dataset", "d", "--txt", server + path, "--tokenizer", "byte").error
-    assert server + path in error and words in error
-    assert len(Handler.requests) == requests
-    assert nothing_left(Path("data"))
+    url = path if "://" in path else server + path
+    error = tokenize(url).error
+    assert url in error and words in error
+    assert len(Handler.requests) == requests and nothing_left()
 
 
-def test_a_silent_server_times_out(server, workdir, monkeypatch):
-    with pytest.raises(model.UserError, match="slow.txt"):
-        model.download(f"{server}/slow.txt", workdir / "x", retries=1, timeout=0.2)
-    assert nothing_left(workdir)
-
-
-@pytest.mark.parametrize("url", [
-    "http://127.0.0.1:1/x.txt", "http://no-such-host.invalid/x", "ftp://example.org/x", "http://127.0.0.1:port/x",
-])  # fmt: skip
-def test_an_unreachable_url(cli, monkeypatch, url):
-    monkeypatch.setattr(model.time, "sleep", lambda seconds: None)
-    assert url in cli("tokenize", "--dataset", "d", "--txt", url, "--tokenizer", "byte").error
-    assert nothing_left(Path("data"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-MEASURE = """
-import resource, subprocess, sys
-code = subprocess.call([sys.executable, *sys.argv[1:]])
-print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
-sys.exit(code)
-"""
+def test_a_silent_server_times_out(tokenize, server, monkeypatch):
+    monkeypatch.setattr(model, "download", functools.partial(model.download, retries=1, timeout=0.2))
+    assert "timed out" in tokenize(f"{server}/slow.txt").error and nothing_left()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's ru_maxrss")
@@ -289,26 +244,26 @@ def test_memory_does_not_grow_with_the_text(workdir):
     with open("big.txt", "wb") as f:
         for _ in range(300):
             f.write(line * (1_000_000 // len(line)))
-    size = Path("big.txt").stat().st_size
-    command = [str(ROOT / "model.py"), "tokenize", "--dataset", "big", "--txt", "big.txt", "--tokenizer", "byte"]
-    run = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    peak = int(run.stdout.split("peak ")[1])
-    assert peak < 500, f"{peak} MB"
-    assert (workdir / "data/big/data.bin").stat().st_size == 2 * size
+    command = f"{ROOT / 'model.py'} tokenize --dataset big --tokenizer byte --txt big.txt".split(" ")
+    measure = ("import resource, subprocess as s, sys; s.check_call([sys.executable, *sys.argv[1:]]); "
+               "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)")  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and int(run.stdout.splitlines()[-1]) < 500, f"{run.stdout} MB\n{run.stderr}"
+    assert Path("data/big/data.bin").stat().st_size == 2 * Path("big.txt").stat().st_size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: blocks, order, nanoGPT's files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def text_data(folder: Path, n: int, val_fraction: float = 0.1) -> model.Data:
+def text_data(folder: Path, n: int) -> model.Data:
     """A folder whose token at index i is i % 250."""
-    writer = model.DataWriter(folder, model.byte_tokenizer(), overwrite=False)
-    writer.write(np.arange(n) % 250)
-    writer.finish(val_fraction, "numbers")
+    folder.parent.mkdir(exist_ok=True)
+    with model.DataWriter(folder, model.byte_tokenizer(), overwrite=False) as writer:
+        writer.write(np.arange(n) % 250)
+        writer.finish(0.1, "numbers")
     return model.Data(folder)
+
+
+def every_window(data: model.Data, split: str, block_size: int) -> dict[str, torch.Tensor]:
+    windows = data.splits[split].windows(block_size)
+    return data.splits[split].batch(windows, range(len(windows)), block_size)
 
 
 @pytest.mark.parametrize("n, block_size", [(1000, 16), (1000, 7), (177, 16), (178, 16), (176, 16)])
@@ -319,67 +274,69 @@ def test_blocks_cover_each_split_and_keep_apart(workdir, n, block_size):
     for split, low, high in (("train", 0, val_start), ("val", val_start, n)):
         blocks = (high - low - 1) // block_size
         if not blocks:
-            with pytest.raises(model.UserError, match="split"):
-                data.windows(split, block_size)
+            with pytest.raises(model.UserError, match="validation split"):
+                data.splits[split].windows(block_size)
             continue
-        batch = data.batch(split, np.array(data.windows(split, block_size)), block_size)
+        batch = every_window(data, split, block_size)
         positions = np.arange(low, low + blocks * block_size).reshape(blocks, block_size)
         assert np.array_equal(batch["idx"], positions % 250)
         assert np.array_equal(batch["targets"], (positions + 1) % 250)
         assert batch["targets"].dtype == batch["idx"].dtype == torch.int64
+        assert batch["blocks"].tolist() == list(range(blocks)) and not data.is_chat
 
 
 @pytest.mark.parametrize("n_blocks, batch_size", [(12, 4), (10, 4), (7, 16), (1, 3)])
 def test_every_block_of_an_epoch_is_seen_once(n_blocks, batch_size):
     sampler = model.BlockSampler(n_blocks, batch_size, seed=5)
-    seen = np.concatenate([sampler(step) for step in range(3 * n_blocks)])
-    epochs = seen[: len(seen) // n_blocks * n_blocks].reshape(-1, n_blocks)
-    assert len(epochs) == 3 * batch_size
-    assert all(sorted(epoch) == list(range(n_blocks)) for epoch in epochs)
+    epochs = np.concatenate([sampler(step) for step in range(3 * n_blocks)]).reshape(-1, n_blocks)
+    assert len(epochs) == 3 * batch_size and all(sorted(epoch) == list(range(n_blocks)) for epoch in epochs)
     if n_blocks > 5:
         assert len({tuple(e) for e in epochs}) == len(epochs)  # each epoch in an order of its own
 
 
 def test_the_order_depends_on_seed_and_epoch_only():
-    stream = lambda batch, seed: np.concatenate([model.BlockSampler(50, batch, seed)(s) for s in range(200 // batch)])  # noqa: E731
-    assert np.array_equal(stream(4, 1), stream(8, 1)) and np.array_equal(stream(4, 1), stream(20, 1))
-    assert not np.array_equal(stream(4, 1), stream(4, 2))
-    late = model.BlockSampler(50, 4, 1)
-    assert np.array_equal(late(37), stream(4, 1)[37 * 4 : 38 * 4])  # asked out of order, after a restart
-    assert not np.array_equal(stream(4, 1)[:50], np.arange(50))
+    def stream(batch: int, seed: int = 1) -> list[int]:
+        return np.concatenate([model.BlockSampler(50, batch, seed)(s) for s in range(200 // batch)]).tolist()
+
+    assert stream(4) == stream(8) == stream(20) and stream(4) != stream(4, seed=2)
+    assert model.BlockSampler(50, 4, 1)(37).tolist() == stream(4)[37 * 4 : 38 * 4]  # out of order, after a restart
+    assert stream(4)[:50] != list(range(50))
 
 
-def test_nanogpt_files(workdir, cli):
+def test_nanogpt_files(workdir):
     """nanoGPT's train.bin and val.bin: uint16, no header; each is a split of its own."""
     Path("nano").mkdir()
     (np.arange(300) % 200).astype("<u2").tofile("nano/train.bin")
     (np.arange(100) % 50).astype("<u2").tofile("nano/val.bin")
     for spec in ("nano", "nano/train.bin"):
-        data = model.find_data(spec, "byte")
-        assert len(data.windows("train", 16)) == 18 and len(data.windows("val", 16)) == 6
-        assert data.batch("val", np.array([0, 16]), 16)["idx"].tolist() == [list(range(16)), list(range(16, 32))]
-        assert data.batch("train", np.array([160]), 16)["targets"].tolist() == [list(range(161, 177))]
-    alone = Path("alone.bin")
-    np.full(1000, 7, "<u2").tofile(alone)
-    assert model.find_data("alone.bin", "byte").val_start == 900
+        train, val = every_window(data := model.open_data(spec, "byte"), "train", 16), every_window(data, "val", 16)
+        assert len(train["idx"]) == 18 and len(val["idx"]) == 6
+        assert val["idx"][:2].tolist() == [list(range(16)), list(range(16, 32))]
+        assert train["targets"][10].tolist() == list(range(161, 177))
+    np.full(1000, 7, "<u2").tofile("alone.bin")
+    assert len(model.open_data("alone.bin", "byte").splits["train"].tokens) == 900
 
 
-def test_text_in_data_is_made_once_and_found_again(cli, text_file):
-    first = model.find_data("input.txt", "byte")
-    made = Path("data/input/meta.json").stat().st_mtime_ns
-    again = model.find_data("input.txt", "byte")
-    assert Path("data/input/meta.json").stat().st_mtime_ns == made and again.digest == first.digest
-    assert model.find_data("input").digest == model.find_data("data/input").digest == first.digest
-    assert model.find_data("data/input/data.bin").digest == first.digest
-    assert model.find_data(None).path == Path("data/input")  # the newest
+def test_text_in_data_is_made_once_and_found_again(workdir, text_file):
+    first = model.open_data("input.txt", "byte")
+    made_at = Path("data/input/meta.json").stat().st_mtime_ns
+    for spec in ("input.txt", "input", "data/input", "data/input/data.bin", None):  # without a name: the newest
+        again = model.open_data(spec, "byte")
+        assert again.digest == first.digest and again.folder == Path("data/input")
+    assert Path("data/input/meta.json").stat().st_mtime_ns == made_at
     text_file.write_text("something else " * 100)
-    with pytest.raises(model.UserError, match="in the way"):
-        model.find_data("input.txt", "byte")
+    with pytest.raises(model.UserError, match="something else"):
+        model.open_data("input.txt", "byte")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("spec", ["_data_d_/data.bin", "_data_d_", "_data_two_words_/data.bin"])
+def test_the_data_of_published_commands(cli, spec):
+    """--data _data_NAME_/data.bin is data/NAME/."""
+    folder = "two_words" if "two" in spec else "d"
+    text_data(Path("data") / folder, 5000)
+    run = cli("train", "--data", spec, *TINY_RUN, "--max_iters", 1).ok()
+    assert f"data/{folder}" in run.out
+
 
 # (ids, mask): 3 + 4 + 2 tokens fill a window of 8 + 1; the fourth is longer than a window; the rest validate
 CONVERSATIONS = [
@@ -396,15 +353,16 @@ CONVERSATIONS = [
 @pytest.fixture
 def conversations(workdir) -> model.Data:
     meta = write_conversations(workdir / "chat", CONVERSATIONS, val_fraction=0.1)
-    assert (meta["n_tokens"], meta["val_start"]) == (37, 34)  # not within a conversation
+    assert (meta.n_tokens, meta.val_start) == (37, 34)  # not within a conversation
     return model.Data(workdir / "chat")
 
 
 def test_conversations_are_packed_whole(conversations):
-    starts = conversations.windows("train", 8)
-    assert starts.tolist() == [0, 9, 24, 30]  # 9 = 3 + 4 + 2 fit exactly; 15 do not; 6 and 4 do not fit together
-    assert conversations.windows("val", 8).tolist() == [34]
-    batch = conversations.batch("train", starts, 8)
+    assert conversations.is_chat
+    # 9 = 3 + 4 + 2 fit exactly; 15 do not; 6 and 4 do not fit together
+    assert conversations.splits["train"].windows(8).tolist() == [0, 9, 24, 30]
+    assert conversations.splits["val"].windows(8).tolist() == [0]
+    batch = every_window(conversations, "train", 8)
     idx, targets, segments = (batch[k].tolist() for k in ("idx", "targets", "segments"))
     assert idx[0] == [10, 11, 12, 20, 21, 22, 23, 30]
     assert targets[0] == [11, 12, -1, -1, 22, -1, -1, 31]  # never a first token, never where the mask is 0
@@ -412,85 +370,50 @@ def test_conversations_are_packed_whole(conversations):
     assert idx[1] == list(range(100, 108)) and targets[1] == list(range(101, 109)) and len(set(segments[1])) == 1
     assert idx[2][:6] == [50, 51, 52, 53, 54, 55] and targets[2] == [51, -1, 53, -1, 55, -1, -1, -1]
     assert idx[3][:4] == [60, 61, 62, 63] and targets[3] == [61, 62, 63, -1, -1, -1, -1, -1]  # validation is not in it
-    val = conversations.batch("val", np.array([34]), 8)
+    val = every_window(conversations, "val", 8)
     assert val["idx"][0, :3].tolist() == [70, 71, 72] and val["targets"][0].tolist() == [-1, 72] + [-1] * 6
 
 
 def test_the_loss_of_packed_conversations_is_that_of_each_alone(conversations):
     """The whole way from starts.bin and mask.bin to the loss, against one conversation at a time."""
     gpt = random_gpt(tiny_config("llama", vocab_size=259, block_size=16))
-    batch = conversations.batch("train", conversations.windows("train", 16), 16)
+    batch = every_window(conversations, "train", 16)
     alone = 0.0
     for ids, mask in CONVERSATIONS[:-1]:
         targets = torch.tensor([[i if m else -1 for i, m in zip(ids, mask, strict=True)]])[:, 1:]
         alone += gpt.loss(torch.tensor([ids])[:, :-1], targets)
-    torch.testing.assert_close(gpt.loss(**batch), alone, rtol=1e-5, atol=0)
+    packed = gpt.loss(batch["idx"], batch["targets"], batch["segments"])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
 
 
 def test_random_conversations_are_all_seen_once(workdir):
     """Every wanted token of conversations that fit a window is a target exactly once, over all windows."""
     rng = np.random.default_rng(0)
-    made = [(rng.integers(0, 256, n), rng.integers(0, 2, n)) for n in rng.integers(2, 18, 200)]
-    write_conversations(workdir / "chat", made, val_fraction=0.2)
-    data = model.Data(workdir / "chat")
-    expected, n_targets = [], 0
-    for ids, mask in made:
-        expected += ids[1:][mask[1:] == 1].tolist()
-    found = []
-    for split in ("train", "val"):
-        targets = data.batch(split, data.windows(split, 17), 17)["targets"].flatten()
-        found += targets[targets >= 0].tolist()
-        n_targets += int((targets >= 0).sum())
-    assert found == expected and n_targets > 500
+    conversations = [(rng.integers(0, 256, n), rng.integers(0, 2, n)) for n in rng.integers(2, 18, 200)]
+    write_conversations(workdir / "chat", conversations, val_fraction=0.2)
+    targets = [every_window(model.Data(workdir / "chat"), split, 17)["targets"].flatten() for split in ("train", "val")]
+    found, expected = torch.cat(targets), np.concatenate([ids[1:][mask[1:] == 1] for ids, mask in conversations])
+    assert found[found >= 0].tolist() == expected.tolist() and len(expected) > 500
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damaged folders
-# ---------------------------------------------------------------------------------------------------------------------
+def with_changes(**changes):
+    return lambda content: json.dumps({**json.loads(content), **changes}).encode()
 
 
-def damage(name: str, folder: Path) -> None:
-    meta, data = folder / "meta.json", folder / "data.bin"
-    content = json.loads(meta.read_text())
-    if name == "truncated":
-        data.write_bytes(data.read_bytes()[:-10])
-    elif name == "odd":
-        data.write_bytes(data.read_bytes()[:-1])
-    elif name == "emptied":
-        data.write_bytes(b"")
-    elif name == "gone":
-        data.unlink()
-    elif name == "newer":
-        meta.write_text(json.dumps({**content, "format_version": 2}))
-    elif name == "not json":
-        meta.write_text("{")
-    elif name == "a list":
-        meta.write_text("[]")
-    elif name == "foreign json":
-        meta.write_text('{"title": "my notes"}')
-    elif name == "no tokenizer":
-        meta.write_text(json.dumps({**content, "tokenizer": {}}))
-
-
-@pytest.mark.parametrize("name, words", [
-    ("truncated", "truncated"), ("odd", "truncated"), ("emptied", "empty"), ("gone", "no such file"),
-    ("newer", "newer"), ("not json", "JSON"), ("a list", "meta.json"), ("foreign json", "meta.json"),
-    ("no tokenizer", "meta.json"),
+@pytest.mark.parametrize("name, damage, words", [
+    ("data.bin", lambda content: content[:-10], "truncated"),
+    ("data.bin", lambda content: content[:-1], "truncated"),
+    ("data.bin", lambda content: b"", "empty"),
+    ("data.bin", None, "no such file"),
+    ("meta.json", with_changes(format_version=model.FORMAT_VERSION + 1), "newer"),
+    ("meta.json", lambda content: b"{", "JSON"),
+    ("meta.json", lambda content: b"[]", "meta.json"),
+    ("meta.json", lambda content: b'{"title": "my notes"}', "meta.json"),
+    ("meta.json", with_changes(tokenizer={}), "meta.json"),
 ])  # fmt: skip
-def test_a_damaged_data_folder(cli, name, words):
+def test_a_damaged_data_folder(cli, name, damage, words):
     text_data(Path("data/d"), 5000)
-    damage(name, Path("data/d"))
-    assert words in cli("train", "--data", "d").error
-    assert not list(Path("checkpoints").glob("*")) if Path("checkpoints").exists() else True
-
-
-def test_an_interrupted_tokenize_leaves_no_folder_that_looks_whole(workdir, monkeypatch):
-    Path("in.txt").write_text(stdlib_source("textwrap"))
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model.DataWriter, "write", interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
-        model.tokenize_text(Path("data/d"), ["in.txt"], "byte")
-    assert nothing_left(Path("data"))
+    file = Path("data/d") / name
+    file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
+    assert words in cli("train", "--data", "d", *TINY_RUN, "--max_iters", 1).error
+    assert not list(Path("checkpoints").glob("*"))

@@ -235,7 +235,7 @@ def test_extending_the_context_equals_building_with_it():
     longer = model.GPT(tiny_config("llama", rope_scaling="yarn", rope_factor=2.0)).eval()
     longer.load_state_dict(gpt.state_dict())
     idx = random_tokens(1, 64)
-    gpt.extend_context("yarn", 2.0)
+    gpt.extend_context(rope_scaling="yarn", rope_factor=2.0)
     assert gpt.config.context == 64
     assert torch.equal(gpt(idx), longer(idx))
 
@@ -335,7 +335,7 @@ def test_eager_equals_sdpa(arch, n_kv_head):
     for pad in (None, torch.tensor([5, 0, 2])):
 
         def in_two_goes(gpt, pad=pad):
-            cache = model.KVCache(gpt.config, 3, 24, torch.empty(0), pad)
+            cache = model.KVCache(gpt, 3, 24, pad)
             first, second = gpt.hidden(idx[:, :15], cache), gpt.hidden(idx[:, 15:], cache)
             hidden = torch.cat((first, second), dim=1)
             return hidden if pad is None else torch.cat([row[p:] for row, p in zip(hidden, pad, strict=True)])
@@ -362,7 +362,7 @@ def test_cached_decoding_equals_the_full_pass(arch, overrides, kernel):
     prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
     idx, pad = model.left_pad(prompts, torch.device("cpu"))
     assert pad.tolist() == [6, 0, 3]
-    cache = model.KVCache(gpt.config, 3, 9 + total, torch.empty(0), pad)
+    cache = model.KVCache(gpt, 3, 9 + total, pad)
     c = gpt.config  # GQA's cache is smaller
     assert sum(kv.numel() for kv in cache.kv) == 2 * c.n_layer * 3 * c.n_kv_head * (9 + total) * c.head_dim
     logits = gpt(idx, cache)[:, -1:]
@@ -414,15 +414,15 @@ def test_the_decoder_equals_the_plain_pass(arch, overrides, quantize):
     gpt, idx = half_gpt(arch, **overrides), random_tokens(2, 24)
     if quantize:  # the same 8-bit weights, in PyTorch
         model.prepare_generation(gpt, "auto", "int8")
-        gpt.decoder, decoder = None, gpt.decoder
+        gpt.engine, engine = None, gpt.engine
     expected = gpt(idx)
     if quantize:
-        gpt.decoder = decoder
+        gpt.engine = engine
     else:
         model.prepare_generation(gpt, "auto")
-    assert gpt.decoder is not None
+    assert isinstance(gpt.engine, model.CEngine) == (gpt.config.norm_position == "pre")
     for rows, prompt in ((1, 5), (2, 8), (1, 20)):  # the longest takes the plain pass
-        cache = model.KVCache(gpt.config, rows, 24, torch.empty(0))
+        cache = model.KVCache(gpt, rows, 24)
         logits = [gpt(idx[:rows, :prompt], cache)]
         logits += [gpt(idx[:rows, i : i + 1], cache) for i in range(prompt, 24)]
         assert cache.length == 24
@@ -438,7 +438,7 @@ def test_the_decoder_and_padded_prompts(arch):
     expected = [gpt(idx[i : i + 1, : n + 6])[0, n - 1 :] for i, n in enumerate(lengths)]
     model.prepare_generation(gpt, "auto")
     new, pad = model.left_pad(prompts, torch.device("cpu"))
-    cache = model.KVCache(gpt.config, 3, 12, torch.empty(0), pad)
+    cache = model.KVCache(gpt, 3, 12, pad)
     for step in range(7):
         logits = gpt(new, cache)[:, -1]
         torch.testing.assert_close(logits, torch.stack([e[step] for e in expected]), atol=2e-4, rtol=1e-4)
@@ -453,9 +453,9 @@ def test_the_decoder_and_padded_prompts(arch):
 def test_the_decoder_on_other_processors_and_threads(march, quantize, monkeypatch):
     gpt, idx = half_gpt("llama", n_kv_head=2, n_embd=72, n_head=4, head_dim=18), random_tokens(1, 12)
     model.prepare_generation(gpt, "auto", quantize)
-    cache = [model.KVCache(gpt.config, 1, 12, torch.empty(0)) for _ in range(2)]
+    cache = [model.KVCache(gpt, 1, 12) for _ in range(2)]
     expected = gpt(idx, cache[0])
-    gpt.decoder.library = model.decoder_library(march)
+    gpt.engine.library = model.c_library(march)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     logits = gpt(idx, cache[1])
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -464,18 +464,18 @@ def test_the_decoder_on_other_processors_and_threads(march, quantize, monkeypatc
 
 @pytest.fixture
 def fresh_library():
-    model.decoder_library.cache_clear()
+    model.c_library.cache_clear()
     yield
-    model.decoder_library.cache_clear()
+    model.c_library.cache_clear()
 
 
 @needs_compiler
 def test_the_decoder_is_compiled_once(tmp_path, monkeypatch, fresh_library):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert model.decoder_library() is not None
-    model.decoder_library.cache_clear()
+    assert model.c_library() is not None
+    model.c_library.cache_clear()
     monkeypatch.setattr(model.subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
-    assert model.decoder_library() is not None
+    assert model.c_library() is not None
     assert [p.suffix for p in (tmp_path / "model.py").iterdir()] == [".so"]
 
 
@@ -488,7 +488,7 @@ def test_without_a_compiler(compiler, tmp_path, monkeypatch, capsys, fresh_libra
     expected = gpt(idx)
     for quantize, tolerance in ((None, 1e-5), ("int8", 0.5)):
         model.prepare_generation(gpt, "auto", quantize)
-        assert gpt.decoder is None
+        assert not isinstance(gpt.engine, model.CEngine)
         torch.testing.assert_close(gpt(idx), expected, atol=tolerance, rtol=0)
     assert capsys.readouterr().err.count("without a C compiler") == 1
 
@@ -497,8 +497,10 @@ def test_without_a_compiler(compiler, tmp_path, monkeypatch, capsys, fresh_libra
 def test_int8_weights_round_to_a_127th_of_the_largest_in_a_row():
     gpt, idx = random_gpt(tiny_config("llama")), random_tokens(1, 24)
     weight, bias, x = torch.tensor([[1.27, -0.5, 0.004], [100.0, 25.4, 0.0]]), torch.tensor([1.0, -1.0]), torch.eye(3)
+    layer = torch.nn.Linear(3, 2)
+    layer.weight.data, layer.bias.data = weight, bias
     rounded = torch.tensor([[1.27, -0.5, 0.0], [100.0, 32 * 100 / 127, 0.0]])  # 25.4 is 32.26 steps of 100 / 127
-    torch.testing.assert_close(model.Int8Linear(weight, bias)(x), rounded.T + bias)
+    torch.testing.assert_close(model.Int8Linear(layer)(x), rounded.T + bias)
     plain = gpt(idx).log_softmax(dim=-1)
     model.prepare_generation(gpt, "auto", "int8")
     assert isinstance(gpt.blocks[0].mlp.fc, model.Int8Linear) and isinstance(gpt.lm_head, model.Int8Linear)

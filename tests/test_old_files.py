@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import text_of
 
 import model
 
@@ -40,10 +41,10 @@ def test_a_run_goes_on(cli, old_files, command, name, flags):
 
 
 def test_data_folders(cli, old_files):
-    text, talks = (model.find_data(name) for name in ("text", "talks"))
-    read = text.tokenizer.decode(text.tokens.tolist())
+    text, talks = (model.open_data(name) for name in ("text", "talks"))
+    read = text_of(text)
     assert read.startswith('"""Text wrapping') and hashlib.sha256(read.encode()).hexdigest()[:16] == "a3d350c93307b3ba"
-    assert text.tokenizer.name == "bpe-300" and (len(text.tokens), text.val_start) == (3921, 3529)
-    assert len(talks.starts) == 60 and int(talks.mask.sum()) == 590
-    said = talks.tokenizer.decode(talks.tokens[talks.mask == 1].tolist())
-    assert said == "".join(f"It is {i}.<|im_end|>" for i in range(60))
+    assert text.tokenizer.name == "bpe-300" and [len(text.splits[s].tokens) for s in ("train", "val")] == [3529, 392]
+    assert sum(len(split.starts) for split in talks.splits.values()) == 60
+    said = [split.tokens[split.mask == 1].tolist() for split in talks.splits.values()]
+    assert talks.tokenizer.decode(said[0] + said[1]) == "".join(f"It is {i}.<|im_end|>" for i in range(60))

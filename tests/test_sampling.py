@@ -168,7 +168,7 @@ def test_a_prompt_longer_than_the_context():
 def test_rope_scaling_reaches_further():
     """With yarn x 2 the context is 64: 60 tokens come from one window."""
     gpt, prompt = random_gpt(tiny_config("llama")), random_tokens(4).tolist()
-    gpt.extend_context("yarn", 2.0)
+    gpt.extend_context(rope_scaling="yarn", rope_factor=2.0)
     tokens = torch.stack(list(model.generate(gpt, [prompt], 60, GREEDY)), dim=1)
     sequence = torch.cat((torch.tensor([prompt]), tokens), dim=1)
     with torch.no_grad():

@@ -1,7 +1,9 @@
 """Tokenizers: every string comes back, and the ids are those of tiktoken and of the tokenizers package."""
 
+import functools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,10 @@ import tokenizers
 from conftest import stdlib_source
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model
 
-KINDS = ["gpt2", "bpe", "byte", "hf"]
 HARD = [
     "", " ", "\n\n \t\r\n", "a" * 5000, "ab" * 3000 + " " * 3000, "\x00\x01\x1b\x7f\x85\u2028\ufeff", "🙂",
     "👩\u200d👩\u200d👧 é e\u0301 नमस्ते", "𐍈𝔘\U0010ffff", "\ufffd\ufffd", "don't they'LL we've I'm",
@@ -30,10 +31,28 @@ def train_with_tokenizers(texts: list[str], vocab_size: int) -> tokenizers.Token
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     return bpe
+
+
+def saved(backend: tokenizers.Tokenizer, folder: Path, **config) -> model.Tokenizer:
+    """As our tokenizer, through a Hugging Face folder."""
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return model.hf_tokenizer(folder)
+
+
+def in_pieces(tokenizer: model.Tokenizer, pieces: list[str | None]) -> list[int]:
+    return np.concatenate(list(model.encode_pieces(tokenizer, pieces, np.dtype("<u4")))).tolist()
+
+
+def streamed(tokenizer: model.Tokenizer, ids: list[int]) -> str:
+    stream = model.TextStream(tokenizer)
+    return "".join([stream(i) for i in ids] + [stream(None)])
+
+
+token_bytes = functools.cache(model.Tokenizer.token_bytes)  # a tenth of a second for GPT-2's 50,259
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +71,11 @@ def hf_folder(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     backend = train_with_tokenizers(corpus, 1500)
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ messages }}"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    saved(backend, folder, eos_token={"content": "<|endoftext|>"}, chat_template="{{ messages }}")
     return folder
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["gpt2", "bpe", "byte", "hf"])
 def tokenizer(request):
     if request.param == "hf":
         return model.hf_tokenizer(request.getfixturevalue("hf_folder"))
@@ -76,10 +93,9 @@ def test_every_string_comes_back(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.n_vocab for i in ids)
     assert not set(ids) & set(tokenizer.special.values())  # special tokens in a text are text
-    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
     assert tokenizer.encode_array(text, np.dtype("<u4")).tolist() == ids
-    stream = model.TextStream(tokenizer)
-    assert "".join([stream(i) for i in ids] + [stream(None)]) == text
+    assert streamed(tokenizer, ids) == text
 
 
 @property_based
@@ -89,22 +105,16 @@ def test_every_string_comes_back(tokenizer, text):
 @example(ids=[0xE2] * 12 + [0x82, 0xAC, 65])
 def test_streamed_pieces_join_to_the_decoded_text(ids):
     """Whatever an untrained model says: bytes that are no UTF-8 too."""
-    tokenizer = model.byte_tokenizer()
-    stream = model.TextStream(tokenizer)
-    pieces = [stream(i) for i in ids] + [stream(None)]
-    assert "".join(pieces) == bytes(ids).decode("utf-8", "replace")
+    assert streamed(model.byte_tokenizer(), ids) == bytes(ids).decode("utf-8", "replace")
 
 
 def test_added_tokens_are_streamed_as_written(corpus, tmp_path):
     """Their text is text, where ordinary tokens are written with a character for each byte."""
     backend = train_with_tokenizers(corpus, 300)
     backend.add_tokens(["two words é"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = model.hf_tokenizer(tmp_path)
     ids = backend.encode("é two words é.").ids
     assert backend.token_to_id("two words é") in ids
-    stream = model.TextStream(tokenizer)
-    assert "".join(map(stream, ids)) + stream(None) == "é two words é."
+    assert streamed(saved(backend, tmp_path), ids) == "é two words é."
 
 
 def test_text_is_streamed_as_soon_as_it_is_whole():
@@ -120,10 +130,8 @@ def test_gpt2_ids_are_tiktokens(gpt2, text):
 
 def test_gpt2_vocabulary_is_the_known_one(gpt2):
     """50,256 ordinary tokens, end-of-text at 50,256 as everywhere, and ids that anyone can look up."""
-    assert gpt2.encode("Hello world") == [15496, 995]
-    assert gpt2.special == {"<|endoftext|>": 50256, "<|im_start|>": 50257, "<|im_end|>": 50258}
-    assert gpt2.n_vocab == 50259
-    assert gpt2.decode([50256]) == "<|endoftext|>"
+    assert gpt2.encode("Hello world") == [15496, 995] and gpt2.decode([50256]) == model.EOT
+    assert gpt2.n_vocab == 50259 and gpt2.special == {model.EOT: 50256, model.IM_START: 50257, model.IM_END: 50258}
 
 
 @property_based
@@ -139,42 +147,30 @@ def trained_elsewhere(corpus):
 
 def test_trained_bpe_on_text_it_has_not_seen(bpe, trained_elsewhere, shakespeare):
     for sample in (shakespeare[:200_000], stdlib_source("pydoc_data/topics")[:200_000], stdlib_source("inspect")):
-        assert bpe.encode(sample) == trained_elsewhere.encode(sample).ids
+        ids = trained_elsewhere.encode(sample).ids
+        assert bpe.encode(sample) == ids and bpe.encode_array(sample).tolist() == ids
     assert bpe.n_vocab == 2000 and bpe.name == "bpe-2000"
     assert len(bpe.encode(stdlib_source("argparse"))) < 0.5 * len(stdlib_source("argparse"))
 
 
-def test_bpe_of_a_tiny_text_has_a_smaller_vocabulary():
+def test_the_smallest_vocabularies():
     tokenizer = model.train_bpe(["a b"], 8192)
     assert tokenizer.n_vocab == 259 + len({"Ġb"}) and tokenizer.decode(tokenizer.encode("a b é")) == "a b é"
-
-
-def test_bpe_needs_room_for_bytes_and_special_tokens():
     assert model.train_bpe(["some text"], 259).n_vocab == 259
     with pytest.raises(model.UserError, match="259"):
         model.train_bpe(["some text"], 258)
 
 
-def test_decode_leaves_out_padding(tokenizer):
-    ids = tokenizer.encode("ab")
-    assert tokenizer.decode([*ids, tokenizer.n_vocab, tokenizer.n_vocab + 40]) == "ab"
-
-
-def test_special_tokens_are_counted_as_no_bytes(tokenizer):
+def test_special_tokens_padding_and_stray_bytes(tokenizer):
+    """Special tokens are no bytes of text; ids past the vocabulary are padding; a lone surrogate, which is what a stray
+    byte of an argument looks like to Python, becomes something printable."""
+    assert tokenizer.special.keys() == {model.EOT, model.IM_START, model.IM_END}
     for name, i in tokenizer.special.items():
-        assert tokenizer.token_bytes()[i] == 0
-        assert tokenizer.decode([i]) == name
-    assert len(tokenizer.token_bytes()) == tokenizer.n_vocab
-
-
-def test_a_lone_surrogate_becomes_something_printable(tokenizer):
-    """Not UTF-8 at all: what an argument with a stray byte looks like to Python."""
+        assert token_bytes(tokenizer)[i] == 0 and tokenizer.decode([i]) == name
+    assert len(token_bytes(tokenizer)) == tokenizer.n_vocab
+    assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.n_vocab, tokenizer.n_vocab + 40]) == "ab"
     assert tokenizer.decode(tokenizer.encode("a\udcffb")).encode("utf-8")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In pieces = in one go
-# ---------------------------------------------------------------------------------------------------------------------
 
 PASSAGES = {
     "code": lambda: stdlib_source("textwrap"),
@@ -193,7 +189,7 @@ def test_encoding_in_pieces_equals_encoding_in_one_go(tokenizer, passage, piece_
     blocks = [whole[i : i + piece_chars] for i in range(0, len(whole), piece_chars)]
     pieces = list(model.text_pieces(blocks))
     assert "".join(pieces) == whole
-    ids = np.concatenate(list(model.encode_pieces(tokenizer, pieces, np.dtype("<u4")))).tolist()
+    ids = in_pieces(tokenizer, pieces)
     if passage in ("code", "unicode"):
         assert len(pieces) > len(blocks) // 4
         assert ids == tokenizer.encode(whole)  # the others have no white space after a word: cut somewhere at last
@@ -206,16 +202,6 @@ def test_any_cut_keeps_the_tokens(bpe, text):
     """split_point's promise, on whatever text: the two sides encode to what the whole encodes to."""
     cut = model.split_point(text)
     assert bpe.encode(text[:cut]) + bpe.encode(text[cut:]) == bpe.encode(text)
-
-
-def test_documents_are_separated_by_end_of_text(bpe):
-    ids = np.concatenate(list(model.encode_pieces(bpe, ["one", None, "two"], np.dtype("<u2")))).tolist()
-    assert ids == [*bpe.encode("one"), bpe.eot, *bpe.encode("two")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizer.json
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -241,8 +227,7 @@ def sentencepiece_like(prepend: str) -> tokenizers.Tokenizer:
     backend.train_from_iterator(re.findall(r"\s*\S+", stdlib_source("textwrap")), trainer)  # no token spans words
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (prepend == "normalizer"))
-    post = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    backend.post_processor = post
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     # as converted Llama files have it: the byte tokens are in the vocabulary and are not special
     spec = json.loads(backend.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
@@ -252,31 +237,40 @@ def sentencepiece_like(prepend: str) -> tokenizers.Tokenizer:
 @pytest.mark.parametrize("prepend", ["none", "normalizer"])
 def test_a_sentencepiece_like_tokenizer(prepend, tmp_path, monkeypatch):
     backend = sentencepiece_like(prepend)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    ours = model.hf_tokenizer(tmp_path)
+    ours, extra = saved(backend, tmp_path, eos_token="</s>"), " " * (prepend == "normalizer")
     sample = "Once upon a time: é🙂 def f(x)  # ok"
     ids = backend.encode(sample, add_special_tokens=False).ids
     assert ours.encode(sample) == ids and ours.decode(ids) == sample
     assert ours.bos == [1] and ours.eot == 2
-    stream = model.TextStream(ours)
-    assert "".join([stream(i) for i in ids] + [stream(None)]) == sample
-    extra = 1 if prepend == "normalizer" else 0  # the space that the tokenizer itself puts in front
-    assert ours.token_bytes()[ids].sum() == len(sample.encode()) + extra
-
-
-@pytest.mark.parametrize("prepend", ["none", "normalizer"])
-def test_a_sentencepiece_like_tokenizer_in_pieces(prepend, tmp_path, monkeypatch):
-    """What a tokenizer puts before a text must not be put before every piece of it."""
-    backend = sentencepiece_like(prepend)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    ours = model.hf_tokenizer(tmp_path)
+    # the space that the tokenizer itself puts in front; a stream continues other text, and drops no space
+    assert streamed(ours, ids) == extra + sample and token_bytes(ours)[ids].sum() == len((extra + sample).encode())
+    # what a tokenizer puts before a text must not be put before every piece of it
     monkeypatch.setattr(model, "PIECE_CHARS", 500)
     whole = stdlib_source("textwrap")
     pieces = list(model.text_pieces([whole[i : i + 500] for i in range(0, len(whole), 500)]))
-    ids = np.concatenate(list(model.encode_pieces(ours, pieces, np.dtype("<u2")))).tolist()
     assert len(pieces) > 10
-    assert ids == backend.encode(whole, add_special_tokens=False).ids
+    assert in_pieces(ours, pieces) == backend.encode(whole, add_special_tokens=False).ids
+
+
+def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
+    """Of what it puts around a text only the beginning goes before a prompt; no ids of padding or of a cut text."""
+    backend = train_with_tokenizers(corpus, 400)
+    backend.add_special_tokens(["<s>", "</s>", "<pad>"])
+    bos, eos, pad = (backend.token_to_id(t) for t in ("<s>", "</s>", "<pad>"))
+    hello = backend.encode("hello").ids
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)])
+    backend.enable_padding(pad_id=pad, pad_token="<pad>", length=64)
+    backend.enable_truncation(max_length=4)
+    ours = saved(backend, tmp_path, eos_token="</s>")
+    assert ours.encode("hello") == in_pieces(ours, ["hello"]) == hello
+    assert ours.encode("hello " * 9) == in_pieces(ours, ["hello " * 9]) and len(ours.encode("hello " * 9)) > 9
+    assert ours.bos == [bos] and ours.prompt("hello") == [bos, *hello] and ours.eot == eos
+
+
+def test_named_chat_templates(corpus, tmp_path):
+    named = [{"name": n, "template": f"{n}: {{{{ messages }}}}"} for n in ("tool_use", "default", "rag")]
+    ours = saved(train_with_tokenizers(corpus, 300), tmp_path, chat_template=named)
+    assert ours.spec["chat_template"] == "default: {{ messages }}"
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2]", "not json", '{"model": {"type": "BPE"}}'])
@@ -286,25 +280,13 @@ def test_a_file_that_is_no_tokenizer(content, tmp_path):
         model.load_tokenizer(str(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Digests: equal for the same mapping, different for another
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_digest(bpe, corpus, hf_folder):
+def test_digest_is_that_of_the_mapping(bpe, corpus, hf_folder):
     same = model.train_bpe(corpus, 2000)
-    copied = model.Tokenizer(json.loads(json.dumps(bpe.spec)))
     renamed = model.Tokenizer({**bpe.spec, "name": "another name"})
-    assert bpe.digest == same.digest == copied.digest == renamed.digest
-    different = [
-        bpe,
-        model.byte_tokenizer(),
-        model.train_bpe(corpus, 1999),
-        model.train_bpe(corpus[: len(corpus) // 2], 2000),
-        model.hf_tokenizer(hf_folder),
-    ]
-    assert len({t.digest for t in different}) == len(different)
-    assert model.byte_tokenizer().digest == model.byte_tokenizer().digest
+    assert bpe.digest == same.digest == renamed.digest
+    others = [model.train_bpe(corpus, 1999), model.train_bpe(corpus[: len(corpus) // 2], 2000)]
+    different = [bpe, *others, model.byte_tokenizer(), model.hf_tokenizer(hf_folder)]
+    assert len({t.digest for t in different}) == 5 and model.byte_tokenizer().digest == different[3].digest
 
 
 def test_spec_is_plain_json(tokenizer):

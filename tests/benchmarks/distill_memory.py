@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+DISTRIBUTIONS = 4  # that the loss of a chunk holds at once, as Distillation tells linear_loss
 
 
 def peak_bytes() -> int:
@@ -57,18 +58,20 @@ def measure(
     d = model.DistillConfig()
     objective = model.Distillation(teacher, d, vocab_size)
     if rows:
-        model.LOSS_CHUNK_ELEMENTS = rows * student.config.padded_vocab_size * model.DistillLoss.chunk_divisor
+        model.LOSS_CHUNK_ELEMENTS = rows * student.config.padded_vocab_size * DISTRIBUTIONS
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1))
     batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
     before, seconds = peak_bytes(), []
     for _ in range(1 + steps):
         student.zero_grad()
         begin = time.perf_counter()
-        loss = plain_loss(teacher, student, batch, d) if method == "plain" else objective(student, batch)
+        loss = plain_loss(teacher, student, batch, d) if method == "plain" else objective(student, batch)[0]
         loss.backward()
         seconds.append(time.perf_counter() - begin)
-    elements = model.LOSS_CHUNK_ELEMENTS // model.DistillLoss.chunk_divisor
-    rows = min(batch_size * block_size, max(64, elements // student.config.padded_vocab_size))
+    rows = min(
+        batch_size * block_size,
+        max(64, model.LOSS_CHUNK_ELEMENTS // (student.config.padded_vocab_size * DISTRIBUTIONS)),
+    )
     return {
         "rows_at_once": batch_size * block_size if method == "plain" else rows,
         "peak_mb": (peak_bytes() - before) / 1e6,

@@ -92,7 +92,7 @@ def ours_for_training(variant: str, vocab_size: int, block_size: int | None, bat
     overrides = {"block_size": block_size} if block_size else {}
     arguments = ["train", "--variant", variant] + (["--batch_size", str(batch_size)] if batch_size else [])
     c = model.make_config(variant, vocab_size + 2, overrides)  # our GPT-2 tokenizer has two special tokens more
-    t = model.train_config(model.make_parser().parse_args(arguments), variant, c.arch, c.n_embd)
+    t = model.train_config(model.parse(arguments)[1], variant, c)
     return model, t, c
 
 
@@ -109,9 +109,9 @@ def train_ours(
     import torch
 
     model.keep_freed_memory()
-    net = model.prepare(model.GPT(c), t).train()
+    net = model.set_precision(model.GPT(c), t.dtype, training=True).train()
     optimizers, scaler = model.make_optimizers(net, t), torch.amp.GradScaler("cpu", enabled=False)
-    model.compile_model(net, t, torch.device("cpu"))
+    model.compile_model(net, t)
     params = list(net.parameters())
     batches = random_batches(warmup + steps, t.batch_size, c.block_size, vocab_size)
     n_targets = torch.tensor(float(t.batch_size * c.block_size))
@@ -121,7 +121,9 @@ def train_ours(
             optimizer.zero_grad(set_to_none=True)
         idx, targets = batches[i]
         batch = {"idx": idx, "targets": targets}
-        model.train_step(net, [batch], n_targets, lambda net, batch: net.loss(**batch), scaler)
+        model.accumulate_gradients(
+            model=net, batches=[batch], n_targets=n_targets, loss_fn=model.language_modelling, scaler=scaler
+        )
         torch.nn.utils.clip_grad_norm_(params, t.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -278,7 +280,9 @@ def generate_ours(variant: str, n: int) -> dict:
     torch.manual_seed(0)
     net = model.GPT(model.make_config(variant, GPT2_VOCABULARY + 2, {})).eval()
     model.prepare_generation(net, "auto")
-    run = functools.partial(model.generate, net, [short_prompt()], settings=model.SamplingSettings())
+    run = functools.partial(
+        model.generate, net, [short_prompt()], settings=model.SamplingSettings(**model.PLAIN_SAMPLING)
+    )
     stamps(run(max_new_tokens=4), 4)
     return {**speeds(stamps(run(max_new_tokens=n), n)), "dtype": str(net.compute_dtype), "peak_mb": peak_mb()}
 
@@ -343,7 +347,8 @@ def quality(folder: str, text: str, n: int = 512) -> dict:
     results, exact = {}, None
     for label, options in {"float32": ("float32",), "bfloat16": ("bfloat16",), "auto": ("auto",),
                            "int8": ("auto", "int8")}.items():  # fmt: skip
-        net, tokenizer, _ = model.open_model(folder)
+        opened = model.open_model(folder)
+        net, tokenizer = opened.model, opened.tokenizer
         ids = torch.tensor(tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 10 * n])[:n])
         model.prepare_generation(net, *options)
         with torch.inference_mode():
@@ -397,7 +402,7 @@ def context_ours(tokens: int, block_size: int) -> dict:
     model = load()
     net = model.GPT(model.make_config("26M", 8192, dict(CONTEXT_SHAPE, block_size=block_size))).eval()
     model.prepare_generation(net, "auto")
-    run = functools.partial(model.generate, net, [[1]], settings=model.SamplingSettings())
+    run = functools.partial(model.generate, net, [[1]], settings=model.SamplingSettings(**model.PLAIN_SAMPLING))
     stamps(run(max_new_tokens=4), 4)
     return windows(stamps(run(max_new_tokens=tokens), tokens))
 
@@ -434,7 +439,7 @@ def tokenize_ours(file: str) -> dict:
         meta = model.tokenize_text(Path(scratch) / "data", [file], tokenizer)
         seconds = time.perf_counter() - begin
     size = os.path.getsize(file) / 1e6
-    return {"mb_per_s": size / seconds, "tokens": meta["n_tokens"], "mb": size, "peak_mb": peak_mb()}
+    return {"mb_per_s": size / seconds, "tokens": meta.n_tokens, "mb": size, "peak_mb": peak_mb()}
 
 
 def tokenize_tiktoken(file: str) -> dict:

@@ -23,7 +23,7 @@ def opened(smollm2):
 @torch.no_grad()
 def test_logits_equal_transformers(smollm2, opened):
     """Within 2e-3 in float32, on the source of the standard library and on its English."""
-    gpt, tokenizer, _ = opened
+    gpt, tokenizer = opened.model, opened.tokenizer
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     worst = 0.0
@@ -80,19 +80,19 @@ def test_an_export_of_the_import_is_the_same_model(cli, smollm2):
     tokenizers = [transformers.AutoTokenizer.from_pretrained(p) for p in (smollm2, "again")]
     messages = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": " Yes\n"}]
     ids, again_ids = (
-        (t("It's 1234.").input_ids, t.apply_chat_template(messages, return_dict=False), t.eos_token_id, t.bos_token_id)
+        [t("It's 1234.").input_ids, t.apply_chat_template(messages, return_dict=False)]
+        + [t.eos_token_id, t.bos_token_id, t.pad_token_id]
         for t in tokenizers
     )
     assert ids == again_ids
 
 
 def test_shards_open_too(cli, smollm2, opened):
-    cli(
-        "export", "--model_path", smollm2, "--output_dir", "shards", "--dtype", "bfloat16", "--max_shard_size", "60MB"
-    ).ok()
+    size = ("--dtype", "bfloat16", "--max_shard_size", "60MB")
+    cli("export", "--model_path", smollm2, "--output_dir", "shards", *size).ok()
     assert len(list(Path("shards").glob("*.safetensors"))) == 5
-    again = model.open_model("shards")[0].state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in opened[0].state_dict().items())
+    again = model.open_model("shards").model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in opened.model.state_dict().items())
 
 
 @torch.no_grad()
@@ -119,14 +119,14 @@ def text_loss(gpt: model.GPT, tokenizer: model.Tokenizer) -> float:
 def test_finetuning_on_real_conversations(cli, smollm2, conversations, opened, flags):
     """100 steps on chatterbot-corpus: what the assistant says becomes likelier on conversations that were held out, and
     plain text hardly less likely."""
-    gpt, tokenizer, _ = opened
+    gpt, tokenizer = opened.model, opened.tokenizer
     records = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()]
     held_out = [model.messages_of(r) for r in records[int(0.92 * len(records)) :]][:60]  # of the last tenth: validation
     before = assistant_loss(gpt, held_out, tokenizer), text_loss(gpt, tokenizer)
     run = ("finetune", "--model_checkpoint", smollm2, "--data", conversations, "--finetune_iters", 100, *flags)
     small_steps = ("--block_size", 128, "--batch_size", 2, "--eval_interval", 50, "--eval_tokens", 2048)
     out = cli(*run, *small_steps, "--prompt", "Are you a robot?", "--sample_length", 30, "--name", "tuned").ok().out
-    tuned = model.open_model("tuned_model.pt")[0]
+    tuned = model.open_model("tuned_model.pt").model
     after = assistant_loss(tuned, held_out, tokenizer), text_loss(tuned, tokenizer)
     print(out)
     print(f"assistant's turns, held out: {before[0]:.3f} -> {after[0]:.3f} nats per token")
