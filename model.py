@@ -869,11 +869,12 @@ def unicode_to_byte() -> dict[str, int]:
 
 @dataclass
 class TokenizerSpec(Settings):
-    """All of a tokenizer, in plain values: what data folders and checkpoints carry. `json` is a tokenizer.json."""
+    """All of a tokenizer, in plain values: what data folders and checkpoints carry."""
 
     kind: str = setting("", "", ("gpt2", "bpe", "byte", "hf"))  # hf: someone else's
     name: str = ""
-    json: str = ""
+    ranks: str = ""  # of gpt2 and bpe: the ordinary tokens in the order of their ids, a line of base64 each
+    json: str = ""  # of hf: a tokenizer.json
     special: dict[str, int] = field(default_factory=dict)  # the ids of EOT, IM_START and IM_END, where it has them
     bos: list[int] = field(default_factory=list)  # opens every prompt
     bos_token: str | None = None
@@ -884,33 +885,34 @@ class TokenizerSpec(Settings):
 
 
 class Tokenizer:
-    """Text to token ids and back, as a tokenizer.json says. Special tokens are never recognised in text.
+    """Text to token ids and back: by tiktoken for the vocabularies that are ours, which are a quarter as large and open
+    five times faster so, else as a tokenizer.json says. Special tokens are never recognised in text.
 
     n_vocab: number of token ids. special: name -> id of the special tokens. bos: ids that open every prompt.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        import tokenizers
+        self.fields = s = from_dict(TokenizerSpec, spec, "the tokenizer")
+        self.kind, self.name, self.special, self.bos, self.is_ours = s.kind, s.name, s.special, s.bos, s.kind != "hf"
+        if self.is_ours:
+            import tiktoken
 
-        self.fields = s = from_dict(TokenizerSpec, spec if "json" in spec else spec_of_format_1(spec), "the tokenizer")
-        self.kind, self.name, self.special, self.bos = s.kind, s.name, s.special, s.bos
-        with told_as(f"tokenizer {s.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
-            self.backend = self.middle = tokenizers.Tokenizer.from_str(s.json)
-            if '"Prepend"' in s.json or '"prepend_scheme"' in s.json:  # SentencePiece puts a space before each text:
-                self.middle = tokenizers.Tokenizer.from_str(json.dumps(json.loads(s.json, object_hook=no_prefix)))
-        for backend in (self.backend, self.middle):  # middle: for text that continues other text
-            backend.encode_special_tokens = True  # as text, not as special tokens
-            backend.no_truncation()
-            backend.no_padding()
-        self.vocab, self.added = self.backend.get_vocab(), self.backend.get_added_tokens_decoder()
-        self.control = {t.content: i for i, t in self.added.items() if t.special}
-        self.byte_level, self.n_vocab = '"ByteLevel"' in s.json, max(self.vocab.values(), default=-1) + 1
+            with told_as(f"tokenizer {s.name} has no valid ranks"):
+                tokens = [base64.b64decode(t) for t in s.ranks.split()] or [bytes([b]) for b in range(256)]
+                ranks, split = {token: rank for rank, token in enumerate(tokens)}, GPT2_PATTERN
+                split = r"[\s\S]" if s.kind == "byte" else split
+                options = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=s.special)
+                self.tiktoken = tiktoken.Encoding(s.name, **options)
+            self.n_vocab, self.control = self.tiktoken.n_vocab, s.special
+        else:
+            self.control = {t.content: i for i, t in self.added.items() if t.special}
+            self.n_vocab = max(self.vocab.values(), default=-1) + 1
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
 
     @property
     def spec(self) -> dict[str, Any]:
-        return asdict(self.fields)
+        return {k: v for k, v in asdict(self.fields).items() if v}
 
     @property
     def eot(self) -> int | None:
@@ -920,29 +922,54 @@ class Tokenizer:
     @functools.cached_property
     def digest(self) -> str:
         """Identifies the mapping: two tokenizers with one digest map the same text to the same ids."""
-        content = [sorted(self.vocab.items()), self.special, self.fields.json if self.kind == "hf" else ""]
+        content = [self.kind, self.fields.ranks, self.fields.json, self.special]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    @functools.cached_property
+    def backend(self) -> Any:
+        """The tokenizers.Tokenizer that gives the same ids; with it come vocab and added, its added tokens."""
+        import tokenizers
+
+        if self.is_ours:
+            return from_tiktoken(self)
+        with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
+            return as_text(tokenizers.Tokenizer.from_str(self.fields.json))
+
+    @functools.cached_property
+    def middle(self) -> Any:
+        """The backend for text that continues other text: without the space that SentencePiece puts before a text."""
+        import tokenizers
+
+        if '"Prepend"' not in self.fields.json and '"prepend_scheme"' not in self.fields.json:
+            return self.backend
+        spec = json.loads(self.fields.json, object_hook=no_prefix)
+        return as_text(tokenizers.Tokenizer.from_str(json.dumps(spec)))
+
+    @functools.cached_property
+    def vocab(self) -> dict[str, int]:
+        return self.backend.get_vocab()
+
+    @functools.cached_property
+    def added(self) -> dict[int, Any]:
+        return self.backend.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def byte_level(self) -> bool:
+        return self.is_ours or '"ByteLevel"' in self.fields.json
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of a text; if it continues another, without what a tokenizer may put before the first word."""
-        backend = self.middle if continues else self.backend
-        return backend.encode(valid(text), add_special_tokens=False).ids
+        if self.is_ours:
+            return self.tiktoken.encode_ordinary(valid(text))
+        return (self.middle if continues else self.backend).encode(valid(text), add_special_tokens=False).ids
 
     def encode_array(self, text: str, dtype: Any = np.int64, continues: bool = False) -> np.ndarray:
-        """encode, for long texts, as an array; by tiktoken, which is five times faster, for the vocabularies that are
-        ours: there a token's id is its rank. It makes no Python list, so that other threads run meanwhile."""
+        """encode, for long texts, as an array. tiktoken makes no Python list, so that other threads run meanwhile."""
         if self.kind == "byte":
             return np.frombuffer(valid(text).encode(), np.uint8).astype(dtype)
-        if self.kind == "hf":
-            return np.array(self.encode(text, continues), dtype)
-        return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
-
-    @functools.cached_property
-    def tiktoken(self) -> Any:
-        import tiktoken
-
-        ranks = {self.bytes_of(i): i for token, i in self.vocab.items() if i not in self.added}
-        return tiktoken.Encoding(self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.control)
+        if self.is_ours:
+            return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
+        return np.array(self.encode(text, continues), dtype)
 
     def prompt(self, text: str) -> list[int]:
         """The ids that a model continues: never empty."""
@@ -950,6 +977,8 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered chat template, in which special tokens are special."""
+        if self.is_ours:
+            return self.tiktoken.encode(valid(text), allowed_special="all")
         self.backend.encode_special_tokens = False
         ids = self.backend.encode(text, add_special_tokens=False).ids
         self.backend.encode_special_tokens = True
@@ -964,10 +993,17 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Bytes that are not UTF-8 become U+FFFD; ids that are only padding are left out."""
-        return self.backend.decode([i for i in ids if i < self.n_vocab], skip_special_tokens=False)
+        ids = [i for i in ids if i < self.n_vocab]
+        if self.is_ours:
+            return self.tiktoken.decode_bytes(ids).decode("utf-8", "replace")
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for; nothing if it is only padding."""
+        if token >= self.n_vocab:
+            return b""
+        if self.is_ours:
+            return self.tiktoken.decode_single_token_bytes(token)
         if token in self.added:
             return self.added[token].content.encode()
         text, to_byte = self.backend.id_to_token(token) or "", unicode_to_byte()
@@ -1010,38 +1046,39 @@ def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str
         raise UserError(f"{a_is} has tokenizer {a.describe()} and {b_is} has {b.describe()}: {remedy}")
 
 
-def own_tokenizer(kind: str, backend: Any, name: str = "") -> Tokenizer:
-    """One of our own tokenizers, from a tokenizers.Tokenizer with its ordinary tokens; the special ones are added."""
-    from tokenizers import AddedToken, decoders, pre_tokenizers, processors
-
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "byte")
-    backend.decoder, backend.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    backend.add_special_tokens([AddedToken(t, special=True) for t in (EOT, IM_START, IM_END)])
-    special = {t: backend.token_to_id(t) for t in (EOT, IM_START, IM_END)}
-    name = name or (f"bpe-{backend.get_vocab_size()}" if kind == "bpe" else kind)
-    return Tokenizer({"kind": kind, "name": name, "json": backend.to_str(), "special": special})
+def as_text(backend: Any) -> Any:
+    """A tokenizers.Tokenizer that takes special tokens in a text for text, all of it, and adds nothing."""
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def from_ranks(kind: str, tokens: list[bytes], name: str = "") -> Tokenizer:
-    """One of our own tokenizers from its ordinary tokens, in the order of their ranks. tiktoken merges any two tokens
-    whose bytes are a token, so all such pairs are listed."""
-    import tokenizers
+    """One of our own tokenizers from its ordinary tokens, in the order of their ids."""
+    special = {t: len(tokens) + i for i, t in enumerate((EOT, IM_START, IM_END))}
+    ranks = "" if kind == "byte" else "\n".join(base64.b64encode(t).decode() for t in tokens)
+    return Tokenizer({"kind": kind, "name": name or kind, "ranks": ranks, "special": special})
 
-    ranks, char = {token: rank for rank, token in enumerate(tokens)}, byte_to_unicode()
+
+def from_tiktoken(tokenizer: Tokenizer) -> Any:
+    """A tokenizers.Tokenizer that gives the ids of one of ours. tiktoken merges any two tokens whose bytes are a token,
+    so all such pairs are listed."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    ranks, char, merges = tokenizer.tiktoken._mergeable_ranks, byte_to_unicode(), []
     text = {token: "".join(char[b] for b in token) for token in ranks}
-    merges: list[tuple[bytes, bytes]] = []
-    for token in tokens:
+    for token in sorted(ranks, key=ranks.get):
         splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     vocab, pairs = {text[t]: rank for t, rank in ranks.items()}, [(text[a], text[b]) for a, b in merges]
-    return own_tokenizer(kind, tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=pairs)), name)
-
-
-def spec_of_format_1(spec: dict[str, Any]) -> dict[str, Any]:
-    """The spec of a file written before November 2026, which held the ranks of our own vocabularies."""
-    tokens = [base64.b64decode(t) for t in spec.get("ranks", "").split()] or [bytes([b]) for b in range(256)]
-    made = from_ranks(spec.get("kind", ""), tokens, spec.get("name", "")).spec
-    return {**made, **{k: v for k, v in spec.items() if k != "ranks"}}
+    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.kind != "byte")
+    backend.decoder, backend.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    special = sorted(tokenizer.special, key=tokenizer.special.get)
+    backend.add_special_tokens([AddedToken(t, special=True) for t in special])
+    return backend
 
 
 def gpt2_tokenizer() -> Tokenizer:
@@ -1070,7 +1107,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
         vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=progress, special_tokens=[]
     )
     bpe.train_from_iterator(texts, trainer)
-    return own_tokenizer("bpe", bpe)
+    to_byte, vocab = unicode_to_byte(), bpe.get_vocab()
+    tokens = [bytes(to_byte[c] for c in token) for token in sorted(vocab, key=vocab.get)]
+    return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
 
 
 @dataclass
@@ -3445,7 +3484,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
     """tokenizer.json and what goes with it."""
     ids, s = special_ids(tokenizer), tokenizer.fields
-    (folder / "tokenizer.json").write_text(s.json, encoding="utf-8")
+    (folder / "tokenizer.json").write_text(s.json or tokenizer.backend.to_str(), encoding="utf-8")
     bos, eos, pad = (None if i is None else tokenizer.backend.id_to_token(i) for i in ids.values())
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad,

@@ -331,7 +331,7 @@ def test_a_tokenizer_larger_than_the_model(cli):
     gpt, bpe = small("llama"), model.train_bpe([stdlib_source("textwrap")], 400)
     errors = [refusal(cli, gpt, tokenizer=bpe)]
     folder = export(cli, gpt)
-    (folder / "tokenizer.json").write_text(bpe.fields.json)
+    (folder / "tokenizer.json").write_text(bpe.backend.to_str())
     errors += [error_of(cli, folder, command) for command in ("sample", "chat")]
     assert all("400" in error and "259" in error for error in errors)
 
@@ -606,7 +606,7 @@ def test_a_model_of_transformers_opens(workdir, config):
     theirs.save_pretrained("shards", max_shard_size="20KB")
     assert len(list(Path("shards").glob("*.safetensors"))) > 3
     for name in ("one", "shards"):
-        (Path(name) / "tokenizer.json").write_text(model.byte_tokenizer().fields.json)
+        (Path(name) / "tokenizer.json").write_text(model.byte_tokenizer().backend.to_str())
         opened = model.open_model(name)
         c = opened.model.config
         assert_same_logits(opened.model, theirs)
@@ -987,7 +987,7 @@ def stand_ins(workdir, monkeypatch, gpt2, shakespeare) -> None:
     Path("conversations.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     teacher = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2))
     teacher.save_pretrained("openai-gpt2")
-    vocabulary = json.loads(gpt2.fields.json)
+    vocabulary = json.loads(gpt2.backend.to_str())
     vocabulary["added_tokens"] = [t for t in vocabulary["added_tokens"] if t["content"] == model.EOT]
     Path("openai-gpt2/tokenizer.json").write_text(json.dumps(vocabulary))  # as published: no chat tokens
     for name in ("7M", "120M"):
