@@ -3720,6 +3720,7 @@ class ModelArgs(Settings):
     variant: str | None = setting(None, "check that the model has this shape", VARIANTS)
 
 
+GPTFlags, TrainFlags = optional(GPTConfig), optional(TrainConfig)
 ContextArgs = optional(GPTConfig, "rope_scaling", "rope_factor", title="beyond the trained context")
 
 
@@ -3942,7 +3943,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
 
 
 @dataclass
-class TrainArgs(optional(GPTConfig), optional(TrainConfig), RunArgs, TokenizerArgs):
+class TrainArgs(GPTFlags, TrainFlags, RunArgs, TokenizerArgs):
     """run"""
 
     variant: str = setting("7M", "shape and recipe", VARIANTS)
@@ -3980,7 +3981,7 @@ LoopArgs = optional(GPTConfig, *LOOP, title="dropout and memory")
 
 
 @dataclass
-class FinetuneArgs(LoopArgs, ContextArgs, optional(TrainConfig), RunArgs, ModelArgs):
+class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     """finetuning"""
 
     lora_rank: int | None = setting(None, "train only adapters of this rank, merged on save", ge=0, le=65536)
@@ -4081,7 +4082,7 @@ def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
 
 
 @dataclass
-class DistillArgs(optional(GPTConfig), optional(TrainConfig), optional(DistillConfig), RunArgs):
+class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RunArgs):
     """teacher and student"""
 
     teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or hub id, or hf: by --teacher_variant",
@@ -4547,12 +4548,13 @@ def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
         group.add_argument(f"--{m['alias']}", **options | {"help": f"the same as --{f.name}"})
 
 
-def make_parser(name: str, show_all: bool = False) -> argparse.ArgumentParser:
+def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
     """The parser of a command: a group of flags for each of the dataclasses that its own is built of."""
-    c = COMMANDS[name]
+    c, show_all = COMMANDS[name], "--help_all" in words
+    table = f"\n\n{variants_table()}" if name == "train" and {"-h", "--help", "--help_all"} & set(words) else ""
     parser = argparse.ArgumentParser(
         prog=f"model.py {name}", usage=f"python model.py {name} [flags]", add_help=False,
-        description=f"{c.run.__doc__[0].upper()}{c.run.__doc__[1:]}." + f"\n\n{variants_table()}" * (name == "train"),
+        description=f"{c.run.__doc__[0].upper()}{c.run.__doc__[1:]}.{table}",
         epilog="\n".join(["examples:", *(f"  python model.py {example}" for example in c.examples)]),
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30,
                                           width=min(shutil.get_terminal_size().columns, 120)),
@@ -4585,7 +4587,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
         commands = ", ".join(COMMANDS)
         print(f"model.py: error: there is no command {name!r}{nearest(name, COMMANDS)}: {commands}", file=sys.stderr)
         sys.exit(2)
-    cls, parser = COMMANDS[name].args, make_parser(name, "--help_all" in words)
+    cls, parser = COMMANDS[name].args, make_parser(name, words)
     given, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(f"unknown flag {unknown[0]}{nearest(unknown[0].partition('=')[0], parser._option_string_actions)}")
