@@ -254,8 +254,10 @@ class GPTConfig(Settings):
 
     def __post_init__(self) -> None:
         # checkpoints of format 1, and --qk_norm alone, say whether; weights said where
-        where = "before_rope" if self.norm_weight else "after_rope"
-        self.qk_norm = {True: where, "true": where, False: "none", "false": "none"}.get(self.qk_norm, self.qk_norm)
+        if self.qk_norm in (True, "true"):
+            self.qk_norm = "before_rope" if self.norm_weight else "after_rope"
+        elif self.qk_norm in (False, "false"):
+            self.qk_norm = "none"
         super().__post_init__()
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
@@ -933,6 +935,9 @@ class Tokenizer:
         if self.is_ours:
             return from_tiktoken(self)
         with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
+            prefixed = re.search(r'"continuing_subword_prefix":\s*"[^"]', self.fields.json)
+            if prefixed and re.search(r'"type":\s*"BPE"', self.fields.json):
+                raise ValueError("a BPE with a continuing_subword_prefix")  # which can abort the process
             return as_text(tokenizers.Tokenizer.from_str(self.fields.json))
 
     @functools.cached_property
@@ -2194,6 +2199,15 @@ class Int8Linear(nn.Module):
 
 
 @dataclass
+class Source(Settings):
+    """Data or a teacher of a run, and what tells whether they are still the same."""
+
+    path: str
+    digest: str | None = None
+    variant: str | None = None
+
+
+@dataclass
 class Checkpoint(Settings):
     """What a checkpoint holds: plain containers and tensors, which torch.load(..., weights_only=True) opens."""
 
@@ -2207,14 +2221,14 @@ class Checkpoint(Settings):
     step: int = 0
     block_size: int = 0  # of the training windows
     train_config: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)  # path and digest
+    data: dict[str, Any] = field(default_factory=dict)  # a Source
     metrics: dict[str, Any] = field(default_factory=dict)
     optimizer: list[dict[str, Any]] | None = None  # this and the scaler: only in what a run goes on from
     scaler: dict[str, Any] | None = None
-    lora_rank: int = 0
+    lora_rank: int = setting(0, "", ge=0)
     new_tokens: list[int] = field(default_factory=list)  # whose embeddings LoRA trains too
     distill: dict[str, Any] | None = None
-    teacher: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None  # a Source
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -2227,16 +2241,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
     with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     check_version(content, path)
-    if isinstance(content, dict) and content.get("format_version") == 1:
-        content = {k: v for k, v in content.items() if v is not None}
-        metrics = content.get("metrics", {})
-        parts = metrics.pop("running_parts", None) or [(), ()]
-        sums = {"loss": [metrics.pop("running_loss", 0.0), content.get("step", 0) - metrics.pop("logged_step", 0)]}
-        metrics["sums"] = sums | dict(zip(("divergence", "cross_entropy"), zip(*parts, strict=True), strict=False))
-        content.get("teacher", {}).pop("digest", None)  # it counted settings of that format
     c = from_dict(Checkpoint, content, path)
-    from_dict(GPTConfig, c.config, path)
-    from_dict(TrainConfig, c.train_config, path)
+    parts = {
+        GPTConfig: [c.config],
+        TrainConfig: [c.train_config],
+        DistillConfig: [c.distill],
+        Source: [c.data, c.teacher],
+    }
+    for cls, contents in parts.items():
+        for part in filter(None, contents):
+            from_dict(cls, part, path)
+    if c.format_version == 1:
+        with told_as(f"{path} is damaged"):
+            sums, m = c.metrics.pop("running_parts", None) or [(), ()], c.metrics
+            m["sums"] = dict(zip(("divergence", "cross_entropy"), zip(*sums, strict=True), strict=False))
+            m["sums"]["loss"] = m.pop("running_loss", 0.0), c.step - m.pop("logged_step", 0)
+            (c.teacher or {}).pop("digest", None)  # it counted settings of that format
     return c
 
 
@@ -3428,10 +3448,7 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
     from safetensors import SafetensorError, safe_open
 
     config = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
-    state = {name: torch.empty(shape, device=device) for name, shape in parameter_shapes(config).items()}
-    for name in state.keys() & {"wte.weight", "lm_head.weight"}:
-        state[name][config.vocab_size :] = 0
-    wanted = {theirs: (state[ours][rows], how) for theirs, ours, rows, how in hf_tensors(config)}
+    state, shapes, wanted = {}, parameter_shapes(config), {theirs: rest for theirs, *rest in hf_tensors(config)}
     prefix = next(iter(wanted)).partition(".")[0]  # which checkpoints of the bare transformer lack
     unused = (*HF_BUFFERS, "lm_head.weight", "embed_out.weight") if config.tie_word_embeddings else HF_BUFFERS
     for file in safetensors_files(folder):
@@ -3443,11 +3460,14 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
                 key = name if name in wanted else f"{prefix}.{name}"
                 if key not in wanted:
                     raise UserError(f"{file}: tensor {name} has no place in a {config.arch} of this config.json")
-                target, how = wanted.pop(key)
-                shape, theirs = list(hf_layout(target, how, config).shape), f.get_slice(name).get_shape()
-                if shape != theirs:
-                    raise UserError(f"{file}: tensor {name} has shape {theirs}, config.json says {shape}")
-                target.copy_(hf_layout(f.get_tensor(name), how, config, back=True))
+                ours, rows, how = wanted.pop(key)
+                expected = hf_layout(torch.empty(shapes[ours], device="meta")[rows], how, config)
+                if list(expected.shape) != (theirs := f.get_slice(name).get_shape()):
+                    wrong = f"tensor {name} has shape {theirs}, config.json says {list(expected.shape)}"
+                    raise UserError(f"{file}: {wrong}")
+                if ours not in state:  # memory is taken for what is there; rows of padding stay 0
+                    state[ours] = torch.zeros(shapes[ours], device=device)
+                state[ours][rows].copy_(hf_layout(f.get_tensor(name), how, config, back=True))
     if wanted:
         raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} are)")
     return build_model(config, state, folder)
@@ -3879,7 +3899,8 @@ def start_run(
     if state is None:
         files.clear()
     else:
-        run.resume(state)
+        with told_as(f"{files.last} is damaged, or was made by another model.py"):
+            run.resume(state)
         say(f"resuming {files.last} at step {state.step}")
     c, t, (train, val) = model.config, run.t, (len(data.splits[name].tokens) for name in ("train", "val"))
     say(f"{about['variant']} ({c.arch}): {count_parameters(c):,} parameters with a vocabulary of {c.vocab_size:,}; "
@@ -3902,7 +3923,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
     if not last.exists():
         raise UserError(f"nothing to resume: there is no {last}")
     c = load_checkpoint(last)
-    if c.kind != kind or c.optimizer is None:
+    if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
     ours = {**asdict(config), **asdict(t), **(c.distill or {}), **{f"teacher_{k}": v for k, v in teacher.items()}}
@@ -4014,6 +4035,10 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
 @dataclass
 class HFFinetuneArgs(Records, FinetuneArgs):
     """finetuning"""
+
+    @property
+    def default_name(self) -> str:
+        return f"hf_{super().default_name}"
 
     def data_in(self, tokenizer: Tokenizer, otherwise: str | None = None) -> Data:
         if not self.hf_dataset:

@@ -625,10 +625,11 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     if start == "theirs":
         save_theirs()
     flags = (*(("--lora_rank", lora) if lora else ()), "--eval_interval", 6, "--resid_pdrop", 0.1)
-    run, parts_name = {"start": start, "iters": 12, "command": command}, f"finetuned_{start.replace('base.pt', 'tiny')}"
-    torch.manual_seed(0)  # new tokens' rows
+    run, parts_name = (
+        {"start": start, "iters": 12, "command": command},
+        f"{command}d_{start.replace('base.pt', 'tiny')}",
+    )
     finetune(cli, *flags, "--name", "whole", **run).ok()
-    torch.manual_seed(0)
     stop_at(monkeypatch, 5)
     assert finetune(cli, *flags, **run).code == 130
     assert checkpoint(f"{parts_name}_model_last")["step"] == 5
@@ -665,7 +666,7 @@ def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
 
     def trained_on(data: str, *flags) -> tuple[str, int]:
         finetune(cli, "--overwrite", *flags, data=data, command="hf_finetune").ok()
-        path = Path(checkpoint("finetuned_tiny_model")["data"]["path"])
+        path = Path(checkpoint("hf_finetuned_tiny_model")["data"]["path"])
         return text_of(model.Data(path)), (path / "data.bin").stat().st_mtime_ns
 
     first = trained_on("a/talks")
@@ -695,10 +696,10 @@ def test_hf_finetune_does_not_replace_a_run_unasked(cli, base):
     """Not when it makes new data either; and a changed file is new data."""
     write_jsonl("talks.jsonl", TALKS[:40])
     finetune(cli, command="hf_finetune").ok()
-    first = Path("checkpoints/finetuned_tiny_model.pt").read_bytes()
+    first = Path("checkpoints/hf_finetuned_tiny_model.pt").read_bytes()
     write_jsonl("talks.jsonl", [{"utterances": ["Something new", "today."]}] * 40)
     assert "--overwrite" in finetune(cli, command="hf_finetune").error
-    assert Path("checkpoints/finetuned_tiny_model.pt").read_bytes() == first
+    assert Path("checkpoints/hf_finetuned_tiny_model.pt").read_bytes() == first
     finetune(cli, "--name", "second", command="hf_finetune").ok()
     assert "Something new" in text_of(model.Data(Path(checkpoint("second_model")["data"]["path"])))
 

@@ -1,0 +1,139 @@
+"""Files with a field missing, or of another type or size: whatever a reader meets, it opens the file or says one
+sentence that names it; numbers out of range are refused before memory or time is spent."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model
+
+OLD = Path(__file__).with_name("old_files")
+MISSING = object()
+WRONG = [MISSING, None, "x", "", -1, 0, 10**9, 2.5, math.inf, True, [], [1], {}, {"a": 1}]
+
+
+def changes(content: dict) -> list[tuple[str, dict]]:
+    """The content with each of its fields left out or given each of the wrong values."""
+    made = []
+    for key in content:
+        for value in WRONG:
+            changed = {k: v for k, v in content.items() if k != key} | ({} if value is MISSING else {key: value})
+            made.append((f"{key}: {value!r:.20}", changed))
+    return made
+
+
+def opens_or_is_told(open_it, names: Path | str, what: str) -> bool:
+    """True if it opened. Anything but a UserError that names the file is a fault."""
+    try:
+        open_it()
+        return True
+    except model.UserError as e:
+        assert str(names) in str(e) and "\n" not in str(e), (what, str(e))
+        return False
+
+
+def count_told(cases: list, write, open_it, names: Path | str) -> int:
+    told = 0
+    for what, content in cases:
+        write(content)
+        told += not opens_or_is_told(open_it, names, what)
+    return told
+
+
+@pytest.mark.parametrize("part", [None, "config", "tokenizer", "train_config"])
+def test_checkpoints(workdir, part):
+    good = torch.load(OLD / "checkpoints/qwen3_model.pt", weights_only=True)
+    good = {**good, "format_version": model.FORMAT_VERSION}
+    good["metrics"]["sums"] = {"loss": [0.0, 1.0]}
+    cases = changes(good) if part is None else [(w, {**good, part: c}) for w, c in changes(good[part])]
+    write = lambda content: torch.save(content, "bad.pt")  # noqa: E731
+    assert count_told(cases, write, lambda: model.open_model("bad.pt"), "bad.pt") > len(cases) / 3
+    write(good)
+    model.open_model("bad.pt")
+
+
+@pytest.mark.parametrize(
+    "part", ["metrics", "data", "optimizer", "scaler", "lora_rank", "new_tokens", "distill", "teacher"]
+)
+def test_what_a_run_goes_on_from(cli, part):
+    """One sentence, exit status 1, and the checkpoint as it was."""
+    shutil.copytree(OLD, ".", dirs_exist_ok=True)
+    path = Path("checkpoints/muon_model_last.pt")
+    good = torch.load(path, weights_only=True)
+    for value in [v for v in WRONG if v is not MISSING]:
+        torch.save({**good, part: value}, path)
+        before = path.read_bytes()
+        done = cli("train", "--name", "muon", "--resume", "--max_iters", 5)
+        assert done.code == 0 or done.error and path.read_bytes() == before, value
+
+
+def test_meta_json(workdir):
+    shutil.copytree(OLD / "data/text", "text")
+    path, good = Path("text/meta.json"), json.loads(Path("text/meta.json").read_text())
+    write = lambda content: path.write_text(json.dumps(content))  # noqa: E731
+    cases = changes(good) + [(w, {**good, "tokenizer": t}) for w, t in changes(good["tokenizer"])]
+    assert count_told(cases, write, lambda: model.Data(Path("text")), "text") > len(cases) / 3
+    write(good)
+    model.Data(Path("text"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_files_of_an_export(workdir, file):
+    shutil.copytree(OLD / "exported", "exported")
+    path, good = Path("exported") / file, json.loads((OLD / "exported" / file).read_text())
+    cases = changes(good)
+    if file == "tokenizer.json":
+        cases += [(w, {**good, "model": m}) for w, m in changes(good["model"])]
+    write = lambda content: path.write_text(json.dumps(content))  # noqa: E731
+    assert count_told(cases, write, lambda: model.open_model("exported"), "exported") > 15
+
+
+RECORDS = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"utterances": ["a", "b"]}, {"instruction": "a", "input": "", "output": "b"}, {"prompt": "a", "completion": "b"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: next(iter(r)))
+def test_conversations(record):
+    """A record either is a conversation or is told; nothing else happens to it."""
+    cases = changes(record)
+    turns = next(iter(record.values()))
+    if isinstance(turns, list) and isinstance(turns[0], dict):
+        cases += [(w, {next(iter(record)): [turn, *turns[1:]]}) for w, turn in changes(turns[0])]
+    for what, changed in cases:
+        try:
+            messages = model.messages_of(changed)
+        except model.UserError as e:
+            assert "\n" not in str(e), what
+        else:
+            assert messages is None or all(isinstance(m["content"], str) for m in messages), what
+
+
+@pytest.mark.parametrize("command, flags", [
+    ("train", "--n_layer 1000000000"), ("train", "--n_embd 1000000000"), ("train", "--batch_size 1000000000"),
+    ("train", "--vocab_size 1000000000"), ("train", "--block_size 1000000000"), ("train", "--epochs inf"),
+    ("train", "--learning_rate inf"), ("train", "--logit_softcap -1"), ("train", "--seed 99999999999999999999"),
+    ("train", "--max_iters 99999999999999999999"), ("sample", "--seed 99999999999999999999"),
+    ("finetune", "--lora_rank -2"), ("sample", "--length -1"), ("sample", "--temperature nan"),
+    ("tokenize", "--dataset d --txt x --val_fraction -1"), ("tokenize", "--dataset d --txt x --val_fraction nan"),
+    ("hf_tokenize", "--dataset d --hf_dataset x --num_proc 1000000"), ("eval", "--stride 0"),
+])  # fmt: skip
+def test_numbers_out_of_range(cli, command, flags):
+    """Before anything is opened: none of the files that these commands would read is there."""
+    error = cli(command, *flags.split()).error
+    assert flags.split("--")[-1].split()[0] in error and "must be" in error
+
+
+def test_a_truncated_or_longer_data_bin(workdir):
+    shutil.copytree(OLD / "data/talks", "talks")
+    ids = np.fromfile("talks/data.bin", "<u2")
+    for changed in (ids[:-1], np.append(ids, 1), ids[:0]):
+        changed.astype("<u2").tofile("talks/data.bin")
+        assert not opens_or_is_told(lambda: model.Data(Path("talks")), "data.bin", str(len(changed)))
