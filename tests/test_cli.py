@@ -131,12 +131,15 @@ def test_greedy_sample_is_the_models_argmax(cli, run_files):
 
 
 def test_requirements_are_the_script_metadata():
-    """`uv run model.py` and `pip install -r requirements.txt` install the same."""
+    """`uv run model.py` and `pip install -r requirements.txt` install the same, on the Pythons that the README names."""
     head = re.match(r"# /// script\n(.*?)# ///\n", (ROOT / "model.py").read_text(), re.S).group(1)
     toml = "".join(line[2:] + "\n" for line in head.splitlines())
     dependencies = re.findall(r'^\s+"(.+)",$', toml.split("dependencies = [")[1], re.M)
     requirements = (ROOT / "requirements.txt").read_text().split()
     assert dependencies == requirements and all("==" in r for r in requirements)
+    oldest = re.search(r'requires-python = ">=(.+)"', toml).group(1)
+    assert f"needs Python {oldest} or newer" in (ROOT / "README.md").read_text()
+    assert f"py{oldest.replace('.', '')}" in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("command", model.COMMANDS)
