@@ -131,7 +131,7 @@ def test_greedy_sample_is_the_models_argmax(cli, run_files):
 
 
 def test_requirements_are_the_script_metadata():
-    """`uv run model.py` and `pip install -r requirements.txt` install the same, on the Pythons that the README names."""
+    """`uv run model.py` and `pip install -r requirements.txt` install the same, for the Pythons that README names."""
     head = re.match(r"# /// script\n(.*?)# ///\n", (ROOT / "model.py").read_text(), re.S).group(1)
     toml = "".join(line[2:] + "\n" for line in head.splitlines())
     dependencies = re.findall(r'^\s+"(.+)",$', toml.split("dependencies = [")[1], re.M)
