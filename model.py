@@ -2420,10 +2420,15 @@ def first_process_first() -> Iterator[None]:
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a line from the first process, above any progress bar."""
-    if rank() == 0:
-        tqdm.write(text, file=file or sys.stdout)
-        (file or sys.stdout).flush()
+    """Print a line from the first process, above any progress bar. That nobody reads it any more (train | head) is no
+    reason to stop."""
+    file = file or sys.stdout
+    try:
+        if rank() == 0:
+            tqdm.write(text, file=file)
+            file.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def progress_bar(**kwargs: Any) -> tqdm:
@@ -2600,7 +2605,8 @@ def merged_state(model: GPT) -> dict[str, Tensor]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT and SIGTERM while a run is in progress; the second Ctrl-C interrupts at once."""
+    """A list that receives SIGINT, SIGTERM and SIGHUP (a closed terminal) while a run is in progress; the second Ctrl-C
+    interrupts at once."""
     received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -2608,7 +2614,8 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    previous = {number: signal.signal(number, handle) for number in numbers if number}
     try:
         yield received
     finally:
@@ -2685,6 +2692,15 @@ def no_targets(where: Any, block_size: int) -> UserError:
     )
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a log: a line that a full disk or a kill tore is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict) and is_a(r.get("step"), int)]
+
+
 @dataclass(eq=False)
 class Run:
     """A run in progress: its files, where it stands, and what it writes down."""
@@ -2725,9 +2741,9 @@ class Run:
             return
         self.sums = {name: torch.tensor(pair, device=self.model.device) for name, pair in m["sums"].items()}
         if self.files.log.exists():
-            lines = read_file(self.files.log).splitlines(keepends=True)
+            records = [r for r in read_log(self.files.log) if r["step"] <= self.step]
             with atomic_write(self.files.log) as f:
-                f.write("".join(line for line in lines if json.loads(line)["step"] <= self.step).encode())
+                f.write("".join(json.dumps(r) + "\n" for r in records).encode())
 
     def batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This process's share of a step, on its way to the device, and the number of targets in the whole batch."""
@@ -4498,7 +4514,7 @@ def plot(a: PlotArgs) -> None:
     figure, axes = plt.subplots(figsize=(8, 5))
     for path in paths:
         with told_as(f"{path} is not a log"):
-            records = [json.loads(line) for line in read_file(path).splitlines()]
+            records = read_log(path)
             scored = [r for r in records if "val_loss" in r]
             best = f" (best {min(r['val_loss'] for r in scored):.3f})" if scored else ""
             (line,) = axes.plot([r[a.x] for r in records], [r["loss"] for r in records], alpha=0.35)
@@ -4644,6 +4660,9 @@ def keep_freed_memory() -> None:
 
 def main() -> None:
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a ? for what it cannot
     try:
         name, a = parse(sys.argv[1:])
         COMMANDS[name].run(a)

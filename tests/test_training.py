@@ -123,11 +123,12 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(cli, text_file, monkey
     assert_same_run("whole", "parts")
 
 
-def test_sigterm_saves_and_leaves(cli, text_file, monkeypatch):
-    stop_at(monkeypatch, 4, number=signal.SIGTERM)
-    assert cli("train", *BYTES, *TINY_RUN, "--max_iters", 50).code == 143
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_save_and_leave(cli, text_file, monkeypatch, number):
+    stop_at(monkeypatch, 4, number=number)
+    assert cli("train", *BYTES, *TINY_RUN, "--max_iters", 50).code == 128 + number
     assert checkpoint_of()["step"] == 4
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+    assert signal.getsignal(number) == signal.SIG_DFL  # handlers are put back
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -148,6 +149,31 @@ def test_ctrl_c_in_a_real_program(cli, text_file, workdir):
     assert program("train", "--name", "parts", "--resume", cwd=workdir).returncode == 0
     assert program(*run, "--name", "whole", cwd=workdir).returncode == 0
     assert_same_run("whole", "parts")
+
+
+@pytest.mark.parametrize(
+    "tear", [lambda text: text[:-20], lambda text: text + '{"step": 6, "lo', lambda text: "\x00" * 9]
+)
+def test_a_torn_log_does_not_stand_in_the_way(cli, text_file, monkeypatch, tear):
+    """As a full disk leaves it: whole lines are kept, the run goes on, and `plot` reads what is whole."""
+    stop_at(monkeypatch, 5)
+    cli("train", *BYTES, *TINY_RUN, "--max_iters", 8, "--log_interval", 1)
+    log = Path("checkpoints/7M_model.jsonl")
+    log.write_text(tear(log.read_text()))
+    cli("plot", "7M", "--output", "torn.png").ok()
+    cli("train", "--resume").ok()
+    assert [r["step"] for r in log_of()][-3:] == [6, 7, 8] and checkpoint_of()["step"] == 8
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.parametrize("env, after", [({"PYTHONIOENCODING": "ascii"}, ""), ({}, " | head -c 20")])
+def test_nothing_printed_ends_a_run(text_file, workdir, env, after):
+    """Not a terminal that is not UTF-8, nor one that has gone."""
+    text_file.write_text("é" * 30_000, encoding="utf-8")
+    run = ["train", *BYTES, *TINY_RUN, "--max_iters", 6, "--sample_interval", 1, "--log_interval", 1]
+    command = " ".join([sys.executable, str(ROOT / "model.py"), *map(str, run)]) + after
+    done = subprocess.run(command, shell=True, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert checkpoint_of()["step"] == 6 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_run_can_be_resumed_for_longer(cli, text_file):
