@@ -2623,11 +2623,11 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def compile_model(model: GPT, t: TrainConfig) -> None:
+def compile_model(model: GPT, t: TrainConfig, block_size: int) -> None:
     """torch.compile the blocks where asked, or where the work ahead pays for it: on a GPU from 200 steps on. Two CPU
     cores gain a tenth, nothing with narrow models, for half a minute at the start: from 1e15 FLOPs, an hour there."""
     c, kind = model.config, model.device.type
-    flops = training_flops_per_token(c) * t.max_iters * t.batch_size * c.block_size
+    flops = training_flops_per_token(c) * t.max_iters * t.batch_size * block_size
     pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and flops > 1e15
     if t.compile == "false" or t.compile == "auto" and not pays:
         return
@@ -2867,7 +2867,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
     """Train a model and leave its checkpoints and log. Everything random is a function of (seed, step), so a resumed
     run is bit for bit the run that was never stopped."""
     t, model = run.t, run.model
-    compile_model(model, t)
+    compile_model(model, t, run.block_size)
     model.train()
     run.start_clock()
     batches, n_targets = run.batches(run.step)
