@@ -111,7 +111,7 @@ def train_ours(
     model.keep_freed_memory()
     net = model.set_precision(model.GPT(c), t.dtype, training=True).train()
     optimizers, scaler = model.make_optimizers(net, t), torch.amp.GradScaler("cpu", enabled=False)
-    model.compile_model(net, t)
+    model.compile_model(net, t, net.config.block_size)
     params = list(net.parameters())
     batches = random_batches(warmup + steps, t.batch_size, c.block_size, vocab_size)
     n_targets = torch.tensor(float(t.batch_size * c.block_size))
