@@ -1301,9 +1301,9 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
         raise UserError(f"{wrong}: name the right --encoding (perhaps latin-1), or use --errors replace") from None
 
 
-def decodes(data: bytes, encoding: str = "utf-8") -> bool:
+def is_utf8(data: bytes) -> bool:
     try:
-        data.decode(encoding)
+        data.decode()
     except UnicodeDecodeError:
         return False
     return True
@@ -1563,8 +1563,9 @@ class Data:
         self.path, self.folder, starts, mask, val = path, path if path.is_dir() else path.parent, None, None, None
         where = self.folder / "meta.json"
         if where.exists() and (path.is_dir() or path.name == "data.bin"):
-            check_version(read_json(where), where)
-            meta = from_dict(Meta, read_json(where), where)
+            content = read_json(where)
+            check_version(content, where)
+            meta = from_dict(Meta, content, where)
             with told_as(str(where), UserError):
                 self.tokenizer = Tokenizer(meta.tokenizer)
             tokens = map_tokens(self.folder / "data.bin", meta.dtype)
@@ -1645,7 +1646,7 @@ def python_stdlib_data() -> Path:
     say(f"no --data given: making {folder} from the source of Python's standard library in {root}")
     left_out = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other people's; tables, not programs
     files = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size]
-    files = in_mixed_order([p for p in files if decodes(p.read_bytes())], root)
+    files = in_mixed_order([p for p in files if is_utf8(p.read_bytes())], root)
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
     tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=8192, source=str(root))
@@ -2753,7 +2754,10 @@ class Run:
         n_targets = torch.full((), float(sum(int((b["targets"] >= 0).sum()) for b in batches)), device=device)
         if device.type == "cuda":
             batches = [{k: v.pin_memory() for k, v in b.items()} for b in batches]
-        return [{k: v.to(device, non_blocking=True) for k, v in b.items()} for b in batches], all_reduce(n_targets)
+        on_device = [
+            {k: v if k == "blocks" else v.to(device, non_blocking=True) for k, v in b.items()} for b in batches
+        ]  # the numbers of the blocks are for the host
+        return on_device, all_reduce(n_targets)
 
     def start_clock(self) -> None:
         """From here on steps are timed; reports are not."""
