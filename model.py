@@ -2497,7 +2497,7 @@ def lr_factor(step: int, t: TrainConfig) -> float:
 def newton_schulz(g: Tensor) -> Tensor:
     """Orthogonalise a stack of matrices (n, rows, cols): singular values go to about 1 (Muon, Keller Jordan 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
+    x = g.float() if g.device.type == "cpu" and not cpu_has_bfloat16() else g.bfloat16()  # emulated: ten times slower
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

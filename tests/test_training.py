@@ -348,8 +348,9 @@ def test_two_processes_share_unequal_work(cli, workdir):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_equals_pytorchs_on_unfused_matrices(weight_decay):
+def test_muon_equals_pytorchs_on_unfused_matrices(weight_decay, monkeypatch):
     """q, k, v of a fused matrix and matrices of one shape, orthogonalised together here and one by one there."""
+    monkeypatch.setattr(model, "cpu_has_bfloat16", lambda: True)  # PyTorch's takes bfloat16 everywhere
     torch.manual_seed(0)
     shapes = {"qkv": [(32, 32), (8, 32), (8, 32)], "fc": [(64, 32), (64, 32)], "proj": [(32, 64)], "other": [(32, 64)]}
     fused, separate = [], []
