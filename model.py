@@ -27,12 +27,14 @@ import codecs
 import ctypes
 import difflib
 import functools
+import glob
 import hashlib
 import importlib
 import io
 import itertools
 import json
 import math
+import mmap
 import operator
 import os
 import platform
@@ -42,13 +44,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +63,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-FORMAT_VERSION = 2  # of checkpoints and of data folders; a reader refuses what is newer than itself
+FORMAT_VERSION = 3  # of checkpoints and of data folders, 3: with digests; a reader refuses what is newer than itself
 DATA_DIR = Path("data")
 CHECKPOINT_DIR = Path("checkpoints")
 
@@ -1203,17 +1206,105 @@ def read_schema(cls: type, path: Path) -> Any:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
-    """Write a file atomically: it appears under its name when it is whole and on the disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file atomically: it appears under its name when it is whole and on the disk, or not at all. What a kill
+    leaves is written over by the next."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        raise naming(path, e) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def naming(path: Path, e: OSError) -> OSError:
+    """An error with the name of the file: that of a full disk has none."""
+    return e if e.filename or not e.errno else OSError(e.errno, e.strerror, str(path))
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk too."""
+    with suppress(OSError):  # where a folder cannot be opened, as on Windows
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def locked(target: Path, wait: bool = False) -> Iterator[None]:
+    """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, with the holder, if
+    another one has it."""
+    path = target.with_name(f".{target.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        f = open(path, "a+")
+        try:
+            lock_file(f, wait)
+        except (BlockingIOError, PermissionError):
+            f.seek(0)
+            holder = f.read().strip() or "another program"
+            raise UserError(f"{target} is being written by {holder}: wait for it, or choose another name") from None
+        except OSError:
+            pass  # a file system without locks
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):  # else its holder has just removed it
+                break
+        f.close()
+    with f:
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+        f.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def lock_file(f: io.TextIOWrapper, wait: bool) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        f.seek(1 << 20)  # beyond the holder's name, which others must be able to read
+        msvcrt.locking(f.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside what is being made, and its lock. What a killed program left in it goes."""
+    scratch = target.with_name(f".{target.name}.scratch")
+    with locked(target):
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file, 16 bytes in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as f, progress_bar(
+        total=path.stat().st_size, unit="B", unit_scale=True, desc=f"check {path.name}", delay=2
+    ) as bar:  # fmt: skip
+        while block := f.read(1 << 24):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -1221,26 +1312,41 @@ def write_json(path: Path, content: Any) -> None:
         f.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+MAX_DOWNLOAD = 100e9  # bytes
+
+
 def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> None:
-    """Fetch a URL into a file. Raises UserError when it cannot be had, or not all of it."""
+    """Fetch an http or https URL into a file. Raises UserError when it cannot be had, not all of it, or it is endless:
+    larger than MAX_DOWNLOAD or the free disk, or slower than 1 kB/s."""
     import http.client
-    import socket
     import urllib.error
     import urllib.request
 
+    def get() -> None:
+        with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as f:
+            if not response.url.startswith(("http://", "https://")):  # after redirects
+                raise ValueError(f"it leads to {response.url}, and only http and https can be fetched")
+            length = int(response.headers.get("Content-Length") or 0)
+            limit, begun = min(MAX_DOWNLOAD, shutil.disk_usage(path.parent).free), time.monotonic()
+            with progress_bar(total=length or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+                while max(length, f.tell()) <= limit and (block := response.read1(1 << 20)):
+                    f.write(block)
+                    bar.update(len(block))
+                    if (seconds := time.monotonic() - begun) > 2 * timeout and f.tell() < 1000 * seconds:
+                        raise ValueError(f"the server sends less than 1 kB/s: gave up after {seconds:.0f} s")
+            if max(length, f.tell()) > limit:
+                raise ValueError(f"it has more than {limit / 1e9:,.1f} GB, the limit or the room on the disk")
+            if f.tell() < length:
+                raise OSError(f"got only {f.tell()} out of {length} bytes")
+
     for attempt in range(retries):
         try:
-            socket.setdefaulttimeout(timeout)
-            with progress_bar(unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
-                urllib.request.urlretrieve(url, path, lambda n, size, total: bar.update(size if n else 0))
-            return
+            return get()
         except (OSError, ValueError, http.client.HTTPException) as e:  # URLError and time-outs are OSErrors
             permanent = isinstance(e, (ValueError, http.client.InvalidURL))
             if permanent or isinstance(e, urllib.error.HTTPError) and e.code < 500 or attempt == retries - 1:
                 raise UserError(f"cannot download {url}: {getattr(e, 'reason', None) or e}") from None
             time.sleep(2**attempt)
-        finally:
-            socket.setdefaulttimeout(None)  # of the whole process
 
 
 def text_files(sources: list[str], scratch: Path) -> list[Path]:
@@ -1364,22 +1470,27 @@ class Meta(Settings):
     digest: str = ""  # of the ids
     source: Any = None  # where they are from, and with which options they were made
     tokenizer: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # of the folder, each with its digest
     format_version: int = setting(FORMAT_VERSION, "", ge=1)
+
+
+DATA_FILES = ("data.bin", "mask.bin", "starts.bin")
 
 
 class DataWriter:
     """Writes a data folder. data.bin: token ids, little-endian uint16 or uint32, no header. For conversations also
     mask.bin (one byte a token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
-    token). All is written beside the folder; meta.json goes into it last, so a folder that has one is whole.
+    token). All is written beside the folder, under its lock; meta.json comes last, so a folder that has one is whole.
 
     With a key, which says what is being written, save_progress makes what was written so far a state that a later
     writer of the same key goes on from; `state` is what the caller gave with it, None at the start.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, overwrite: bool, key: str | None = None) -> None:
+        self.folder, self.part, self.key = folder, part_of(folder), key
+        settle(folder)
         if (folder / "meta.json").exists() and not overwrite:
             raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
-        self.folder, self.part, self.key = folder, folder.with_name(f".{folder.name}.part"), key
         self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer.n_vocab)
         saved = read_json(self.part / "progress.json", {}) if key else {}
         if not key or saved.get("key") != key:
@@ -1387,18 +1498,24 @@ class DataWriter:
             shutil.rmtree(self.part, ignore_errors=True)
         self.part.mkdir(parents=True, exist_ok=True)
         self.state, self.n_tokens, self.n_targets = saved.get("counted", (None, 0, 0))
-        self.files = {name: open(self.part / name, "ab") for name in ("data.bin", "mask.bin", "starts.bin")}
+        self.files = {name: open(self.part / name, "ab") for name in DATA_FILES}
         for name, f in self.files.items():
             f.truncate(saved.get(name, 0))
 
     def __enter__(self) -> "DataWriter":
         return self
 
-    def __exit__(self, kind: type | None, *error: Any) -> None:
+    def close(self) -> None:
         for f in self.files.values():
             f.close()
+
+    def __exit__(self, kind: type | None, error: Exception | None, *traceback: Any) -> None:
+        with suppress(OSError):  # of what could not be written
+            self.close()
         if kind is None or not self.key or issubclass(kind, UserError):
             shutil.rmtree(self.part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise naming(self.part, error) from None
 
     def write(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Append ids; with a mask, they are a conversation."""
@@ -1431,22 +1548,40 @@ class DataWriter:
         starts = np.fromfile(self.part / "starts.bin", "<u8")
         if len(starts) and val_fraction:  # validation begins with a conversation
             val_start = int(starts[min(np.searchsorted(starts, val_start), len(starts) - 1)])
-        with open(self.part / "data.bin", "rb") as f:
-            digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        meta = Meta(self.dtype.name, self.n_tokens, val_start, digest, source, self.tokenizer.spec)
+        written = [name for name, f in self.files.items() if f.tell()]
+        self.close()
+        digests = {name: file_digest(self.part / name) for name in written}
+        digest, spec = digests["data.bin"], self.tokenizer.spec
+        meta = Meta(self.dtype.name, self.n_tokens, val_start, digest, source, spec, digests)
         write_json(self.part / "meta.json", asdict(meta))
-        (self.part / "progress.json").unlink(missing_ok=True)
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is not whole
-        for name in (*self.files, "meta.json"):
-            if (self.part / name).stat().st_size:
-                os.replace(self.part / name, self.folder / name)
-            else:
-                (self.folder / name).unlink(missing_ok=True)
+        settle(self.folder)
         per_token = f", {n_bytes / self.n_tokens:.2f} bytes per token" if n_bytes else ""
         say(f"{self.folder}: {self.n_tokens:,} tokens{per_token}, tokenizer {self.tokenizer.name}; validation begins "
             f"at token {val_start:,} ({self.n_tokens - val_start:,} tokens)")  # fmt: skip
         return meta
+
+
+def part_of(folder: Path) -> Path:
+    """Where a data folder is written before it stands under its name."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+def settle(folder: Path) -> None:
+    """Put what was written for a data folder in its place, if it is whole: also what a killed program left so."""
+    part = part_of(folder)
+    if not (part / "meta.json").exists():
+        return
+    wanted = read_schema(Meta, part / "meta.json").files
+    folder.mkdir(exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is not whole
+    for name in DATA_FILES:
+        if name not in wanted:
+            (folder / name).unlink(missing_ok=True)
+        elif (part / name).exists():
+            os.replace(part / name, folder / name)
+    os.replace(part / "meta.json", folder / "meta.json")
+    sync_folder(folder)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def tokenize_text(
@@ -1456,9 +1591,8 @@ def tokenize_text(
 ) -> Meta:  # fmt: skip
     """Make a data folder of text sources (see text_files). Memory does not grow with the text.
     `source` is what meta.json says of where the text is from, if not the list of sources."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tokenize-", dir=folder.parent) as scratch:
-        files = text_files(sources, Path(scratch))
+    with scratch_folder(folder) as scratch:
+        files = text_files(sources, scratch)
         total = sum(p.stat().st_size for p in files)
 
         def documents(desc: str) -> Iterator[Iterator[str]]:
@@ -1562,6 +1696,9 @@ class Data:
     def __init__(self, path: Path, tokenizer: str | Tokenizer = "gpt2") -> None:
         self.path, self.folder, starts, mask, val = path, path if path.is_dir() else path.parent, None, None, None
         where = self.folder / "meta.json"
+        if path.is_dir() and part_of(path).exists():  # what is there may be whole, or being written
+            with suppress(UserError, OSError), locked(path):
+                settle(path)
         if where.exists() and (path.is_dir() or path.name == "data.bin"):
             content = read_json(where)
             check_version(content, where)
@@ -1572,6 +1709,10 @@ class Data:
             if len(tokens) != meta.n_tokens or meta.val_start > meta.n_tokens:
                 counts = f"{len(tokens):,} tokens and should have {meta.n_tokens:,}"
                 raise UserError(f"{self.folder / 'data.bin'} has {counts}: truncated or replaced; run tokenize again")
+            for name in DATA_FILES if rank() == 0 else ():
+                known = {"data.bin": meta.digest, **meta.files}.get(name)
+                if known and file_digest(self.folder / name) != known:
+                    raise UserError(f"{self.folder / name} is damaged: its digest differs; run tokenize again")
             if (self.folder / "starts.bin").exists():
                 starts = map_tokens(self.folder / "starts.bin", "uint64").astype(np.int64)
                 mask = map_tokens(self.folder / "mask.bin", "uint8")
@@ -1915,7 +2056,8 @@ def tokenize_records(
     key = json.dumps([source, tokenizer.digest]) if r.streaming else None
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int64)
     saved_at, kinds = time.monotonic(), set()
-    with DataWriter(folder, tokenizer, overwrite, key) as writer, progress_bar(unit=" records", desc="tokenize") as bar:
+    bar = progress_bar(unit=" records", desc="tokenize")
+    with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
         if writer.state is not None:
             say(f"resuming after {writer.n_tokens:,} tokens")
@@ -2224,6 +2366,7 @@ class Checkpoint(Settings):
     train_config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # a Source
     metrics: dict[str, Any] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)  # the run's records so far: the file beside it is a copy
     optimizer: list[dict[str, Any]] | None = None  # this and the scaler: only in what a run goes on from
     scaler: dict[str, Any] | None = None
     lora_rank: int = setting(0, "", ge=0)
@@ -2232,17 +2375,74 @@ class Checkpoint(Settings):
     teacher: dict[str, Any] | None = None  # a Source
 
 
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+SEAL = b"sha256:"  # begins the comment that ends a checkpoint, which is a zip archive; the digest follows
+
+
+class Sealing:
+    """A file for torch.save, which counts the digest as it is written, and keeps the error of a full disk or a second
+    Ctrl-C, of which PyTorch makes a riddle."""
+
+    def __init__(self, f: io.BufferedWriter) -> None:
+        self.f, self.digest, self.error = f, hashlib.sha256(), None
+
+    def write(self, data: bytes) -> int:
+        try:
+            n = self.f.write(data)
+        except BaseException as e:
+            self.error = e
+            raise
+        self.digest.update(data)
+        return n
+
+    def flush(self) -> None:
+        self.f.flush()
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
+    """Write a checkpoint atomically; `before` is called when it is whole and about to take the place of an earlier."""
     with atomic_write(path) as f:
-        torch.save({"format_version": FORMAT_VERSION, **checkpoint}, f)
+        sealing = Sealing(f)
+        try:
+            torch.save({"format_version": FORMAT_VERSION, **checkpoint}, sealing)
+        except RuntimeError as e:
+            raise sealing.error or e.__context__ or e from None
+        seal = SEAL + sealing.digest.hexdigest().encode()
+        f.seek(-2, os.SEEK_END)  # where the archive says how long its comment is
+        f.write(len(seal).to_bytes(2, "little") + seal)
+        before()
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends in the digest of its contents; format 3 has one. Raises ValueError if it is another."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
+        end = len(m) - len(SEAL) - 64
+        if m[max(end, 0) : end + len(SEAL)] != SEAL:
+            return False
+        with memoryview(m) as view, view[: end - 2] as content:
+            digest = hashlib.sha256(content)
+        digest.update(b"\0\0")
+        if m[end + len(SEAL) :] != digest.hexdigest().encode():
+            raise ValueError("its digest differs")
+        return True
+
+
+def read_archive(path: Path) -> tuple[Any, bool]:
+    """What is in a checkpoint, and whether it is known to be whole. Only tensors and plain containers are unpickled, so
+    a file that would run code is refused."""
+    with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
+        sealed = is_sealed(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), sealed
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Only tensors and plain containers are unpickled, so a file that would run code is refused."""
-    with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return as_checkpoint(path, *read_archive(path))
+
+
+def as_checkpoint(path: Path, content: Any, sealed: bool) -> Checkpoint:
     check_version(content, path)
     c = from_dict(Checkpoint, content, path)
+    if c.format_version >= 3 and not sealed:
+        raise UserError(f"{path} is damaged: it does not end in its digest")
     parts = {
         GPTConfig: [c.config],
         TrainConfig: [c.train_config],
@@ -2313,6 +2513,16 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
     return opened
 
 
+EXPORT_LIST = "export.json"  # names the files of an export, which --overwrite may replace, each with its digest
+
+
+def export_digests(folder: Path) -> dict[str, str]:
+    """The files of an export, by name; without a digest in those of format 2."""
+    listed = read_json(folder / EXPORT_LIST, {}) if folder.is_dir() else {}
+    listed = dict.fromkeys(listed, "") if is_a(listed, list[str]) else listed
+    return {k: v for k, v in listed.items() if Path(k).name == k} if is_a(listed, dict[str, str]) else {}
+
+
 def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path, lora_rank: int = 0) -> GPT:
     """A GPT that takes over the tensors of a state dictionary, which must fit it exactly."""
     with torch.device("meta"):
@@ -2367,6 +2577,9 @@ class Reporting(Settings):
     eval_tokens: int = setting(65536, "validation tokens of an evaluation: always the same blocks", ge=0)
     log_interval: int = setting(10, "steps between records of the log", ge=1)
     sample_interval: int = setting(0, "steps between samples (0: a quarter of the run; -1: none)", ge=-1)
+    save_minutes: float = setting(10.0, "minutes between saves, besides those of evaluations (0: none)", ge=0)
+    keep: int = setting(2, "latest states that are kept, besides the best model", ge=1, le=1000)
+    max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite loss; they are skipped", ge=1)
 
 
 @dataclass
@@ -2511,30 +2724,36 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices.
 
     The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
-    matrix part by part: `rows` says how many rows each part has, for each parameter."""
+    matrix part by part: `rows` says how many rows each part has, for each parameter. As in PyTorch's fused optimizers a
+    found_inf of 1 skips the step, without a word to the host."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.found_inf = torch.zeros((), device=params[0].device)
         self.rows = dict(zip(params, rows, strict=True))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        bad = self.found_inf > 0
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
+            new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
             by_shape = defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                buffer.lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(buffer, momentum)  # Nesterov
-                p.mul_(1 - lr * group["weight_decay"])
+                grad = p.grad.masked_fill(bad, 0.0)
+                buffer.lerp_(grad, new)
+                update = grad.lerp(buffer, momentum)  # Nesterov
+                p.mul_(kept)
                 for part in zip(p.split(self.rows[p]), update.split(self.rows[p]), strict=True):
                     by_shape[part[0].shape].append(part)
             for (rows, cols), pairs in by_shape.items():
                 updates = newton_schulz(torch.stack([u for _, u in pairs]))
+                updates *= torch.where(bad, 0.0, -lr * max(1, rows / cols) ** 0.5)
                 for (p, _), update in zip(pairs, updates, strict=True):
-                    p.add_(update, alpha=-lr * max(1, rows / cols) ** 0.5)
+                    p.add_(update)
 
 
 def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -2641,29 +2860,54 @@ def compile_model(model: GPT, t: TrainConfig, block_size: int) -> None:
 
 
 class RunFiles:
-    """What a run writes: the best model, the state to go on from, and the log."""
+    """What a run writes: the best model, the latest states to go on from, and the log."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, overwrite: bool) -> None:
         if Path(name).name != name:
             raise UserError(f"--name {name!r} must be a plain name: that of files under {CHECKPOINT_DIR}/")
-        ends = (".pt", "_last.pt", ".jsonl")
+        self.overwrite, self.run, ends = overwrite, CHECKPOINT_DIR / name, (".pt", "_last.pt", ".jsonl")
         self.model, self.last, self.log = (CHECKPOINT_DIR / f"{name}_model{end}" for end in ends)
 
-    def check_free(self, overwrite: bool) -> None:
-        """Raise UserError if a run of this name is there and must not be overwritten."""
-        there = next((p for p in (self.model, self.last) if p.exists()), None)
-        if there and not overwrite:
-            raise UserError(f"{there} is already there: go on with --resume, --overwrite it, or choose a --name")
+    def state(self, i: int) -> Path:
+        return self.last if i == 1 else self.last.with_suffix(f".{i}.pt")
 
-    def clear(self) -> None:
-        """Remove an earlier run of this name. A missing permission shows now, not after the first hour."""
-        if world_size() > 1:
-            torch.distributed.barrier()  # all have checked
-        if rank() == 0:
-            with atomic_write(self.log):  # an empty log
-                pass
-            for p in (self.model, self.last):
-                p.unlink(missing_ok=True)
+    def states(self) -> list[Path]:
+        """What there is to go on from, the newest first: NAME_model_last.pt, NAME_model_last.2.pt, ..."""
+        found = {1: self.last} if self.last.exists() else {}
+        for path in CHECKPOINT_DIR.glob(f"{glob.escape(self.last.stem)}.*.pt"):
+            if (number := path.stem.rpartition(".")[2]).isdecimal():
+                found[int(number)] = path
+        return [found[i] for i in sorted(found)]
+
+    def check_free(self) -> None:
+        """Raise UserError if a run of this name is there and must not be overwritten."""
+        states = self.states()
+        if not self.overwrite and (there := next((p for p in (self.model, *states) if p.exists()), None)):
+            go_on = "go on with --resume, " if states else "it has no state to resume from; "
+            raise UserError(f"{there} is already there: {go_on}--overwrite it, or choose a --name")
+
+    def latest(self) -> tuple[Path, "Checkpoint"]:
+        """The newest whole state."""
+        for path in self.states():
+            try:
+                found = read_archive(path)
+            except UserError as e:
+                if path == self.states()[-1]:
+                    raise
+                aside = path.with_suffix(".damaged")
+                say(f"{e}; it is now {aside.name}, and the state before it is taken", sys.stderr)
+                os.replace(path, aside)
+            else:
+                return path, as_checkpoint(path, *found)
+        raise UserError(f"nothing to resume: there is no {self.last}")
+
+    def rotate(self, keep: int) -> None:
+        """Make room for a new state, of which `keep` in all are kept."""
+        for path in self.states()[max(keep - 1, 1) :]:
+            path.unlink()
+        for i in range(len(self.states()) if keep > 1 else 0, 0, -1):
+            if self.state(i).exists():
+                os.replace(self.state(i), self.state(i + 1))
 
 
 def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -2702,6 +2946,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict) and is_a(r.get("step"), int)]
 
 
+overlapped_from = 4 * 300_000_000  # bytes of weights
+
+
 @dataclass(eq=False)
 class Run:
     """A run in progress: its files, where it stands, and what it writes down."""
@@ -2715,8 +2962,13 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf  # validation loss
+    best_step: int = 0
     results: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     sums: dict[str, Tensor] = field(default_factory=dict)  # since the last record, (sum, count) by name
+    records: list[str] = field(default_factory=list)  # of the log
+    written: int = 0  # how many of them the log's file has
+    saving: threading.Thread | None = None
+    failed: Exception | None = None  # what became of it
 
     def __post_init__(self) -> None:
         model, t, self.split = self.model, self.t, self.data.splits["train"]
@@ -2729,22 +2981,29 @@ class Run:
         self.optimizers = make_optimizers(model, t)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.first_bad = torch.full((), math.inf, device=model.device)  # the first step that was not finite
+        # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
+        self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
+        self.saved_at, self.replaces = time.monotonic(), self.files.model.exists() or bool(self.files.states())
 
     def resume(self, c: Checkpoint) -> None:
         """Stand where a checkpoint was saved; records of the log after it, which will come again, are dropped."""
+        self.replaces = False  # an earlier run of this name
         self.step, m = c.step, c.metrics
         self.seconds, self.best, self.results = m["seconds"], m["best_val_loss"], m["last"]
+        self.best_step = m.get("best_step", 0)
         for optimizer, state in zip(self.optimizers, c.optimizer, strict=True):
             optimizer.load_state_dict(state)
         self.scaler.load_state_dict(c.scaler)
         if rank() > 0:
             return
         self.sums = {name: torch.tensor(pair, device=self.model.device) for name, pair in m["sums"].items()}
-        if self.files.log.exists():
-            records = [r for r in read_log(self.files.log) if r["step"] <= self.step]
-            with atomic_write(self.files.log) as f:
-                f.write("".join(json.dumps(r) + "\n" for r in records).encode())
+        self.records = c.log
+        if c.format_version < 3 and self.files.log.exists():
+            self.records = [json.dumps(r) for r in read_log(self.files.log) if r["step"] <= self.step]
+        self.write_log()
+        best = self.files.model  # a kill may have come between the state and the best model, which is the same
+        if self.best_step == self.step and not (best.exists() and load_checkpoint(best).step == self.step):
+            save_checkpoint(best, self.checkpoint(m["sums"], whole=False))
 
     def batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This process's share of a step, on its way to the device, and the number of targets in the whole batch."""
@@ -2777,25 +3036,31 @@ class Run:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.params, self.t.grad_clip or math.inf)
+        bad = ~(self.grad_norm + all_reduce(sums["loss"][0].clone())).isfinite()
+        for p in self.params if bad.device.type == "mps" else ():  # whose fused AdamW does not ask for found_inf
+            p.grad = None if p.grad is None else p.grad.masked_fill(bad, 0.0)
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            optimizer.found_inf = bad.float()  # of all, so that none of them goes ahead alone
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.step += 1
-        loss = sums["loss"][0]
-        watched = loss if self.scaler.is_enabled() else loss + self.grad_norm
-        self.first_bad = torch.where(watched.isfinite(), self.first_bad, self.first_bad.clamp(max=self.step))
-        self.sums = {name: self.sums.get(name, 0) + pair for name, pair in sums.items()}
+        row = (self.bad[0] + 1) * bad
+        last = torch.where(bad, self.step, self.bad[3])
+        self.bad = torch.stack((row, torch.maximum(row, self.bad[1]), self.bad[2] + bad, last))
+        self.sums = {name: self.sums.get(name, 0) + torch.where(bad, 0.0, pair) for name, pair in sums.items()}
 
     def due(self, stop: list[int]) -> set[str]:
-        """What is to be done after this step: any of record, evaluate, sample and stop."""
+        """What is to be done after this step: any of record, evaluate, sample, save and stop."""
         t = self.t
         intervals = {"record": t.log_interval, "evaluate": t.eval_interval or max(1, t.max_iters // 10),
                      "sample": t.sample_interval or max(1, t.max_iters // 4)}  # fmt: skip
         due = {what for what, n in intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
+        late = t.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * t.save_minutes
+        flags = [len(stop), int(late)]
         if world_size() > 1:  # all together, and asked only where they wait for a GPU anyway
-            stop = due and all_reduce(torch.full((), float(len(stop)), device=self.model.device)).item()
-        return due | {"stop"} if stop else due
+            flags = all_reduce(torch.tensor(flags, device=self.model.device)).tolist() if due else [0, 0]
+        return due | {what for what, flag in zip(("stop", "save"), flags, strict=True) if flag}
 
     def report(self, due: set[str], bar: tqdm, prompt: str) -> None:
         """Do what is due. Here, and nowhere else between two steps, the host waits for a GPU."""
@@ -2805,31 +3070,30 @@ class Run:
         self.seconds += elapsed
         if evaluated := "evaluate" in due:
             self.results = self.evaluate(self.model)
-        self.check_finite()
+        bad = self.check_finite()
         if evaluated or "record" in due:
-            if not totals["loss"][1]:
+            if not totals["loss"][1] and not bad:
                 raise no_targets(self.data.path, self.block_size)
             record = {
                 "step": self.step, "tokens": self.step * t.batch_size * self.block_size,
                 "seconds": round(self.seconds, 2), **{name: total / max(n, 1) for name, (total, n) in totals.items()},
                 "lr": self.optimizers[0].param_groups[0]["lr"], "grad_norm": self.grad_norm.item(),
                 "tokens_per_s": round((self.step - since) * t.batch_size * self.block_size / elapsed),
-                **(self.results if evaluated else {}),
+                **bad, **(self.results if evaluated else {}),
             }  # fmt: skip
             totals, self.sums = {}, {}
+            self.bad[1:] = 0
             bar.set_postfix_str("loss {loss:.3f}, lr {lr:.2e}, {tokens_per_s:,} tokens/s".format_map(record))
-            if rank() == 0:
-                with open(files.log, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(record) + "\n")
+            self.records.append(json.dumps(record))
+            self.write_log()
         if evaluated:
             say("step {step}: loss {loss:.4f}, val_loss {val_loss:.4f}, perplexity {val_ppl:.2f}, {val_bpb:.4f} bits "
                 "per byte, {tokens_per_s:,} tokens/s".format_map(record))  # fmt: skip
         if improved := evaluated and self.results["val_loss"] < self.best:
-            self.best = self.results["val_loss"]
-        if improved or "stop" in due and not files.model.exists():
-            self.save(files.model, totals)
-        if evaluated or "stop" in due:
-            self.save(files.last, totals)
+            self.best, self.best_step = self.results["val_loss"], self.step
+        if evaluated or due & {"save", "stop"}:
+            has_model = files.model.exists() and not self.replaces
+            self.save(improved or "stop" in due and not has_model, totals)
         if "sample" in due and rank() == 0:
             tokenizer, length = self.data.tokenizer, min(100, self.block_size)
             ids, settings = tokenizer.prompt(prompt), SamplingSettings()
@@ -2837,22 +3101,47 @@ class Run:
             say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
         self.start_clock()
 
-    def check_finite(self) -> None:
-        bad = self.first_bad.item()
+    def check_finite(self) -> dict[str, Any]:
+        """What the log says of skipped steps. Raises UserError if there are too many, or the model is not finite."""
+        _, longest, count, last = self.bad.tolist()
+        kept = self.files.last
+        kept = "no checkpoint was written yet" if self.replaces or not kept.exists() else f"the last good one is {kept}"
+        remedy = f"{kept}; try a lower --learning_rate, a longer --warmup_iters or --dtype float32"
+        if longest >= self.t.max_bad_steps:
+            in_a_row = f"the loss or its gradient was not finite in {longest} steps in a row, up to step {last}"
+            raise UserError(f"{in_a_row}: {remedy}")
         if not math.isfinite(self.results.get("val_loss", 0.0)):
-            bad = min(bad, self.step)
-        if math.isfinite(bad):
-            last = self.files.last
-            kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-            raise UserError(f"the loss or its gradient is not finite at step {int(bad)}: {kept}; try a lower "
-                            "--learning_rate, a longer --warmup_iters or --dtype float32")  # fmt: skip
+            raise UserError(f"the validation loss is not finite at step {self.step}: {remedy}")
+        if not count:
+            return {}
+        blocks = self.sampler(last - 1).tolist()
+        if not self.scaler.is_enabled():  # which looks for its scale in this way
+            say(f"skipped {count} step(s), the last of them {last}: no finite loss or gradient (data blocks {blocks})")
+        return {"bad_steps": count, "bad_step": last, "bad_blocks": blocks}
 
-    def save(self, path: Path, sums: dict[str, list[float]]) -> None:
-        """Write a checkpoint: files.last has all that a run needs to go on."""
-        if rank() > 0:
+    def write_log(self) -> None:
+        """Bring the log's file up to the records. Checkpoints hold them too, so a file that cannot be written is no
+        reason to stop."""
+        if rank() > 0 or self.replaces:
             return
-        model, data, whole = self.model, self.data, path == self.files.last
-        save_checkpoint(path, {
+        try:
+            lines = "".join(record + "\n" for record in self.records[self.written :])
+            if self.written:
+                with open(self.files.log, "a", encoding="utf-8") as f:
+                    f.write(lines)
+            else:
+                with atomic_write(self.files.log) as f:
+                    f.write(lines.encode())
+            self.written = len(self.records)
+        except OSError as e:
+            say(f"{self.files.log}: {e.strerror}; going on without it", sys.stderr)
+            self.written = 0
+
+    def checkpoint(self, sums: dict[str, list[float]], whole: bool) -> dict[str, Any]:
+        """What a checkpoint holds: all that the run needs to go on, or a model to use."""
+        model, data = self.model, self.data
+        metrics = {"seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step}
+        return {
             **self.extra,
             "config": asdict(model.config),
             "model": model.state_dict() if whole else merged_state(model),
@@ -2861,10 +3150,74 @@ class Run:
             "block_size": self.block_size,
             "train_config": asdict(replace(self.t, dtype=str(model.compute_dtype).removeprefix("torch."))),
             "data": {"path": str(data.path), "digest": data.digest},
-            "metrics": {"seconds": self.seconds, "best_val_loss": self.best, "last": self.results, "sums": sums},
+            "metrics": {**metrics, "last": self.results, "sums": sums},
+            "log": list(self.records),
             "optimizer": [o.state_dict() for o in self.optimizers] if whole else None,
             "scaler": self.scaler.state_dict() if whole else None,
-        })  # fmt: skip
+        }
+
+    def save(self, best: bool, sums: dict[str, list[float]]) -> None:
+        """Write the state to go on from, and the model if it is the best. From 300M parameters on this overlaps the
+        next steps, where there is memory for a copy; the next save, and the end, wait for it."""
+        if rank() > 0:
+            return
+        self.wait_for_save()
+        files, contents = self.files, [self.checkpoint(sums, whole=True)]
+        if best:
+            contents.append(self.checkpoint(sums, whole=False))
+
+        def write() -> None:
+            stale = [*files.states(), files.model] if self.replaces else []
+            save_checkpoint(files.last, contents[0], lambda: None if stale else files.rotate(self.t.keep))
+            if best:
+                save_checkpoint(files.model, contents[1])
+            for path in set(stale) - {files.last, *([files.model] if best else [])}:
+                path.unlink(missing_ok=True)
+            self.replaces = False
+
+        def try_to_write() -> None:
+            try:
+                write()
+            except Exception as e:
+                self.failed = e
+
+        n_bytes = 4 * sum(p.numel() for p in self.params)
+        if n_bytes >= overlapped_from and available_memory() > 6 * n_bytes:
+            contents = [on_host(content) for content in contents]
+            self.saving = threading.Thread(target=try_to_write, daemon=True)
+            self.saving.start()
+        else:
+            try_to_write()
+            self.wait_for_save()
+        self.saved_at = time.monotonic()
+
+    def wait_for_save(self) -> None:
+        if self.saving is not None:
+            self.saving.join()
+        self.saving, error, self.failed = None, self.failed, None
+        if isinstance(error, OSError):
+            whole = next((f"; {p} is whole: make room, and go on with --resume" for p in self.files.states()), "")
+            raise UserError(f"cannot save {error.filename} at step {self.step}: {error.strerror}{whole}") from error
+        if error is not None:
+            raise error
+        self.write_log()
+
+
+def on_host(x: Any) -> Any:
+    """A copy of containers of tensors in the CPU's memory."""
+    if isinstance(x, dict):
+        return {k: on_host(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [on_host(v) for v in x]
+    return x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x
+
+
+def available_memory() -> int:
+    """Bytes that the system could give, 0 where it does not say."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return 0
 
 
 def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
@@ -2891,8 +3244,10 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
                 run.report(due, bar, prompt)
             if "stop" in due:
                 bar.close()
+                run.wait_for_save()
                 say(f"stopped at step {run.step}: saved {run.files.last}; go on with --resume")
                 raise SystemExit(128 + (stop or [signal.SIGINT])[0])
+        run.wait_for_save()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2950,10 +3305,14 @@ class TeacherCache:
     """A teacher's top K probabilities of each position of each training block, made the first time a block is read.
 
     Beside the data, in teacher_cache/: ids.bin (uint32) and probs.bin (float16), (blocks, block_size, K); done.bin, a
-    byte a block; meta.json, which says for which teacher, data, temperature and shape. Files are sparse until filled.
+    byte a block; meta.json, which says for which teacher, data, temperature and shape.
     """
 
     def __init__(self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int) -> None:
+        with locked(folder, wait=True):
+            self.create(folder, meta, n_blocks, block_size, K)
+
+    def create(self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int) -> None:
         there = read_json(folder / "meta.json", {})
         if wrong := next((k for k in meta if there and there.get(k) != meta[k]), None):
             raise UserError(f"{folder} was made for another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is "
@@ -2965,7 +3324,10 @@ class TeacherCache:
 
         def open_array(name: str, dtype: str, *shape: int) -> np.memmap:
             with open(folder / name, "ab") as f:  # leaves alone what another process has begun
-                f.truncate(math.prod(shape) * np.dtype(dtype).itemsize)
+                size = math.prod(shape) * np.dtype(dtype).itemsize
+                if hasattr(os, "posix_fallocate"):  # a full disk shows now: a memory map would be killed by it
+                    os.posix_fallocate(f.fileno(), 0, size)
+                f.truncate(size)
             return np.memmap(folder / name, dtype, "r+", shape=shape)
 
         self.ids = open_array("ids.bin", "<u4", n_blocks, block_size, K)
@@ -3468,10 +3830,13 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
     from safetensors import SafetensorError, safe_open
 
     config = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
+    digests = export_digests(folder)
     state, shapes, wanted = {}, parameter_shapes(config), {theirs: rest for theirs, *rest in hf_tensors(config)}
     prefix = next(iter(wanted)).partition(".")[0]  # which checkpoints of the bare transformer lack
     unused = (*HF_BUFFERS, "lm_head.weight", "embed_out.weight") if config.tie_word_embeddings else HF_BUFFERS
     for file in safetensors_files(folder):
+        if digests.get(file.name) and file.exists() and file_digest(file) != digests[file.name]:
+            raise UserError(f"{file} is not as export wrote it: damaged; or remove {EXPORT_LIST} if you changed it")
         damaged = told_as(f"{file} cannot be read as safetensors", SafetensorError, FileNotFoundError)
         with damaged, safe_open(file, "pt") as f:
             for name in f.keys():
@@ -3876,7 +4241,7 @@ class RunArgs(DataArgs):
     """run"""
 
     name: str | None = setting(None, "checkpoints/NAME_model.pt (default: after the variant or model)")
-    resume: bool = setting(False, "go on with the run of this name")
+    resume: str = setting("false", "go on with the run of this name (auto: if there is one)", ("false", "true", "auto"))
     overwrite: bool = setting(False, "replace the run of this name")
 
 
@@ -3892,10 +4257,10 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
                 torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            files = RunFiles(a.name or a.default_name)
-            if a.resume:
+            files = RunFiles(a.name or a.default_name, a.overwrite)
+            if a.resume == "true" or a.resume == "auto" and files.states():
                 return resume_run(a, begin.__name__, files)
-            files.check_free(a.overwrite)
+            files.check_free()
             begin(a, functools.partial(start_run, files, kind=begin.__name__, arguments=sys.argv[1:]))
         finally:
             if distributed():
@@ -3915,34 +4280,35 @@ def start_run(
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
         loss_fn = make_distillation(teacher_model, data, block_size, about["teacher"]["digest"], about["distill"])
-    run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
-    if state is None:
-        files.clear()
-    else:
-        with told_as(f"{files.last} is damaged, or was made by another model.py"):
-            run.resume(state)
-        say(f"resuming {files.last} at step {state.step}")
-    c, t, (train, val) = model.config, run.t, (len(data.splits[name].tokens) for name in ("train", "val"))
-    say(f"{about['variant']} ({c.arch}): {count_parameters(c):,} parameters with a vocabulary of {c.vocab_size:,}; "
-        f"data {data.path}: {train:,} training and {val:,} validation tokens")  # fmt: skip
-    dtype = str(model.compute_dtype).removeprefix("torch.")
-    say(f"{t.max_iters:,} steps of {t.batch_size} x {block_size} tokens a step with {t.optimizer}, on {model.device} "
-        f"in {dtype}")  # fmt: skip
-    fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "\n")
+    with locked(files.run) if rank() == 0 else nullcontext():
+        if state is None:
+            files.check_free()  # once more, for that was before the data was made
+        run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
+        if state is not None:
+            with told_as(f"{files.last} is damaged, or was made by another model.py"):
+                run.resume(state)
+            say(f"resuming {files.run.name} at step {state.step}")
+        c, t, (train, val) = model.config, run.t, (len(data.splits[name].tokens) for name in ("train", "val"))
+        say(f"{about['variant']} ({c.arch}): {count_parameters(c):,} parameters with a vocabulary of {c.vocab_size:,}; "
+            f"data {data.path}: {train:,} training and {val:,} validation tokens")  # fmt: skip
+        dtype = str(model.compute_dtype).removeprefix("torch.")
+        say(f"{t.max_iters:,} steps of {t.batch_size} x {block_size} tokens a step with {t.optimizer}, on "
+            f"{model.device} in {dtype}")  # fmt: skip
+        fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "\n")
     say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python model.py sample "
         f"--model_checkpoint {files.model.name}")  # fmt: skip
 
 
 # What may change when a run is resumed: it does not change what is computed.
-FREE = {"max_iters", "epochs", "device", "compile", "log_interval", "sample_interval", "grad_accum"}
+FREE = {
+    "max_iters", "epochs", "device", "compile", "log_interval", "sample_interval", "grad_accum", "save_minutes", "keep",
+    "max_bad_steps",
+}  # fmt: skip
 
 
 def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
     """Go on with a run from its last state, with its own settings."""
-    last = files.last
-    if not last.exists():
-        raise UserError(f"nothing to resume: there is no {last}")
-    c = load_checkpoint(last)
+    last, c = files.latest()
     if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
@@ -3956,6 +4322,8 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
         )
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
     if c.step >= t.max_iters and not t.epochs:
+        if a.resume == "auto":
+            return say(f"{last} has reached step {c.step} of {t.max_iters}: done")
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
     data = a.data_in(own, c.data["path"])
@@ -4227,7 +4595,7 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
         raise UserError(f"cache_teacher is {K}: the vocabulary has only {n_vocab:,} tokens")
     if K:
         meta = {"teacher": digest, "data": data.digest, "temperature": d.temperature, "block_size": block_size,
-                "top_k": K, "format_version": FORMAT_VERSION}  # fmt: skip
+                "top_k": K}  # fmt: skip
         n_blocks = len(data.splits["train"].windows(block_size))
         cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K)
     return Distillation(teacher, d, n_vocab, cache)
@@ -4383,9 +4751,6 @@ class ExportArgs(ContextArgs, ModelArgs):
     overwrite: bool = setting(False, "replace an earlier export")
 
 
-EXPORT_LIST = "export.json"  # names the files of an export, which --overwrite may replace
-
-
 @command(
     "use",
     "export --variant 7M --model_path 7M_model.pt --output_dir exported_7M",
@@ -4398,15 +4763,12 @@ def export(a: ExportArgs) -> None:
     there = {p.name for p in output.iterdir()} if output.is_dir() else {output.name} if output.exists() else set()
     if there and not a.overwrite:
         raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
-    listed = read_json(output / EXPORT_LIST, []) if output.is_dir() else []
-    earlier = {f for f in listed if Path(f).name == f} if is_a(listed, list[str]) else set()
+    earlier = set(export_digests(output))
     if strangers := sorted(there - earlier):
         raise UserError(f"{output} holds {strangers[0]}, which no export wrote: --overwrite only replaces an "
                         "earlier export; choose another --output_dir")  # fmt: skip
     opened = open_named_model(a)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-        scratch = Path(folder)
+    with scratch_folder(output) as scratch:
         if gguf:
             file = scratch / f"{output.name}-{a.quantize}.gguf"
             export_gguf(opened, file, a.quantize, output.name)
@@ -4414,14 +4776,23 @@ def export(a: ExportArgs) -> None:
         else:
             difference = export_hf(opened, scratch, getattr(torch, a.dtype), a.max_shard_size, output.name)
             done = f"{output}: {opened.model.config.arch}, {a.dtype}; read back, logits differ by <= {difference:.1e}"
-        output.mkdir(exist_ok=True)
-        written = {file.name for file in scratch.iterdir()} | {EXPORT_LIST}
-        stale = set() if gguf else earlier - written  # quantizations lie side by side
-        write_json(scratch / EXPORT_LIST, sorted((earlier | written) - stale))
-        for name in written:
-            os.replace(scratch / name, output / name)
-        for name in stale:
-            (output / name).unlink(missing_ok=True)
+        weights = (".safetensors", ".gguf")  # the rest is text, which may be edited
+        written = {file.name: file_digest(file) if file.suffix in weights else "" for file in scratch.iterdir()}
+        kept = export_digests(output) if gguf else {}  # quantizations lie side by side
+        digests = {**kept, **written, EXPORT_LIST: ""}
+        if not there:
+            write_json(scratch / EXPORT_LIST, digests)
+            if output.exists():  # and is empty
+                output.rmdir()
+            os.replace(scratch, output)  # all at once
+        else:  # a kill from here on leaves files that are told by their digests, and may be replaced again
+            write_json(output / EXPORT_LIST, {**dict.fromkeys(earlier, ""), **digests})
+            for name in written:
+                os.replace(scratch / name, output / name)
+            for name in earlier - digests.keys():
+                (output / name).unlink(missing_ok=True)
+            write_json(output / EXPORT_LIST, digests)
+        sync_folder(output.parent)
     say(done)
 
 

@@ -380,7 +380,7 @@ def make_bad_checkpoint(kind: str, path: Path) -> None:
         if kind == "a newer version":
             checkpoint["format_version"] = model.FORMAT_VERSION + 1
         elif kind == "a newer version of other form":
-            checkpoint = {"format_version": 3, "weights": {}}
+            checkpoint = {"format_version": model.FORMAT_VERSION + 1, "weights": {}}
         elif kind == "a missing tensor":
             del checkpoint["model"]["blocks.1.mlp.fc.weight"]
         elif kind == "an extra tensor":
@@ -393,7 +393,7 @@ def make_bad_checkpoint(kind: str, path: Path) -> None:
             checkpoint["config"]["n_head"] = 7
         elif kind == "no tokenizer":
             checkpoint["tokenizer"] = {}
-        torch.save(checkpoint, path)
+        model.save_checkpoint(path, checkpoint)
 
 
 BAD = {
@@ -418,6 +418,7 @@ def test_a_bad_checkpoint(refused, run_files, kind):
 )
 def test_resuming_from_a_bad_checkpoint(refused, run_files, kind):
     make_bad_checkpoint(kind, Path("bad.pt"))
+    Path("checkpoints/7M_model_last.2.pt").unlink()
     shutil.move("bad.pt", "checkpoints/7M_model_last.pt")
     assert "7M_model_last.pt" in refused("train", "--resume", "--max_iters", 9)
     assert not Path("owned.txt").exists()

@@ -733,6 +733,7 @@ def llama(cli) -> Path:
 
 
 def change_tensors(folder: Path, change) -> None:
+    (folder / "export.json").unlink(missing_ok=True)  # whose digest would notice first
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
