@@ -941,6 +941,8 @@ class Tokenizer:
             prefixed = re.search(r'"continuing_subword_prefix":\s*"[^"]', self.fields.json)
             if prefixed and re.search(r'"type":\s*"BPE"', self.fields.json):
                 raise ValueError("a BPE with a continuing_subword_prefix")  # which can abort the process
+            if growth(json.loads(self.fields.json)) > 1e6:
+                raise ValueError("its replacements make a text a million times as long")
             return as_text(tokenizers.Tokenizer.from_str(self.fields.json))
 
     @functools.cached_property
@@ -1040,6 +1042,15 @@ def valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def growth(node: Any) -> float:
+    """How many times longer the replacements of a tokenizer.json can make a text, at most."""
+    if not isinstance(node, (dict, list)):
+        return 1.0
+    own = 1 + len(node["content"]) if isinstance(node, dict) and node.get("type") == "Replace" else 1
+    inner = (v for k, v in node.items() if k not in ("vocab", "merges")) if isinstance(node, dict) else node
+    return min(own * math.prod(map(growth, inner)), 1e12)
+
+
 def no_prefix(node: dict[str, Any]) -> dict[str, Any] | None:
     """A node of a tokenizer.json without what puts a space before a text."""
     if node.get("type") == "Prepend":
@@ -1102,6 +1113,13 @@ def byte_tokenizer() -> Tokenizer:
     return from_ranks("byte", [bytes([b]) for b in range(256)])
 
 
+def bounded_words(texts: Iterable[str], longest: int = 4096) -> Iterator[str]:
+    """Texts without words of megabytes, on which the learning of a vocabulary would take hours."""
+    for text in texts:
+        whole = max(map(len, text.split()), default=0) <= longest
+        yield from [text] if whole else (text[i : i + longest] for i in range(0, len(text), longest))
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
     """A byte-level BPE of vocab_size tokens, special ones included, learned from texts with GPT-2's split pattern."""
     import tokenizers
@@ -1114,7 +1132,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=progress, special_tokens=[]
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(bounded_words(texts), trainer)
     to_byte, vocab = unicode_to_byte(), bpe.get_vocab()
     tokens = [bytes(to_byte[c] for c in token) for token in sorted(vocab, key=vocab.get)]
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
@@ -1322,10 +1340,16 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
     import urllib.error
     import urllib.request
 
+    class OnlyHTTP(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, to: str) -> Any:
+            if not to.startswith(("http://", "https://")):
+                raise ValueError(f"it leads to {to}, which is not allowed: only http and https are")
+            return super().redirect_request(request, fp, code, msg, headers, to)
+
+    opener = urllib.request.build_opener(OnlyHTTP)
+
     def get() -> None:
-        with urllib.request.urlopen(url, timeout=timeout) as response, open(path, "wb") as f:
-            if not response.url.startswith(("http://", "https://")):  # after redirects
-                raise ValueError(f"it leads to {response.url}, and only http and https can be fetched")
+        with opener.open(url, timeout=timeout) as response, open(path, "wb") as f:
             length = int(response.headers.get("Content-Length") or 0)
             limit, begun = min(MAX_DOWNLOAD, shutil.disk_usage(path.parent).free), time.monotonic()
             with progress_bar(total=length or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
@@ -1889,17 +1913,63 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
     return tokenizer.fields.chat_template or (CHATML if {IM_START, IM_END} <= tokenizer.special.keys() else None)
 
 
-@functools.lru_cache(maxsize=4)
-def compiled_template(template: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # as transformers compiles them; torch brings jinja2
+# Templates of strangers are programs, which may never end, so a process of its own renders them, as transformers does:
+# in a sandbox (torch brings jinja2). A line of JSON for each conversation.
+RENDERER = """
+import functools, json, sys, time
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def raise_exception(message: str) -> None:
-        raise UserError(f"the chat template refuses this conversation: {message}")
+if sys.platform == "linux":
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-    environment.filters["tojson"] = lambda x, **kwargs: json.dumps(x, ensure_ascii=False, **kwargs)
-    return environment.from_string(template)
+def raise_exception(message):
+    raise ValueError(f"it refuses this conversation: {message}")
+
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+environment.filters["tojson"] = lambda x, **kwargs: json.dumps(x, ensure_ascii=False, **kwargs)
+compiled = functools.lru_cache(maxsize=4)(environment.from_string)
+for line in sys.stdin:
+    try:
+        template, values = json.loads(line)
+        answer = [compiled(template).render(**values), None]
+    except BaseException as e:
+        answer = [None, str(e) or type(e).__name__]
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def renderer(pid: int) -> subprocess.Popen:
+    """The renderer of the process pid."""
+    command = [sys.executable, "-c", RENDERER]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def render_template(template: str, values: dict[str, Any], seconds: float = 10.0) -> str:
+    """A template's text. Raises UserError for what it raises, or if it takes too long."""
+    if template == CHATML:
+        turns = [f"{IM_START}{m['role']}\n{m['content'].strip()}{IM_END}\n" for m in values["messages"]]
+        return "".join(turns) + f"{IM_START}assistant\n" * values["add_generation_prompt"]
+    child = renderer(os.getpid())
+    timer = threading.Timer(seconds, child.kill)
+    timer.start()
+    try:
+        child.stdin.write(json.dumps([template, values]) + "\n")
+        child.stdin.flush()
+        answer = child.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    finally:
+        timer.cancel()
+    if not answer:
+        renderer.cache_clear()
+        raise UserError(f"it takes more than {seconds:g} seconds or 1 GB")
+    text, error = json.loads(answer)
+    if error is not None:
+        raise UserError(error)
+    return text
 
 
 def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
@@ -1909,8 +1979,9 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
         raise UserError(f"{tokenizer.name} has no chat template: finetune the model on conversations first")
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
     tokens = {k: getattr(tokenizer.fields, k) or "" for k in ("bos_token", "eos_token")}
-    with told_as("the chat template cannot be used"):  # a template is a program, and raises what it likes
-        return compiled_template(template).render(messages=clean, add_generation_prompt=add_generation_prompt, **tokens)
+    values = {"messages": clean, "add_generation_prompt": add_generation_prompt, **tokens}
+    with told_as("the chat template cannot be used", Exception, UserError):  # it raises what it likes
+        return render_template(template, values)
 
 
 def encode_conversation(
@@ -1981,6 +2052,9 @@ class Records(ChatFormat):
         where = (
             f"cannot read {path}" if path.exists() else f"{path} is no local data set, and not to be had from the Hub"
         )
+        for file in [path] if path.is_file() else path.glob("*"):
+            if RECORD_FILES.get(file.suffix) == "json" and file.is_file():
+                check_nesting(file)
         with told_as(where):  # datasets, huggingface_hub, pyarrow and httpx each have their own
             if (path / "state.json").exists():
                 table = datasets.load_from_disk(str(path))
@@ -2025,6 +2099,27 @@ class Records(ChatFormat):
                 return
 
 
+def check_nesting(path: Path, deepest: int = 200) -> None:
+    """Raise UserError for JSON so deep that pyarrow's reader would crash."""
+    depth = 0
+    with open(path, "rb") as f:
+        while block := b"".join(f.readlines(1 << 24)):
+            bare = np.frombuffer(re.sub(rb'"(?:[^"\\]|\\.)*"', b"", block), np.uint8)
+            opened, closed = (np.isin(bare, list(brackets)) for brackets in (b"[{", b"]}"))
+            depths = depth + np.cumsum(opened.astype(np.int8) - closed, dtype=np.int32)
+            if depths.max(initial=0) > deepest:
+                raise UserError(f"{path} is JSON nested more than {deepest} levels deep")
+            depth = max(int(depths[-1]) if len(depths) else depth, 0)
+
+
+@functools.cache
+def workers_end_with_program() -> None:
+    """Have the processes that `datasets` forks end when the program is killed, on Linux."""
+    if sys.platform == "linux":
+        libc, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
+        os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+
+
 def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, Any]:
     """Token ids of a record, and the mask of targets if it is a conversation; in this process or one of `datasets`',
     from which a UserError would come back as another class."""
@@ -2063,6 +2158,7 @@ def tokenize_records(
             say(f"resuming after {writer.n_tokens:,} tokens")
             records.load_state_dict(writer.state)
         if r.num_proc > 1 and not r.streaming:
+            workers_end_with_program()
             kind = Features(ids=[Value("int64")], mask=[Value("uint8")], error=Value("string"))
             rows = records.map(encode, num_proc=r.num_proc, remove_columns=records.column_names, features=kind)
         else:

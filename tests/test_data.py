@@ -165,7 +165,8 @@ PAGE = ("A page of text, é. " * 2000).encode()  # 40,000 bytes
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/flaky: an error twice, then whole. /short, /cut, /healing (twice): fewer bytes than promised. /slow: none."""
+    """/flaky: an error twice, then whole. /short, /cut, /healing (twice): fewer bytes than promised. /slow: none.
+    /endless, /dripping: without end. /huge: by its header. /to_ftp, /to_file: elsewhere."""
 
     requests: list[str] = []
 
@@ -175,14 +176,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         early = self.requests.count(name) < 3
         if status := {"missing": 404, "forbidden": 403, "broken": 503, "flaky": 503 if early else 0}.get(name):
             return self.send_error(status)
+        if name.startswith("to_"):
+            self.send_response(302)
+            self.send_header("Location", {"to_ftp": "ftp://127.0.0.1/x", "to_file": "file:///etc/hosts"}[name])
+            return self.end_headers()
         self.send_response(200)
         if name == "cut":  # a chunk that never ends
             self.send_header("Transfer-Encoding", "chunked")
-        elif name != "no_length":
+        elif name == "huge":
+            self.send_header("Content-Length", str(10**15))
+        elif name not in ("no_length", "endless", "dripping"):
             self.send_header("Content-Length", str(len(PAGE)))
         self.end_headers()
         if name == "slow":
             threading.Event().wait(1)  # not time.sleep, which is skipped
+        elif name in ("endless", "dripping"):
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(PAGE if name == "endless" else b"x")
+                    threading.Event().wait(0.02)
         elif name == "cut":
             self.wfile.write(b"ffff\r\n" + PAGE[:1000])
         else:
@@ -223,10 +235,14 @@ def test_a_url_is_fetched_whole(tokenize, server, path, requests):
     ("/cut.txt", "", 3),
     ("http://127.0.0.1:1/x.txt", "", 0), ("http://no-such-host.invalid/x", "", 0),
     ("ftp://example.org/x", "only http", 0), ("http://127.0.0.1:port/x", "", 0),
+    ("/endless.txt", "more than 0.0 GB", 1), ("/huge.txt", "more than 0.0 GB", 1),
+    ("/dripping.txt", "less than 1 kB", 1), ("/to_file.txt", "not allowed", 1), ("/to_ftp.txt", "not allowed", 1),
 ])  # fmt: skip
-def test_a_url_that_cannot_be_had(tokenize, server, path, words, requests):
+def test_a_url_that_cannot_be_had(tokenize, server, monkeypatch, path, words, requests):
     """A part of a file is never taken for the whole; what may pass is tried again, what may not is not."""
     url = path if "://" in path else server + path
+    monkeypatch.setattr(model, "MAX_DOWNLOAD", 1e6)
+    monkeypatch.setattr(model, "download", functools.partial(model.download, timeout=0.5))
     error = tokenize(url).error
     assert url in error and words in error
     assert len(Handler.requests) == requests and nothing_left()

@@ -1,5 +1,6 @@
 """Runs that nothing can lose, and files that are not trusted: kills, full disks, two programs of one name, damage."""
 
+import contextlib
 import json
 import os
 import random
@@ -430,3 +431,81 @@ def test_a_full_disk_at_every_write(workdir, text_file):
             assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
         finally:
             subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files from strangers
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENDLESS_TEMPLATES = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a huge width": "{{ '%999999999999d' % 1 }}",
+    "doubling": "{% set n = namespace(s='x') %}{% for a in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "two calls of itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "no end of its own": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "code": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS_TEMPLATES)
+def test_a_template_that_never_ends(kind):
+    """An error, in time and without the memory; the next template is rendered as if nothing had been."""
+    begun = time.monotonic()
+    with pytest.raises(model.UserError):
+        model.render_template(ENDLESS_TEMPLATES[kind], {"messages": []}, seconds=1)
+    assert time.monotonic() - begun < 5
+    assert model.render_template("{{ messages | length }}", {"messages": [1, 2]}) == "2"
+
+
+def test_replacements_that_explode(workdir):
+    byte = json.loads(model.byte_tokenizer().backend.to_str())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    for n, is_told in ((5, False), (40, True)):
+        byte["normalizer"] = {"type": "Sequence", "normalizers": [double] * n}
+        Path("tokenizer.json").write_text(json.dumps(byte))
+        if is_told:
+            with pytest.raises(model.UserError, match="a million times"):
+                model.hf_tokenizer(Path("tokenizer.json")).encode("a")
+        else:
+            assert len(model.hf_tokenizer(Path("tokenizer.json")).encode("a")) == 32
+
+
+def test_a_word_of_megabytes(cli):
+    Path("word.txt").write_text("".join(random.Random(0).choices("abcdefgh", k=3_000_000)))
+    begun = time.monotonic()
+    cli("tokenize", "--dataset", "d", "--txt", "word.txt", "--tokenizer", "bpe", "--vocab_size", 2000).ok()
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a":' * 100_000 + "1" + "}" * 100_000, "[\n" * 100_000, '{"a":"\\"","b":[' * 100_000]
+)
+def test_json_of_a_hundred_thousand_levels(cli, line):
+    Path("deep.jsonl").write_text('{"text": "[[[[{{{{"}\n' * 100 + line + "\n")
+    assert "levels deep" in cli("hf_tokenize", "--hf_dataset", "deep.jsonl", "--dataset", "d").error
+    assert "levels deep" in cli("tokenize", "--txt", "deep.jsonl", "--dataset", "d").error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_workers_end_with_the_program(workdir):
+    Path("many.jsonl").write_text("".join(json.dumps({"text": "word " * 2000}) + "\n" for _ in range(3000)))
+    command = ["hf_tokenize", "--hf_dataset", "many.jsonl", "--dataset", "d", "--num_proc", "2", "--tokenizer", "byte"]
+    run = subprocess.Popen([sys.executable, str(ROOT / "model.py"), *command], stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    found: list[str] = []
+    while run.poll() is None and len(found) < 2:
+        time.sleep(0.05)
+        found = [p for p in children.read_text().split() if b"model.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    time.sleep(0.3)  # they begin with their first record
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 10
+    while any(map(is_running, found)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False
