@@ -29,7 +29,7 @@ import difflib
 import functools
 import glob
 import hashlib
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -56,12 +56,26 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_d
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
+
+
+class Later(type):
+    """A class whose attributes are classes of its kind, and whose instances decorate without effect."""
+
+    def __getattr__(cls, name: str) -> type:
+        return later
+
+
+later = Later("later", (), {"__init__": lambda self, *args, **kwargs: None, "__call__": lambda self, x: x})
+
+if __name__ == "__main__":  # a program reads its command line first, for which nobody should wait; see main
+    np = torch = nn = F = Tensor = later
+else:
+    import numpy as np
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from torch import Tensor
 
 FORMAT_VERSION = 3  # of checkpoints and of data folders, 3: with digests; a reader refuses what is newer than itself
 DATA_DIR = Path("data")
@@ -197,7 +211,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 # How an architecture is trained where that differs from the variant's own recipe.
 ARCH_RECIPES = {"nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0, embd_lr=0.2, beta1=0.8)}
 
-# Shapes and recipes. The published ones (NGen3, NGen4, TransformerLM) stand as published.
+# Shapes, and the recipes as their sources (NGen3, NGen4, TransformerLM) published them: those of --recipe published.
 VARIANTS: dict[str, dict[str, Any]] = {
     "7M": dict(arch="gpt2", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, learning_rate=3e-4),
     "26M": dict(arch="llama", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, learning_rate=5e-4,
@@ -211,6 +225,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1B": dict(arch="gpt2", n_layer=28, n_head=26, n_embd=1664, block_size=1024, batch_size=16, learning_rate=2e-4),
 }
 # fmt: on
+# How they are trained otherwise: the fastest learner that sweeps have found (tests/benchmarks/README.md), with GPT-2's
+# shapes as a qwen3. AdamW's rate, of the embedding and the norms, falls with the square root of the width.
+RECIPES = ("tuned", "published")
+PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for --help, which has no PyTorch to count
+    "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
+    "700M": 691777664, "1B": 1020117120,
+}  # fmt: skip
+TUNED: dict[str, Any] = dict(optimizer="muon", muon_lr=0.03, schedule="wsd", decay_fraction=0.4, weight_decay=0.1)
+TUNED_VARIANTS: dict[str, dict[str, Any]] = {"7M": dict(batch_size=8)}
 
 
 @dataclass
@@ -301,11 +324,13 @@ def round_up(n: float, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
-def make_config(variant: str, vocab_size: int, overrides: dict[str, Any]) -> GPTConfig:
+def make_config(variant: str, vocab_size: int, overrides: dict[str, Any], recipe: str = "tuned") -> GPTConfig:
     """The GPTConfig of a variant: its architecture's row, then its shape, then the user's own settings."""
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}{nearest(variant, VARIANTS)}")
     shape = {k: v for k, v in VARIANTS[variant].items() if k in {f.name for f in fields(GPTConfig)}}
+    if recipe == "tuned" and shape["arch"] == "gpt2":
+        shape["arch"] = "qwen3"
     arch = overrides.get("arch", shape["arch"])
     return GPTConfig(**{**ARCHS[arch], **shape, **overrides, "vocab_size": vocab_size})
 
@@ -724,20 +749,20 @@ def count_parameters(c: GPTConfig) -> int:
     return sum(shape.numel() for shape in parameter_shapes(c).values())
 
 
-def training_flops_per_token(c: GPTConfig) -> float:
+def training_flops_per_token(c: GPTConfig, n_parameters: int = 0) -> float:
     """FLOPs of a forward and backward pass per token: 6 per matmul parameter and 12 L H Q T for attention (PaLM,
     arXiv 2204.02311, appendix B). The embedding is a look-up and costs nothing; the head is a matmul."""
     lookups = (c.padded_vocab_size * (not c.tie_word_embeddings) + c.block_size * (c.pos_embd == "learned")) * c.n_embd
-    return 6 * (count_parameters(c) - lookups) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+    return 6 * ((n_parameters or count_parameters(c)) - lookups) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
 
-def training_memory_bytes(c: GPTConfig, micro_batch_size: int) -> float:
+def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int = 0) -> float:
     """Estimated bytes that training takes: weights, gradients and AdamW's two moments in float32, and the bfloat16
     activations that the backward pass reads (18 widths and two MLP widths a token and block)."""
     activations = micro_batch_size * c.block_size * c.n_layer * (10 * c.n_embd + (2 + 2 * c.is_glu) * c.n_inner) * 2
     if c.gradient_checkpointing:
         activations = activations / c.n_layer + micro_batch_size * c.block_size * c.n_layer * c.n_embd * 2
-    return 16 * count_parameters(c) + activations
+    return 16 * (n_parameters or count_parameters(c)) + activations
 
 
 # The head and the loss together. A vocabulary of 50,000 makes the logits the largest tensor of a small model's step by
@@ -2292,52 +2317,6 @@ def generate(
         yield new[:, 0]
 
 
-@torch.inference_mode()
-def speculative_generate(
-    model: GPT, draft: GPT, stats: dict[str, int], prompts: list[list[int]], max_new_tokens: int,
-    settings: SamplingSettings, generator: torch.Generator | None = None, n_draft: int = 4,
-) -> Iterator[Tensor]:  # fmt: skip
-    """generate for one prompt, with a small model's proposals: the same distribution, fewer passes of the large one
-    (arXiv 2211.17192, algorithm 1). The draft proposes n_draft tokens, the model scores them in one pass, each is kept
-    with probability min(1, p / q), and the first that is not is drawn again from max(p - q, 0). The next round has two
-    proposals more if all were kept, else one less, as in transformers. stats counts `proposed` and `accepted`."""
-    (prompt,) = prompts
-    limit, n_vocab = len(prompt) + max_new_tokens, min(model.config.vocab_size, draft.config.vocab_size)
-    context = min(model.config.context, draft.config.context)
-    if limit + n_draft > context:
-        need_room = f"prompt and --length need {limit + n_draft:,} tokens and a context is {context:,}"
-        raise UserError(f"{need_room}: shorten them, or leave --draft_checkpoint out")
-    caches = [KVCache(m, 1, limit + n_draft) for m in (model, draft)]
-    ids = torch.tensor([prompt], device=model.device)
-    stats.update(proposed=0, accepted=0)
-
-    def last_probs(m: GPT, cache: KVCache, n: int) -> list[Tensor]:
-        """The distributions (1, n_vocab) after each of the last n tokens of ids."""
-        logits = m.logits(m.hidden(ids[:, cache.length :], cache)[:, -n:])[..., :n_vocab]
-        return [next_token_probs(logits[:, i], settings, ids[:, : ids.size(1) - n + 1 + i]) for i in range(n)]
-
-    while ids.size(1) < limit:
-        before, q, kept = ids.size(1), [], 0
-        for _ in range(min(n_draft, limit - before - 1)):
-            q += last_probs(draft, caches[1], 1)
-            ids = torch.cat((ids, draw(q[-1], generator)[:, None]), dim=1)
-        p = last_probs(model, caches[0], len(q) + 1)
-        while kept < len(q):
-            token, u = ids[0, before + kept], torch.rand((), device=ids.device, generator=generator)
-            if u * q[kept][0, token] >= p[kept][0, token]:
-                break
-            kept += 1
-        stats["proposed"] += len(q)
-        stats["accepted"] += kept
-        n_draft = n_draft + 2 if kept == len(q) else max(1, n_draft - 1)
-        rest = p[kept] if kept == len(q) else (p[kept] - q[kept]).clamp(min=0)
-        ids = torch.cat((ids[:, : before + kept], draw(rest, generator)[:, None]), dim=1)
-        for cache in caches:  # forget what was not kept
-            cache.length = min(cache.length, ids.size(1) - 1)
-        for i in range(before, ids.size(1)):
-            yield ids[:, i]
-
-
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
     """The model in eval mode, and as it was afterwards."""
@@ -2659,6 +2638,7 @@ class Schedule(Settings):
 
     max_iters: int = setting(2000, "optimizer steps", ge=1, le=1 << 40, alias="finetune_iters")
     epochs: float = setting(0.0, "passes over the training data, instead of max_iters", ge=0, le=1e6)
+    max_minutes: float = setting(0.0, "as many steps as this machine does in so many minutes", ge=0, le=1e6)
     schedule: str = setting("cosine", "learning rate over time", ("cosine", "linear", "wsd", "constant"))
     warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)", ge=-1)
     min_lr_ratio: float = setting(0.1, "cosine: the last rate as a fraction of the peak", ge=0, le=1)
@@ -2669,7 +2649,7 @@ class Schedule(Settings):
 class Reporting(Settings):
     """evaluation and log"""
 
-    eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: a tenth of the run)", ge=0)
+    eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: 4 to 10 in a run)", ge=0)
     eval_tokens: int = setting(65536, "validation tokens of an evaluation: always the same blocks", ge=0)
     log_interval: int = setting(10, "steps between records of the log", ge=1)
     sample_interval: int = setting(0, "steps between samples (0: a quarter of the run; -1: none)", ge=-1)
@@ -2699,7 +2679,7 @@ class TrainConfig(Optimization, Schedule, Reporting, Machine):
 
 
 def distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "WORLD_SIZE" in os.environ and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def rank() -> int:
@@ -2803,10 +2783,10 @@ def lr_factor(step: int, t: TrainConfig) -> float:
     }[t.schedule]
 
 
-def newton_schulz(g: Tensor) -> Tensor:
+def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Orthogonalise a stack of matrices (n, rows, cols): singular values go to about 1 (Muon, Keller Jordan 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.float() if g.device.type == "cpu" and not cpu_has_bfloat16() else g.bfloat16()  # emulated: ten times slower
+    x = g.to(dtype)
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -2824,10 +2804,11 @@ class Muon(torch.optim.Optimizer):
     found_inf of 1 skips the step, without a word to the host."""
 
     def __init__(
-        self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
+        self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.found_inf = torch.zeros((), device=params[0].device)
+        self.dtype, self.found_inf = dtype, torch.zeros((), device=params[0].device)
         self.rows = dict(zip(params, rows, strict=True))
 
     @torch.no_grad()
@@ -2846,7 +2827,7 @@ class Muon(torch.optim.Optimizer):
                 for part in zip(p.split(self.rows[p]), update.split(self.rows[p]), strict=True):
                     by_shape[part[0].shape].append(part)
             for (rows, cols), pairs in by_shape.items():
-                updates = newton_schulz(torch.stack([u for _, u in pairs]))
+                updates = newton_schulz(torch.stack([u for _, u in pairs]), self.dtype)
                 updates *= torch.where(bad, 0.0, -lr * max(1, rows / cols) ** 0.5)
                 for (p, _), update in zip(pairs, updates, strict=True):
                     p.add_(update)
@@ -2865,7 +2846,9 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
     adamw = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
     optimizers = [torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), fused=True)]
     if muon:
-        optimizers.append(Muon(list(muon), list(muon.values()), lr=t.muon_lr, weight_decay=t.weight_decay))
+        # many CPUs only emulate bfloat16, ten times slower: there the model is in float32
+        dtype = model.compute_dtype if model.device.type == "cpu" else torch.bfloat16
+        optimizers.append(Muon(list(muon), list(muon.values()), t.muon_lr, 0.95, t.weight_decay, dtype))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -3079,6 +3062,12 @@ class Run:
         self.params = [p for p in model.parameters() if p.requires_grad]
         # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
+        evaluation = 4 * len(self.evaluate.blocks) * self.block_size // (t.batch_size * self.block_size)
+        self.intervals = {  # an evaluation costs a third of a step on as many tokens: at most a twelfth of the run
+            "record": t.log_interval,
+            "evaluate": t.eval_interval or max(1, t.max_iters // 10, min(evaluation, t.max_iters // 4)),
+            "sample": t.sample_interval or max(1, t.max_iters // 4),
+        }
         self.saved_at, self.replaces = time.monotonic(), self.files.model.exists() or bool(self.files.states())
 
     def resume(self, c: Checkpoint) -> None:
@@ -3120,8 +3109,33 @@ class Run:
 
     def set_rates(self) -> None:
         """The learning rates of this step."""
+        self.factor = lr_factor(self.step, self.t)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * lr_factor(self.step, self.t)
+            group["lr"] = group["peak_lr"] * self.factor
+
+    def fit_into(self, minutes: float, loss_fn: Callable) -> None:
+        """Fix the number of steps, so that the run takes about so long here: the time of a step is measured on some
+        that change nothing, for their rates are 0."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = 0.0
+        self.model.train()
+        (batches, n_targets), n, begun = self.batches(0), -2, 0.0  # two to warm up
+        while n < 3 or time.perf_counter() - begun < 0.01 * 60 * minutes:
+            if n == 0:
+                begun = time.perf_counter()
+            sums = accumulate_gradients(
+                model=self.model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=self.scaler
+            )
+            self.update(sums)
+            self.grad_norm.item()  # waits for a GPU
+            n += 1
+        step = (time.perf_counter() - begun) / n
+        total, evaluation = 0.97 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
+        steps = torch.tensor(min(total / (1 + 1 / 12), total - 4 * evaluation), device=self.model.device)
+        if world_size() > 1:
+            torch.distributed.broadcast(steps, 0)
+        self.t, self.step, self.sums = replace(self.t, max_iters=max(10, int(steps)), max_minutes=0.0), 0, {}
+        self.__post_init__()  # with optimizers that have seen nothing
 
     def update(self, sums: dict[str, Tensor]) -> None:
         """Apply the gradients of a step and count it. Nothing here waits for a GPU."""
@@ -3149,9 +3163,7 @@ class Run:
     def due(self, stop: list[int]) -> set[str]:
         """What is to be done after this step: any of record, evaluate, sample, save and stop."""
         t = self.t
-        intervals = {"record": t.log_interval, "evaluate": t.eval_interval or max(1, t.max_iters // 10),
-                     "sample": t.sample_interval or max(1, t.max_iters // 4)}  # fmt: skip
-        due = {what for what, n in intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
+        due = {what for what, n in self.intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
         late = t.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * t.save_minutes
         flags = [len(stop), int(late)]
         if world_size() > 1:  # all together, and asked only where they wait for a GPU anyway
@@ -3173,13 +3185,14 @@ class Run:
             record = {
                 "step": self.step, "tokens": self.step * t.batch_size * self.block_size,
                 "seconds": round(self.seconds, 2), **{name: total / max(n, 1) for name, (total, n) in totals.items()},
-                "lr": self.optimizers[0].param_groups[0]["lr"], "grad_norm": self.grad_norm.item(),
+                "lr": t.learning_rate * self.factor, "grad_norm": self.grad_norm.item(),
+                **({"muon_lr": t.muon_lr * self.factor} if t.optimizer == "muon" else {}),
                 "tokens_per_s": round((self.step - since) * t.batch_size * self.block_size / elapsed),
                 **bad, **(self.results if evaluated else {}),
             }  # fmt: skip
             totals, self.sums = {}, {}
             self.bad[1:] = 0
-            bar.set_postfix_str("loss {loss:.3f}, lr {lr:.2e}, {tokens_per_s:,} tokens/s".format_map(record))
+            bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s".format_map(record))
             self.records.append(json.dumps(record))
             self.write_log()
         if evaluated:
@@ -3320,7 +3333,6 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
     """Train a model and leave its checkpoints and log. Everything random is a function of (seed, step), so a resumed
     run is bit for bit the run that was never stopped."""
     t, model = run.t, run.model
-    compile_model(model, t, run.block_size)
     model.train()
     run.start_clock()
     batches, n_targets = run.batches(run.step)
@@ -4379,17 +4391,23 @@ def start_run(
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None:
             files.check_free()  # once more, for that was before the data was made
+        for left_over in CHECKPOINT_DIR.glob(f".{glob.escape(files.run.name)}_model*.tmp"):
+            left_over.unlink()
         run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
         if state is not None:
             with told_as(f"{files.last} is damaged, or was made by another model.py"):
                 run.resume(state)
             say(f"resuming {files.run.name} at step {state.step}")
-        c, t, (train, val) = model.config, run.t, (len(data.splits[name].tokens) for name in ("train", "val"))
-        say(f"{about['variant']} ({c.arch}): {count_parameters(c):,} parameters with a vocabulary of {c.vocab_size:,}; "
-            f"data {data.path}: {train:,} training and {val:,} validation tokens")  # fmt: skip
+        c, (train, val) = model.config, (len(data.splits[name].tokens) for name in ("train", "val"))
+        say(f"{about['variant']}: {count_parameters(c):,} parameters ({c.arch}, vocabulary of {c.vocab_size:,})")
+        say(f"data {data.path}: {train:,} tokens to train on, {val:,} held out for validation")
         dtype = str(model.compute_dtype).removeprefix("torch.")
-        say(f"{t.max_iters:,} steps of {t.batch_size} x {block_size} tokens a step with {t.optimizer}, on "
-            f"{model.device} in {dtype}")  # fmt: skip
+        compile_model(model, t, block_size)
+        if run.t.max_minutes:
+            say(f"measuring how many steps fit into {t.max_minutes:g} minutes")
+            run.fit_into(t.max_minutes, loss_fn)
+        say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens with {t.optimizer}, on {model.device} "
+            f"in {dtype}")  # fmt: skip
         fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "\n")
     say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python model.py sample "
         f"--model_checkpoint {files.model.name}")  # fmt: skip
@@ -4417,9 +4435,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
             f"--{wrong} differs from what {last} was made with: leave it out, or start anew with --overwrite"
         )
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
-    if c.step >= t.max_iters and not t.epochs:
-        if a.resume == "auto":
-            return say(f"{last} has reached step {c.step} of {t.max_iters}: done")
+    if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
     data = a.data_in(own, c.data["path"])
@@ -4438,17 +4454,30 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
 
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
-    """TrainConfig of a variant: its own recipe, then its architecture's, then the user's settings."""
+    """TrainConfig of a variant: the recipe that is asked for, then its architecture's, then the user's settings."""
+    lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
+    if len(lengths) > 1:
+        raise UserError(f"{' and '.join(lengths)} each say how long to train: give one of them")
     names, recipe = {f.name for f in fields(TrainConfig)}, {}
     if variant:
-        recipe = {k: v for k, v in VARIANTS[variant].items() if k in names} | ARCH_RECIPES.get(c.arch, {})
+        recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
+        if a.recipe == "tuned":
+            recipe |= {**TUNED, "learning_rate": 3e-3 * (c.n_embd / 128) ** -0.5, **TUNED_VARIANTS.get(variant, {})}
+        recipe |= ARCH_RECIPES.get(c.arch, {})
         if c.arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
             recipe |= dict.fromkeys(("learning_rate", "head_lr"), 0.004 * (c.n_embd / 768) ** -0.5)
     return TrainConfig(**{**recipe, **chosen(a, TrainConfig)})
 
 
 @dataclass
-class TrainArgs(GPTFlags, TrainFlags, RunArgs, TokenizerArgs):
+class RecipeArgs(RunArgs):
+    """run"""
+
+    recipe: str = setting("tuned", "tuned: learns fastest; published: the variant as its source has it", RECIPES)
+
+
+@dataclass
+class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
     """run"""
 
     variant: str = setting("7M", "shape and recipe", VARIANTS)
@@ -4469,13 +4498,17 @@ class TrainArgs(GPTFlags, TrainFlags, RunArgs, TokenizerArgs):
 def train(a: TrainArgs, start: Callable) -> None:
     """train a model; many GPUs with torchrun --nproc_per_node N model.py train"""
     overrides = chosen(a, GPTConfig)
-    train_config(a, a.variant, make_config(a.variant, 50259, overrides))  # a mistake shows before data is made
+    if a.data is None and not (a.max_iters or a.epochs or a.max_minutes):
+        a.max_minutes = 3.0  # the quickstart
+    train_config(
+        a, a.variant, make_config(a.variant, 50259, overrides, a.recipe)
+    )  # a mistake shows before data is made
     with first_process_first():
         data = open_data(a.data, a.tokenizer or "gpt2", a.vocab_size)
     if a.tokenizer in ("gpt2", "byte", "bpe") and data.tokenizer.kind != a.tokenizer:
         raise UserError(f"{data.path} was made with tokenizer {data.tokenizer.describe()}, and --tokenizer asks for "
                         f"{a.tokenizer}: leave it out, or tokenize the text under another name")  # fmt: skip
-    config = make_config(a.variant, data.tokenizer.n_vocab, overrides)
+    config = make_config(a.variant, data.tokenizer.n_vocab, overrides, a.recipe)
     t = train_config(a, a.variant, config)
     torch.manual_seed(t.seed)
     start(GPT(config), data, t, config.block_size, variant=a.variant)
@@ -4591,7 +4624,7 @@ def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
 
 
 @dataclass
-class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RunArgs):
+class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     """teacher and student"""
 
     teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or hub id, or hf: by --teacher_variant",
@@ -4668,7 +4701,7 @@ def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
         same_tokenizer(opened.tokenizer, "the student", data.tokenizer, data.path, "they must be the same")
         return opened.model
     if a.student_variant:
-        config = make_config(a.student_variant, data.tokenizer.n_vocab, overrides)
+        config = make_config(a.student_variant, data.tokenizer.n_vocab, overrides, a.recipe)
     elif a.init_from_teacher:
         overrides.pop("block_size", None)  # of the windows
         config = replace(teacher.config, **{"n_layer": max(1, teacher.config.n_layer // 2), **overrides})
@@ -4708,7 +4741,6 @@ class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
     length: int = setting(100, "tokens to generate", ge=1)
     num_samples: int = setting(1, "continuations, drawn as one batch", ge=1, le=1 << 16)
     stop: list[str] = setting([], r"end before any of these (\n is a line end)")
-    draft_checkpoint: str | None = setting(None, "a small model that drafts for this one (speculative decoding)")
 
 
 @command(
@@ -4719,30 +4751,18 @@ class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
 )
 def sample(a: SampleArgs) -> None:
     """generate text"""
-    device, tokens_from, stats = choose_device(a.device), None, {}
-    opened = open_named_model(a, device)
+    opened = open_named_model(a, choose_device(a.device))
     model, tokenizer = opened.model, opened.tokenizer
     prepare_generation(model, a.dtype, a.quantize)
     prompt = a.prompt if a.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.read()
     ids = tokenizer.prompt(prompt)
     if a.model_checkpoint is None:
         say(f"using {opened.path}", sys.stderr)
-    if a.draft_checkpoint:
-        if a.num_samples > 1:
-            raise UserError("--draft_checkpoint works on one sample at a time: leave --num_samples out")
-        draft = open_model(a.draft_checkpoint, device)
-        prepare_generation(draft.model, a.dtype, a.quantize)
-        same_tokenizer(draft.tokenizer, "the draft", tokenizer, "the model", "they must be the same")
-        tokens_from = functools.partial(speculative_generate, model, draft.model, stats)
     out = functools.partial(print, end="", flush=True)
     out(prompt)
     stop = [s.replace("\\n", "\n").replace("\\t", "\t") for s in a.stop]
-    texts = generate_text(
-        model, tokenizer, ids, a.length, a, a.num_samples, a.seed, stop, on_text=out, tokens_from=tokens_from, heal=True
-    )
+    texts = generate_text(model, tokenizer, ids, a.length, a, a.num_samples, a.seed, stop, on_text=out, heal=True)
     out("\n")
-    if stats:
-        say(f"accepted {stats['accepted']} of {stats['proposed']} drafted tokens", sys.stderr)
     for text in texts[1:]:
         out(f"---\n{prompt}{text}\n")
 
@@ -5005,7 +5025,7 @@ def plot(a: PlotArgs) -> None:
 
 # The order of the groups in --help; those of a command's own come first.
 GROUPS = ("model", "data", "run", "optimizer", "schedule", "evaluation and log", "machine", "architecture")
-VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES) for row in table.values() for name in row}
+VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row in table.values() for name in row}
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -5013,13 +5033,12 @@ def variants_table() -> str:
     """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary."""
     rows = []
     for name, v in VARIANTS.items():
-        c = make_config(name, 6400 if name == "26M" else 50259, {})
+        c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
         rows.append({
             "variant": name, "arch": c.arch, "layers": c.n_layer, "heads (kv)": f"{c.n_head} ({c.n_kv_head})",
-            "width": c.n_embd, "block": c.block_size, "batch": v["batch_size"],
-            "parameters": f"{count_parameters(c) / 1e6:.1f} M",
-            "memory": f"{training_memory_bytes(c, v['batch_size']) / 2**30:.1f} GB",
-            "FLOPs a token": f"{training_flops_per_token(c):.2e}",
+            "width": c.n_embd, "block": c.block_size, "batch": TUNED_VARIANTS.get(name, {}).get("batch_size", batch),
+            "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.1f} GB",
+            "FLOPs a token": f"{training_flops_per_token(c, n):.2e}",
         })  # fmt: skip
     return table(rows) + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory of training in bfloat16)"
 
@@ -5129,13 +5148,23 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
+def with_torch() -> types.ModuleType:
+    """This file once more, as a module with PyTorch."""
+    spec = importlib.util.spec_from_file_location("model", __file__)
+    sys.modules["model"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main() -> None:
-    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a ? for what it cannot
     try:
         name, a = parse(sys.argv[1:])
+        if torch is later and name != "plot":
+            return with_torch().main()
+        keep_freed_memory()
         COMMANDS[name].run(a)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet

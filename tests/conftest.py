@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # A run that takes a second: a small shape, and nothing chosen by the machine.
 TINY_SHAPE = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4)
-TINY_RUN = (*TINY_SHAPE, "--dtype", "float32", "--device", "cpu", "--compile", "false", "--eval_tokens", 256)
+HERE = ("--dtype", "float32", "--device", "cpu", "--compile", "false", "--eval_tokens", 256)
+TINY_RUN = (*TINY_SHAPE, *HERE, "--recipe", "published")
 
 
 def tiny_config(arch: str = "gpt2", **overrides) -> "model.GPTConfig":

@@ -13,7 +13,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch, model
 torch.manual_seed(0)
-config = model.make_config("1B", 50259, {"gradient_checkpointing": True})
+config = model.make_config("1B", 50259, {"gradient_checkpointing": True}, "published")
 gpt = model.GPT(config).train()
 n = sum(p.numel() for p in gpt.parameters())
 assert n == model.count_parameters(config), n

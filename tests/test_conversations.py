@@ -724,7 +724,7 @@ def test_conversations_longer_than_a_block_are_counted(cli, base):
     out = finetune(cli, data="long.jsonl").ok().out
     assert "2 of 47 conversations are longer than a block of 128 and will be cut: raise --block_size" in out
     out = finetune(cli, "--block_size", 64, "--overwrite", data="long.jsonl").ok().out
-    assert "longer than a block of 64" in out and "4 x 64 tokens a step" in out
+    assert "longer than a block of 64" in out and "4 x 64 tokens" in out
     error = finetune(cli, "--block_size", 129, "--overwrite", data="long.jsonl").error
     assert "129" in error and "128" in error
 

@@ -637,9 +637,12 @@ PUBLISHED = {"7M": 7.2, "26M": 25.8, "50M": 50.9, "120M": 63.6, "300M": 303, "50
 
 @pytest.mark.parametrize("variant", model.VARIANTS)
 def test_variant_sizes(variant):
-    c = model.make_config(variant, 6400 if variant == "26M" else 50259, {})
+    n_vocab = 6400 if variant == "26M" else 50259
+    c = model.make_config(variant, n_vocab, {}, "published")
     assert model.count_parameters(c) == built_size(c)
     assert model.count_parameters(c) / 1e6 == pytest.approx(PUBLISHED[variant], rel=0.008)
+    assert built_size(model.make_config(variant, n_vocab, {})) == model.PARAMETERS[variant]
+    assert model.PARAMETERS[variant] == pytest.approx(built_size(c), rel=0.02)
 
 
 def test_gpt2_small_has_the_known_size():

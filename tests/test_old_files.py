@@ -36,7 +36,7 @@ def test_a_run_goes_on(cli, old_files, command, name, flags):
     cli(command, "--name", name, *flags, "--resume", "--max_iters", 8).ok()
     record = json.loads(Path(f"checkpoints/{name}_model.jsonl").read_text().splitlines()[-1])
     expected = EXPECTED[name]["resumed"]
-    for key in expected.keys() - {"seconds", "tokens_per_s"}:
+    for key in expected.keys() - {"seconds", "tokens_per_s", "lr"}:
         assert record[key] == pytest.approx(expected[key], rel=2e-3), key
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, at_each_step, program, save_model, stdlib_source, stop_at, tiny_config
+from conftest import HERE, ROOT, TINY_RUN, at_each_step, program, save_model, stdlib_source, stop_at, tiny_config
 from test_training import BYTES, assert_same_run, checkpoint_of, log_of
 
 import model
@@ -196,17 +196,7 @@ def test_overwriting_leaves_the_old_run_until_the_new_has_a_state(cli, text_file
 def test_finetuning_over_its_own_source(cli, text_file, monkeypatch):
     cli(*RUN).ok()
     source = Path("checkpoints/7M_model.pt").read_bytes()
-    run = (
-        "finetune",
-        "--model_checkpoint",
-        "7M_model.pt",
-        "--name",
-        "7M",
-        "--overwrite",
-        "--data",
-        "input",
-        *TINY_RUN[8:],
-    )
+    run = ("finetune", "--model_checkpoint", "7M_model.pt", "--name", "7M", "--overwrite", "--data", "input", *HERE)
     assert "not finite" in cli(*run, "--learning_rate", 1e30, "--max_iters", 20, "--warmup_iters", 0).error
     assert Path("checkpoints/7M_model.pt").read_bytes() == source
     cli(*run, "--max_iters", 2).ok()

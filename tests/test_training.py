@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    HERE,
     ROOT,
     TINY_RUN,
     TINY_SHAPE,
@@ -349,9 +350,8 @@ def test_two_processes_share_unequal_work(cli, workdir):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_equals_pytorchs_on_unfused_matrices(weight_decay, monkeypatch):
+def test_muon_equals_pytorchs_on_unfused_matrices(weight_decay):
     """q, k, v of a fused matrix and matrices of one shape, orthogonalised together here and one by one there."""
-    monkeypatch.setattr(model, "cpu_has_bfloat16", lambda: True)  # PyTorch's takes bfloat16 everywhere
     torch.manual_seed(0)
     shapes = {"qkv": [(32, 32), (8, 32), (8, 32)], "fc": [(64, 32), (64, 32)], "proj": [(32, 64)], "other": [(32, 64)]}
     fused, separate = [], []
@@ -695,3 +695,43 @@ def test_architectures_learn(cli, shakespeare):
     assert losses["gpt2"] < unigram - 0.5
     assert losses["nanochat"] < bigram
     assert losses["nanochat"] < losses["gpt2"] - 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes, and runs by the clock
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_recipes(cli, text_file):
+    """The tuned one is the default; the published one is the variant's source's; flags override either."""
+    short = ("train", *BYTES, *HERE, "--max_iters", 1, "--overwrite")
+    for flags, arch, optimizer, batch_size in (
+        ((), "qwen3", "muon", 8),
+        (("--recipe", "published"), "gpt2", "adamw", 16),
+        (("--recipe", "published", "--arch", "llama", "--batch_size", 4), "llama", "adamw", 4),
+        (("--optimizer", "adamw"), "qwen3", "adamw", 8),
+    ):
+        cli(*short, *flags).ok()
+        c = checkpoint_of()
+        found = c["config"]["arch"], c["train_config"]["optimizer"], c["train_config"]["batch_size"]
+        assert found == (arch, optimizer, batch_size)
+        assert c["config"]["n_layer"] == 4 and c["config"]["n_embd"] == 128
+    assert {c["train_config"]["schedule"]} == {"wsd"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_of_so_many_minutes(cli, text_file, optimizer):
+    """The steps that are measured leave no trace: it is the run of as many steps, to the last bit."""
+    run = ("train", *BYTES, *TINY_RUN, "--optimizer", optimizer, "--resid_pdrop", 0.1, "--sample_interval", -1)
+    begun = time.monotonic()
+    cli(*run, "--max_minutes", 0.05, "--name", "timed").ok()
+    assert time.monotonic() - begun < 20
+    t = checkpoint_of("timed")["train_config"]
+    assert t["max_minutes"] == 0 and t["max_iters"] >= 10
+    cli(*run, "--max_iters", t["max_iters"], "--name", "counted").ok()
+    assert_same_run("timed", "counted")
+
+
+def test_one_length_at_a_time(cli, text_file):
+    error = cli("train", *BYTES, "--max_minutes", 1, "--epochs", 2).error
+    assert "--epochs and --max_minutes" in error

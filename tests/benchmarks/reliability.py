@@ -312,7 +312,8 @@ def fuzz_from(trials: int, seed: int) -> None:
     """Run cases in this process, a line for each."""
     import model
 
-    targets, known = fuzz_targets(), {p for p in Path().rglob("*")}
+    targets = fuzz_targets()
+    known = {*Path().rglob("*"), *map(Path, targets)}
     outcomes = sys.stdout
 
     def too_slow(*_):
@@ -353,7 +354,8 @@ def fuzz_from(trials: int, seed: int) -> None:
                 outcome = f"differ: wrote {path}"
         if whole:
             file.write_bytes(whole)
-        print(f"{outcome}\t{file} {args}".replace("\n", " "), file=outcomes, flush=True)
+        told = " ".join(arg[:40] for arg in args).replace("\n", " ")
+        print(f"{outcome[:200]}\t{file}: {told}", file=outcomes, flush=True)
 
 
 def long(minutes: float, folder: Path) -> Counter:
