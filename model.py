@@ -232,7 +232,7 @@ PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for
     "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
-TUNED: dict[str, Any] = dict(optimizer="muon", muon_lr=0.03, schedule="wsd", decay_fraction=0.4, weight_decay=0.1)
+TUNED: dict[str, Any] = dict(optimizer="muon", muon_lr=0.02, schedule="wsd", decay_fraction=0.4, weight_decay=0.1)
 TUNED_VARIANTS: dict[str, dict[str, Any]] = {"7M": dict(batch_size=8)}
 
 
@@ -937,6 +937,8 @@ class Tokenizer:
         else:
             self.control = {t.content: i for i, t in self.added.items() if t.special}
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
+        if self.is_ours and self.n_vocab != len(ranks) + len(s.special):
+            raise UserError(f"tokenizer {s.name} has tokens without a number, or two of one")
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
 
@@ -1282,11 +1284,17 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
+def beside(target: Path, what: str) -> Path:
+    """A hidden name for what belongs to a file or folder, of whatever form its own name is, "." too."""
+    whole = target.resolve()
+    return whole.parent / f".{whole.name}.{what}"
+
+
 @contextmanager
 def locked(target: Path, wait: bool = False) -> Iterator[None]:
     """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, with the holder, if
     another one has it."""
-    path = target.with_name(f".{target.name}.lock")
+    path = beside(target, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         f = open(path, "a+")
@@ -1328,7 +1336,7 @@ def lock_file(f: io.TextIOWrapper, wait: bool) -> None:
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
     """A folder beside what is being made, and its lock. What a killed program left in it goes."""
-    scratch = target.with_name(f".{target.name}.scratch")
+    scratch = beside(target, "scratch")
     with locked(target):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -1612,7 +1620,7 @@ class DataWriter:
 
 def part_of(folder: Path) -> Path:
     """Where a data folder is written before it stands under its name."""
-    return folder.with_name(f".{folder.name}.part")
+    return beside(folder, "part")
 
 
 def settle(folder: Path) -> None:
@@ -5149,7 +5157,9 @@ def keep_freed_memory() -> None:
 
 
 def with_torch() -> types.ModuleType:
-    """This file once more, as a module with PyTorch."""
+    """This file once more, as a module with PyTorch, whose threads wait for each other awake only for microseconds, by
+    GNU's OpenMP: four times as fast beside a busy program, 2 % slower alone."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     spec = importlib.util.spec_from_file_location("model", __file__)
     sys.modules["model"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

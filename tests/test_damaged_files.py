@@ -145,3 +145,19 @@ def test_a_truncated_or_longer_data_bin(workdir):
     for changed in (ids[:-1], np.append(ids, 1), ids[:0]):
         changed.astype("<u2").tofile("talks/data.bin")
         assert not opens_or_is_told(lambda: model.Data(Path("talks")), "data.bin", str(len(changed)))
+
+
+def test_a_vocabulary_with_gaps():
+    spec = model.byte_tokenizer().spec
+    for ids in ((256, 258, 259), (256, 256, 257), (255, 256, 257)):
+        with pytest.raises(model.UserError):
+            model.Tokenizer({**spec, "special": dict(zip(spec["special"], ids, strict=True))})
+
+
+def test_the_folder_itself_as_data(cli, monkeypatch):
+    """By the names that have no name in them."""
+    shutil.copytree(OLD, ".", dirs_exist_ok=True)
+    monkeypatch.chdir("data/text")
+    for name in (".", "../text", "../talks/../text"):
+        assert len(model.open_data(name).splits["train"].tokens) == 3529
+    assert "meta.json" in cli("eval", "--model_checkpoint", "../../checkpoints/qwen3_model.pt", "--data", "..").error

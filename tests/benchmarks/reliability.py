@@ -354,7 +354,7 @@ def fuzz_from(trials: int, seed: int) -> None:
                 outcome = f"differ: wrote {path}"
         if whole:
             file.write_bytes(whole)
-        told = " ".join(arg[:40] for arg in args).replace("\n", " ")
+        told = " ".join(arg[:40] for arg in args).replace("\n", " ").encode("utf-8", "replace").decode()
         print(f"{outcome[:200]}\t{file}: {told}", file=outcomes, flush=True)
 
 
