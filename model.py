@@ -4399,7 +4399,7 @@ def start_run(
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None:
             files.check_free()  # once more, for that was before the data was made
-        for left_over in CHECKPOINT_DIR.glob(f".{glob.escape(files.run.name)}_model*.tmp"):
+        for left_over in CHECKPOINT_DIR.glob(f".{glob.escape(files.run.name)}_model*.tmp") if rank() == 0 else ():
             left_over.unlink()
         run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
         if state is not None:
@@ -4436,7 +4436,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
     ours = {**asdict(config), **asdict(t), **(c.distill or {}), **{f"teacher_{k}": v for k, v in teacher.items()}}
     ours |= {"block_size": c.block_size, "lora_rank": c.lora_rank, "teacher_model_path": teacher.get("path")}
-    theirs = {k: v for k, v in vars(a).items() if v is not None and k not in {*FREE, "vocab_size"}}
+    theirs = {k: v for k, v in vars(a).items() if v is not None and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
         raise UserError(

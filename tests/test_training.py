@@ -728,6 +728,8 @@ def test_a_run_of_so_many_minutes(cli, text_file, optimizer):
     assert time.monotonic() - begun < 20
     t = checkpoint_of("timed")["train_config"]
     assert t["max_minutes"] == 0 and t["max_iters"] >= 10
+    cli(*run, "--max_minutes", 0.05, "--name", "timed", "--resume", "auto").ok()  # it stands as it was fixed
+    assert checkpoint_of("timed")["step"] == t["max_iters"]
     cli(*run, "--max_iters", t["max_iters"], "--name", "counted").ok()
     assert_same_run("timed", "counted")
 

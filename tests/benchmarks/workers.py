@@ -87,11 +87,13 @@ def random_batches(n: int, batch_size: int, block_size: int, vocab_size: int) ->
 
 
 def ours_for_training(variant: str, vocab_size: int, block_size: int | None, batch_size: int | None):
-    """model.py, a variant's TrainConfig and its GPTConfig, as `model.py train` makes them."""
+    """model.py, a variant's TrainConfig and its GPTConfig, as `model.py train --recipe published` makes them."""
     model = load()
     overrides = {"block_size": block_size} if block_size else {}
-    arguments = ["train", "--variant", variant] + (["--batch_size", str(batch_size)] if batch_size else [])
-    c = model.make_config(variant, vocab_size + 2, overrides)  # our GPT-2 tokenizer has two special tokens more
+    arguments = ["train", "--variant", variant, "--recipe", "published"]
+    arguments += ["--batch_size", str(batch_size)] if batch_size else []
+    # our GPT-2 tokenizer has two special tokens more
+    c = model.make_config(variant, vocab_size + 2, overrides, "published")
     t = model.train_config(model.parse(arguments)[1], variant, c)
     return model, t, c
 
@@ -278,7 +280,7 @@ def generate_ours(variant: str, n: int) -> dict:
     import torch
 
     torch.manual_seed(0)
-    net = model.GPT(model.make_config(variant, GPT2_VOCABULARY + 2, {})).eval()
+    net = model.GPT(model.make_config(variant, GPT2_VOCABULARY + 2, {}, "published")).eval()
     model.prepare_generation(net, "auto")
     run = functools.partial(
         model.generate, net, [short_prompt()], settings=model.SamplingSettings(**model.PLAIN_SAMPLING)
