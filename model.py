@@ -4883,6 +4883,8 @@ class ExportArgs(ContextArgs, ModelArgs):
 )
 def export(a: ExportArgs) -> None:
     """write a model for transformers, vLLM or llama.cpp"""
+    from safetensors import SafetensorError
+
     output, gguf = Path(a.output_dir), a.format == "gguf"
     there = {p.name for p in output.iterdir()} if output.is_dir() else {output.name} if output.exists() else set()
     if there and not a.overwrite:
@@ -4892,7 +4894,7 @@ def export(a: ExportArgs) -> None:
         raise UserError(f"{output} holds {strangers[0]}, which no export wrote: --overwrite only replaces an "
                         "earlier export; choose another --output_dir")  # fmt: skip
     opened = open_named_model(a)
-    with scratch_folder(output) as scratch:
+    with told_as(f"cannot write {output}", OSError, SafetensorError), scratch_folder(output) as scratch:
         if gguf:
             file = scratch / f"{output.name}-{a.quantize}.gguf"
             export_gguf(opened, file, a.quantize, output.name)

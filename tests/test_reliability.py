@@ -1,6 +1,7 @@
 """Runs that nothing can lose, and files that are not trusted: kills, full disks, two programs of one name, damage."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -393,8 +394,31 @@ def test_a_log_that_cannot_be_written_does_not_stop_a_run(cli, text_file, monkey
     assert_same_run("whole", "parts")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs root, to mount a small disk")
-def test_a_full_disk_at_every_write(workdir, text_file):
+@pytest.fixture
+def small_disk(tmp_path_factory):
+    """A folder on a disk of so many bytes, which can be made larger."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("needs hardware: a machine on which this may mount a small disk")
+    disk = tmp_path_factory.mktemp("disk")
+
+    def mount(size: int, *options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs hardware: a machine on which this may mount a small disk")
+        return disk
+
+    yield mount
+    while subprocess.run(["umount", str(disk)], capture_output=True, check=False).returncode == 0:
+        pass
+
+
+def assert_told(done: subprocess.CompletedProcess, name: bytes) -> None:
+    """One sentence that names the file, without a traceback."""
+    assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
+    assert b"No space left on device" in done.stderr and name in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_full_disk_at_every_write(workdir, text_file, small_disk):
     """A disk of a few sizes: whatever is there afterwards is whole, one sentence names the file, and with room the run
     goes on to the same end."""
     whole = workdir / "whole"
@@ -402,25 +426,32 @@ def test_a_full_disk_at_every_write(workdir, text_file):
     shutil.copy(text_file, whole)
     assert program(*RUN, cwd=whole).returncode == 0
     size = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
-    disk = workdir / "disk"
-    disk.mkdir()
     for fraction in (0.4, 0.6, 0.8, 0.9):
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={int(size * fraction)}", "tmpfs", str(disk)]
-        if subprocess.run(mount, capture_output=True, check=False).returncode:
-            pytest.skip("mounting is not allowed here: needs hardware or a container that allows it")
-        try:
-            shutil.copy(text_file, disk)
-            done = program(*RUN, "--resume", "auto", cwd=disk)
-            assert done.returncode == 1 and b"No space left on device" in done.stderr, done.stderr
-            assert b"Traceback" not in done.stderr and b"Errno" not in done.stderr
-            for path in (disk / "checkpoints").glob("*.pt"):
-                model.load_checkpoint(path)
-            subprocess.run(["mount", "-o", "remount,size=1G", str(disk)], check=True)
-            assert program(*RUN, "--resume", "auto", cwd=disk).returncode == 0
-            states = [torch.load(f / "checkpoints/7M_model_last.pt", weights_only=True)["model"] for f in (whole, disk)]
-            assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
+        disk = small_disk(int(size * fraction))
+        shutil.copy(text_file, disk)
+        assert_told(program(*RUN, "--resume", "auto", cwd=disk), b"checkpoints/")
+        for path in (disk / "checkpoints").glob("*.pt"):
+            model.load_checkpoint(path)
+        small_disk(1 << 30, "remount")
+        assert program(*RUN, "--resume", "auto", cwd=disk).returncode == 0
+        states = [torch.load(f / "checkpoints/7M_model_last.pt", weights_only=True)["model"] for f in (whole, disk)]
+        assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_for_data_and_exports(workdir, text_file, small_disk):
+    save_model("a.pt", model.GPT(tiny_config(vocab_size=259)))
+    disk = small_disk(100_000)
+    byte = ("--dataset", "d", "--tokenizer", "byte", "--txt")
+    talks = workdir / "talks.jsonl"
+    talks.write_text("".join(json.dumps({"text": "word " * 400}) + "\n" for _ in range(60)))
+    assert_told(program("tokenize", *byte, text_file, cwd=disk), b"data/.d.part")
+    assert_told(program("tokenize", *byte, talks, cwd=disk), b"data/.d.part")
+    export = ("export", "--model_path", workdir / "a.pt", "--output_dir", "out")
+    assert_told(program(*export, cwd=disk), b"out")
+    if importlib.util.find_spec("gguf"):
+        assert_told(program(*export, "--format", "gguf", "--quantize", "f32", cwd=disk), b"out")
+    assert not [p for p in disk.rglob("*") if p.is_file()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
