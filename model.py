@@ -2660,7 +2660,7 @@ class Reporting(Settings):
     eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: 4 to 10 in a run)", ge=0)
     eval_tokens: int = setting(65536, "validation tokens of an evaluation: always the same blocks", ge=0)
     log_interval: int = setting(10, "steps between records of the log", ge=1)
-    sample_interval: int = setting(0, "steps between samples (0: a quarter of the run; -1: none)", ge=-1)
+    sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: none)", ge=-1)
     save_minutes: float = setting(10.0, "minutes between saves, besides those of evaluations (0: none)", ge=0)
     keep: int = setting(2, "latest states that are kept, besides the best model", ge=1, le=1000)
     max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite loss; they are skipped", ge=1)
@@ -3070,12 +3070,11 @@ class Run:
         self.params = [p for p in model.parameters() if p.requires_grad]
         # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
-        evaluation = 4 * len(self.evaluate.blocks) * self.block_size // (t.batch_size * self.block_size)
-        self.intervals = {  # an evaluation costs a third of a step on as many tokens: at most a twelfth of the run
-            "record": t.log_interval,
-            "evaluate": t.eval_interval or max(1, t.max_iters // 10, min(evaluation, t.max_iters // 4)),
-            "sample": t.sample_interval or max(1, t.max_iters // 4),
-        }
+        # an evaluation costs a third of a step on as many tokens: a twelfth of the run, unless it is short
+        n = min(10, max(4, t.max_iters * t.batch_size // (4 * len(self.evaluate.blocks))))
+        evaluate = t.eval_interval or math.ceil(t.max_iters / n)
+        sample = t.sample_interval or evaluate * max(1, round(t.max_iters / evaluate / 4))
+        self.intervals = {"record": t.log_interval, "evaluate": evaluate, "sample": sample}
         self.saved_at, self.replaces = time.monotonic(), self.files.model.exists() or bool(self.files.states())
 
     def resume(self, c: Checkpoint) -> None:
