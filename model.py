@@ -937,7 +937,7 @@ class Tokenizer:
         else:
             self.control = {t.content: i for i, t in self.added.items() if t.special}
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
-        if self.is_ours and self.n_vocab != len(ranks) + len(s.special):
+        if self.is_ours and {*ranks.values(), *s.special.values()} != set(range(len(ranks) + len(s.special))):
             raise UserError(f"tokenizer {s.name} has tokens without a number, or two of one")
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")

@@ -149,7 +149,7 @@ def test_a_truncated_or_longer_data_bin(workdir):
 
 def test_a_vocabulary_with_gaps():
     spec = model.byte_tokenizer().spec
-    for ids in ((256, 258, 259), (256, 256, 257), (255, 256, 257)):
+    for ids in ((256, 258, 259), (256, 256, 257), (255, 256, 257), (256, 258, 258)):
         with pytest.raises(model.UserError):
             model.Tokenizer({**spec, "special": dict(zip(spec["special"], ids, strict=True))})
 
