@@ -498,10 +498,13 @@ def test_a_word_of_megabytes(cli):
     assert time.monotonic() - begun < 60
 
 
-@pytest.mark.parametrize(
-    "line", ['{"a":' * 100_000 + "1" + "}" * 100_000, "[\n" * 100_000, '{"a":"\\"","b":[' * 100_000]
-)
-def test_json_of_a_hundred_thousand_levels(cli, line):
+DEEP = {"objects": ('{"a":', "}"), "lists": ("[\n", ""), "both": ('{"a":"\\"","b":[', "")}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_json_of_a_hundred_thousand_levels(cli, kind):
+    begin, end = DEEP[kind]
+    line = begin * 100_000 + "1" + end * 100_000
     Path("deep.jsonl").write_text('{"text": "[[[[{{{{"}\n' * 100 + line + "\n")
     assert "levels deep" in cli("hf_tokenize", "--hf_dataset", "deep.jsonl", "--dataset", "d").error
     assert "levels deep" in cli("tokenize", "--txt", "deep.jsonl", "--dataset", "d").error
