@@ -1301,8 +1301,9 @@ def locked(target: Path, wait: bool = False) -> Iterator[None]:
         try:
             lock_file(f, wait)
         except (BlockingIOError, PermissionError):
-            f.seek(0)
-            holder = f.read().strip() or "another program"
+            with f:
+                f.seek(0)
+                holder = f.read().strip() or "another program"
             raise UserError(f"{target} is being written by {holder}: wait for it, or choose another name") from None
         except OSError:
             pass  # a file system without locks
@@ -3033,7 +3034,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict) and is_a(r.get("step"), int)]
 
 
-overlapped_from = 4 * 300_000_000  # bytes of weights
+OVERLAPPED_SAVE_BYTES = 4 * 300_000_000  # of trained weights: from here on saving overlaps the next steps
 
 
 @dataclass(eq=False)
@@ -3092,10 +3093,15 @@ class Run:
         self.records = c.log
         if c.format_version < 3 and self.files.log.exists():
             self.records = [json.dumps(r) for r in read_log(self.files.log) if r["step"] <= self.step]
+
+    def mend_files(self, c: Checkpoint) -> None:
+        """Bring the log, and the best model if this state is it, up to the state: a kill may have come between them."""
+        if rank() > 0:
+            return
         self.write_log()
-        best = self.files.model  # a kill may have come between the state and the best model, which is the same
+        best = self.files.model
         if self.best_step == self.step and not (best.exists() and load_checkpoint(best).step == self.step):
-            save_checkpoint(best, self.checkpoint(m["sums"], whole=False))
+            save_checkpoint(best, self.checkpoint(c.metrics["sums"], whole=False))
 
     def batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This process's share of a step, on its way to the device, and the number of targets in the whole batch."""
@@ -3298,7 +3304,7 @@ class Run:
                 self.failed = e
 
         n_bytes = 4 * sum(p.numel() for p in self.params)
-        if n_bytes >= overlapped_from and available_memory() > 6 * n_bytes:
+        if n_bytes >= OVERLAPPED_SAVE_BYTES and available_memory() > 6 * n_bytes:
             contents = [on_host(content) for content in contents]
             self.saving = threading.Thread(target=try_to_write, daemon=True)
             self.saving.start()
@@ -4404,6 +4410,7 @@ def start_run(
         if state is not None:
             with told_as(f"{files.last} is damaged, or was made by another model.py"):
                 run.resume(state)
+            run.mend_files(state)
             say(f"resuming {files.run.name} at step {state.step}")
         c, (train, val) = model.config, (len(data.splits[name].tokens) for name in ("train", "val"))
         say(f"{about['variant']}: {count_parameters(c):,} parameters ({c.arch}, vocabulary of {c.vocab_size:,})")
@@ -4507,9 +4514,8 @@ def train(a: TrainArgs, start: Callable) -> None:
     overrides = chosen(a, GPTConfig)
     if a.data is None and not (a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
-    train_config(
-        a, a.variant, make_config(a.variant, 50259, overrides, a.recipe)
-    )  # a mistake shows before data is made
+    config = make_config(a.variant, 50259, overrides, a.recipe)
+    train_config(a, a.variant, config)  # a mistake shows before data is made
     with first_process_first():
         data = open_data(a.data, a.tokenizer or "gpt2", a.vocab_size)
     if a.tokenizer in ("gpt2", "byte", "bpe") and data.tokenizer.kind != a.tokenizer:
