@@ -609,6 +609,8 @@ class GPT(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; see set_precision
         self.engine: Any = None  # what runs the blocks and the head: the plain pass below, or Compiled, or CEngine
+        self.shared: list[Any] = []  # the modules whose parameters processes share out among them; see share_out
+        self.new_tokens: list[int] = []  # if any, the only rows of the embedding and the head that are trained
         self.build_rope()
         if self.device.type != "meta":
             self.init_weights()
@@ -716,8 +718,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, rope, mask, cache)
+            else:  # outside training no hooks that share_out has put on blocks
+                x = (block if self.training else block.forward)(x, rope, mask, cache)
         return x
 
     def head(self, x: Tensor) -> Tensor:
@@ -734,10 +736,15 @@ class GPT(nn.Module):
         """Tokens (B, T) -> logits (B, T, vocab_size), float32."""
         return self.logits(self.hidden(idx, cache, segments))
 
-    def loss(self, idx: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T); a target of -1 does not
-        count."""
-        return linear_loss(self.hidden(idx, segments=segments), self, CrossEntropy(targets))
+    def loss(
+        self, idx: Tensor, targets: Tensor, segments: Tensor | None = None, chunk_loss: Callable | None = None,
+        distributions: int = 1,
+    ) -> Tensor:  # fmt: skip
+        """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T), or of another chunk loss (see
+        linear_loss); a target of -1 does not count."""
+        return linear_loss(
+            self.hidden(idx, segments=segments), self, chunk_loss or CrossEntropy(targets), distributions
+        )
 
 
 def parameter_shapes(c: GPTConfig) -> dict[str, torch.Size]:
@@ -2328,13 +2335,18 @@ def generate(
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """The model in eval mode, and as it was afterwards."""
+    """The model in eval mode, and as it was afterwards. All processes that share it enter together, and each of them
+    has all of it meanwhile."""
     was_training = model.training
     model.eval()
+    for part in model.shared:
+        part.unshard()
     try:
         yield
     finally:
         model.train(was_training)
+        for part in model.shared:
+            part.reshard()
 
 
 def generate_text(
@@ -2380,6 +2392,12 @@ def generate_text(
     texts = [text if end else text + stream(None) for text, end, stream in zip(texts, done, streams, strict=True)]
     on_text(texts[0][shown:])
     return texts
+
+
+def shown_text(model: GPT, *arguments: Any, **options: Any) -> str:
+    """generate_text's first text, in the first of the processes that share the model."""
+    with evaluating(model):
+        return generate_text(model, *arguments, **options)[0] if rank() == 0 else ""
 
 
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
@@ -2674,6 +2692,7 @@ class Machine(Settings):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the computation; weights stay float32", DTYPES)
     compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
+    fsdp: bool = setting(False, "with torchrun: weights stay apart during a step too, less memory and slower")
     seed: int = setting(1337, "random seed of weights, data order and dropout", ge=0, le=2**31)
 
 
@@ -2699,11 +2718,99 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if distributed() else 1
 
 
+def from_first(make: Callable[[], tuple[Path, "Checkpoint"]]) -> tuple[Path, "Checkpoint"]:
+    """What the first process finds, in all of them; but the others have only the shapes of its tensors."""
+    if world_size() == 1:
+        return make()
+    found = [None]
+    if rank() == 0:
+        path, c = make()
+        found = [(path, replace(c, model=copied_to(c.model, "meta"), optimizer=copied_to(c.optimizer, "meta")))]
+    torch.distributed.broadcast_object_list(found)
+    if rank() > 0:
+        path, c = found[0]
+        c.model = {name: torch.empty_like(tensor, device="cpu") for name, tensor in c.model.items()}
+    return path, c
+
+
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over all processes, in place."""
     if world_size() > 1:
         torch.distributed.all_reduce(x)
     return x
+
+
+def share_out(model: GPT, fsdp: bool) -> None:
+    """Part a model among the processes: each owns some rows of every parameter, and so of its gradient and of the
+    optimizer's state. PyTorch's FSDP2 brings a block's together for its passes, all of them until the backward pass or
+    (fsdp) no longer than needed, and sums the gradients into the shares, while other blocks are computed."""
+    if world_size() == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    for tensor in model.state_dict().values():  # so that nothing rests on equal random numbers
+        torch.distributed.broadcast(tensor, 0)
+    mesh = torch.distributed.init_device_mesh(model.device.type, (world_size(),))
+    short = None if model.compute_dtype == torch.float32 else model.compute_dtype
+    policy = MixedPrecisionPolicy(short, torch.float32, cast_forward_inputs=False)
+    model.shared, model.fsdp = [*model.blocks, model], fsdp
+    for part in model.shared:
+        fully_shard(part, mesh=mesh, reshard_after_forward=fsdp, mp_policy=policy)
+        part.set_gradient_divide_factor(1.0)  # sums, for the loss is divided by the targets of all processes
+        part.set_force_sum_reduction_for_comms(True)
+    for p in model.parameters():
+        p.share = p.detach().to_local()
+    plain = model.loss
+    register_fsdp_forward_method(model, "loss")
+    hooked, model.loss = model.loss, lambda *inputs: (hooked if model.training else plain)(*inputs)
+
+
+def own_share(p: Tensor) -> Tensor:
+    """The rows of a parameter that this process owns, in its memory; all of them where it is alone."""
+    return getattr(p, "share", p)
+
+
+def rows_of(process: int, n: int) -> slice:
+    """Which of n rows a process owns, as FSDP2 parts them: chunks of one size, the last ones smaller or empty."""
+    size = -(-n // world_size())
+    return slice(min(process * size, n), min((process + 1) * size, n))
+
+
+def part_of_rows(whole: Tensor, process: int | None = None) -> Tensor:
+    return whole[rows_of(rank() if process is None else process, len(whole))]
+
+
+def gathered(share: Tensor, p: Tensor) -> Tensor | None:
+    """The whole of which the processes have shares, as of a parameter: in the memory of the first, None in others."""
+    if world_size() == 1 or share.shape != own_share(p).shape:
+        return share
+    size = rows_of(0, len(p)).stop
+    padded = F.pad(share, (0, 0) * (share.dim() - 1) + (0, size - len(share)))
+    whole = padded.new_empty(size * world_size(), *share.shape[1:])
+    torch.distributed.all_gather_single(whole, padded)
+    return whole[: len(p)].cpu() if rank() == 0 else None
+
+
+def handed_out(whole: Tensor, p: Tensor) -> Tensor:
+    """The first process's tensor, in all of them: their own rows, if it is of the shape of a parameter."""
+    if world_size() == 1:
+        return whole
+    device = own_share(p).device
+    whole = whole.to(device) if rank() == 0 else torch.empty_like(whole, device=device)
+    torch.distributed.broadcast(whole, 0)
+    return part_of_rows(whole).clone() if whole.shape == p.shape else whole
+
+
+def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]]) -> list[list[Tensor]]:
+    """Send a list of tensors to each process; what arrives, by sender, has these shapes."""
+    sent = [torch.cat([x.flatten() for x in [*xs, outgoing[0][0][:0]]]) for xs in outgoing]
+    sizes = [sum(map(math.prod, those)) for those in shapes]
+    received = sent[0].new_empty(sum(sizes))
+    torch.distributed.all_to_all_single(received, torch.cat(sent), sizes, list(map(len, sent)))
+    return [
+        [x.view(shape) for x, shape in zip(xs.split(list(map(math.prod, those))), those, strict=True)]
+        for xs, those in zip(received.split(sizes), shapes, strict=True)
+    ]
 
 
 @contextmanager
@@ -2810,36 +2917,63 @@ class Muon(torch.optim.Optimizer):
 
     The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
     matrix part by part: `rows` says how many rows each part has, for each parameter. As in PyTorch's fused optimizers a
-    found_inf of 1 skips the step, without a word to the host."""
+    found_inf of 1 skips the step, without a word to the host. Processes that own some rows of every matrix send them to
+    the one that orthogonalises it and get theirs back, so that the work divides by their number."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype, self.found_inf = dtype, torch.zeros((), device=params[0].device)
-        self.rows = dict(zip(params, rows, strict=True))
+        self.params, self.rows, self.dtype, device = params, rows, dtype, params[0].device
+        self.found_inf, n = torch.zeros((), device=device), world_size()
+        scales = [[max(1, part / p.size(1)) ** 0.5 for part in parts] for p, parts in zip(params, rows, strict=True)]
+        self.scales = [  # of each row, (rows, 1)
+            part_of_rows(torch.tensor(scale).repeat_interleave(torch.tensor(parts))[:, None]).to(device)
+            for scale, parts in zip(scales, rows, strict=True)
+        ]
+        cost = [p.size(1) * sum(x) * min(p.size(1), max(x)) for p, x in zip(params, rows, strict=True)]
+        self.work: list[list[int]] = [[] for _ in range(n)]  # the numbers of the matrices that each process does
+        for i in sorted(range(len(params)), key=lambda i: -cost[i]):
+            min(self.work, key=lambda work: sum(cost[j] for j in work)).append(i)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        bad = self.found_inf > 0
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
-            by_shape = defaultdict(list)
-            for p in (p for p in group["params"] if p.grad is not None):
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                grad = p.grad.masked_fill(bad, 0.0)
-                buffer.lerp_(grad, new)
-                update = grad.lerp(buffer, momentum)  # Nesterov
-                p.mul_(kept)
-                for part in zip(p.split(self.rows[p]), update.split(self.rows[p]), strict=True):
-                    by_shape[part[0].shape].append(part)
-            for (rows, cols), pairs in by_shape.items():
-                updates = newton_schulz(torch.stack([u for _, u in pairs]), self.dtype)
-                updates *= torch.where(bad, 0.0, -lr * max(1, rows / cols) ** 0.5)
-                for (p, _), update in zip(pairs, updates, strict=True):
-                    p.add_(update)
+        bad, (group,) = self.found_inf > 0, self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
+        updates = []
+        for p in self.params:
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            grad = p.grad.masked_fill(bad, 0.0)
+            buffer.lerp_(grad, new)
+            updates.append(grad.lerp(buffer, momentum).to(self.dtype))  # Nesterov
+            p.mul_(kept)
+        self.orthogonalise(updates)
+        step = torch.where(bad, 0.0, -lr)
+        for p, update, scale in zip(self.params, updates, self.scales, strict=True):
+            p.addcmul_(update.to(p.dtype), scale * step)
+
+    def orthogonalise(self, updates: list[Tensor]) -> None:
+        """In place. Each is this process's rows of a matrix."""
+        whole = [torch.empty(sum(n), u.size(1), device="meta") for n, u in zip(self.rows, updates, strict=True)]
+        mine, shapes = self.work[rank()], [[updates[i].shape for i in work] for work in self.work]
+        matrices = [updates[i] for i in mine]
+        if world_size() > 1:
+            theirs = [[part_of_rows(whole[i], process).shape for i in mine] for process in range(world_size())]
+            arrived = exchange([[updates[i] for i in work] for work in self.work], theirs)
+            matrices = [torch.cat(pieces) for pieces in zip(*arrived, strict=True)]
+        by_shape = defaultdict(list)
+        for i, matrix in zip(mine, matrices, strict=True):
+            for part in matrix.split(self.rows[i]):
+                by_shape[part.shape].append(part)
+        for parts in by_shape.values():
+            for part, result in zip(parts, newton_schulz(torch.stack(parts), self.dtype), strict=True):
+                part.copy_(result)
+        if world_size() > 1:
+            arrived = exchange([[part_of_rows(m, s) for m in matrices] for s in range(world_size())], shapes)
+            for i, update in zip(itertools.chain(*self.work), itertools.chain(*arrived), strict=True):
+                updates[i].copy_(update)
 
 
 def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -2847,11 +2981,12 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
     groups, muon, fused = defaultdict(list), {}, model.fused_rows()
     own_lr = {"wte.weight": t.embd_lr, "lm_head.weight": t.head_lr}
     for name, p in model.named_parameters():
-        if t.optimizer == "muon" and name.startswith("blocks.") and p.dim() == 2 and p.requires_grad:
-            muon[p] = fused.get(name, [p.size(0)])
+        in_block = name.startswith("blocks.")
+        if t.optimizer == "muon" and in_block and p.dim() == 2 and p.requires_grad:
+            muon[own_share(p)] = fused.get(name, [p.size(0)])
         elif p.requires_grad:
-            decays = p.dim() >= 2 and not hasattr(p, "trained_rows")
-            groups[own_lr.get(name) or t.learning_rate, t.weight_decay * decays].append(p)
+            decays = p.dim() >= 2 and (in_block or not model.new_tokens)
+            groups[own_lr.get(name) or t.learning_rate, t.weight_decay * decays].append(own_share(p))
     adamw = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
     optimizers = [torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), fused=True)]
     if muon:
@@ -2894,16 +3029,14 @@ def add_lora(model: GPT, lora_rank: int) -> GPT:
 def train_tokens(model: GPT, tokens: list[int]) -> None:
     """Train the rows of some tokens, and no others, in the embedding and the head of a frozen model: tokens that were
     added to it mean nothing yet."""
+    model.new_tokens = tokens
     for p in {model.wte.weight, model.head_weight} if tokens else ():
-        rows = torch.zeros(len(p), 1, device=p.device)
-        rows[tokens] = 1
-        p.requires_grad_(True).register_hook(lambda grad, rows=rows: grad * rows)
-        p.trained_rows = len(tokens)
+        p.requires_grad_(True)
 
 
-def merged_state(model: GPT) -> dict[str, Tensor]:
-    """The state dictionary with low-rank terms added to the weights they belong to."""
-    state = model.state_dict()
+def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dictionary with low-rank terms added to the weights they belong to."""
+    state = dict(state)
     for name in [n for n in state if n.endswith(".lora_a")]:
         a, b = state.pop(name), state.pop(name[:-1] + "b")
         weight = name.removesuffix("lora_a") + "weight"
@@ -3010,7 +3143,9 @@ def accumulate_gradients(
     """Forward and backward over the micro-batches of a step, of n_targets targets in all processes; gradients add up in
     p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
     sums = {"loss": torch.stack((torch.zeros_like(n_targets), (n_targets > 0) / world_size()))}
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        if model.shared:  # gradients travel once a step, unless there is no memory to keep them whole until then
+            model.set_requires_gradient_sync(model.fsdp or i == len(batches) - 1)
         loss, parts = loss_fn(model, batch)
         loss = loss / n_targets.clamp(min=1)
         scaler.scale(loss).backward()
@@ -3067,8 +3202,16 @@ class Run:
         micro_batch = t.batch_size // (t.grad_accum * world_size())
         self.evaluate = Evaluator(self.data, self.block_size, micro_batch, t.eval_tokens)
         self.optimizers = make_optimizers(model, t)
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        scaler = torch.amp.GradScaler
+        if world_size() > 1:  # whose scale all processes change together
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
+        self.scaler = scaler(model.device.type, enabled=model.compute_dtype == torch.float16)
+        # what this process trains, and the parameters that it is of
+        self.params, self.trained_rows = {own_share(p): p for p in model.parameters() if p.requires_grad}, {}
+        for p in {model.wte.weight, model.head_weight} if model.new_tokens else ():
+            rows = torch.zeros(len(p), 1)
+            rows[model.new_tokens] = 1
+            self.trained_rows[own_share(p)] = part_of_rows(rows).to(model.device)
         # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
         # an evaluation costs a third of a step on as many tokens: a twelfth of the run, unless it is short
@@ -3085,7 +3228,7 @@ class Run:
         self.seconds, self.best, self.results = m["seconds"], m["best_val_loss"], m["last"]
         self.best_step = m.get("best_step", 0)
         for optimizer, state in zip(self.optimizers, c.optimizer, strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(self.of_each(optimizer, state, handed_out))
         self.scaler.load_state_dict(c.scaler)
         if rank() > 0:
             return
@@ -3094,6 +3237,12 @@ class Run:
         if c.format_version < 3 and self.files.log.exists():
             self.records = [json.dumps(r) for r in read_log(self.files.log) if r["step"] <= self.step]
 
+    def of_each(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], change: Callable) -> dict[str, Any]:
+        """The state of an optimizer with its tensors changed, each by change(tensor, its parameter)."""
+        params = [self.params[p] for group in optimizer.param_groups for p in group["params"]]
+        changed = {i: {k: change(x, params[i]) for k, x in kept.items()} for i, kept in state["state"].items()}
+        return {**state, "state": changed}
+
     def mend_files(self, c: Checkpoint) -> None:
         """Bring the log, and the best model if this state is it, up to the state: a kill may have come between them."""
         if rank() > 0:
@@ -3101,7 +3250,7 @@ class Run:
         self.write_log()
         best = self.files.model
         if self.best_step == self.step and not (best.exists() and load_checkpoint(best).step == self.step):
-            save_checkpoint(best, self.checkpoint(c.metrics["sums"], whole=False))
+            save_checkpoint(best, self.checkpoint(merged(c.model), c.metrics["sums"]))
 
     def batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This process's share of a step, on its way to the device, and the number of targets in the whole batch."""
@@ -3152,13 +3301,17 @@ class Run:
 
     def update(self, sums: dict[str, Tensor]) -> None:
         """Apply the gradients of a step and count it. Nothing here waits for a GPU."""
-        if world_size() > 1:
-            grads = [p.grad for p in self.params if p.grad is not None]
-            for work in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
-                work.wait()
+        for share, p in self.params.items():
+            if share is not p and p.grad is not None:
+                share.grad, p.grad = p.grad.to_local(), None
+        for share, rows in self.trained_rows.items():
+            share.grad.mul_(rows)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        self.grad_norm = nn.utils.clip_grad_norm_(self.params, self.t.grad_clip or math.inf)
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if world_size() > 1:
+            self.grad_norm = all_reduce(self.grad_norm.square()).sqrt()
+        nn.utils.clip_grads_with_norm_(self.params, self.t.grad_clip or math.inf, self.grad_norm)
         bad = ~(self.grad_norm + all_reduce(sums["loss"][0].clone())).isfinite()
         for p in self.params if bad.device.type == "mps" else ():  # whose fused AdamW does not ask for found_inf
             p.grad = None if p.grad is None else p.grad.masked_fill(bad, 0.0)
@@ -3216,10 +3369,9 @@ class Run:
         if evaluated or due & {"save", "stop"}:
             has_model = files.model.exists() and not self.replaces
             self.save(improved or "stop" in due and not has_model, totals)
-        if "sample" in due and rank() == 0:
+        if "sample" in due:
             tokenizer, length = self.data.tokenizer, min(100, self.block_size)
-            ids, settings = tokenizer.prompt(prompt), SamplingSettings()
-            text = generate_text(self.model, tokenizer, ids, length, settings, heal=True)[0]
+            text = shown_text(self.model, tokenizer, tokenizer.prompt(prompt), length, SamplingSettings(), heal=True)
             say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
         self.start_clock()
 
@@ -3259,14 +3411,16 @@ class Run:
             say(f"{self.files.log}: {e.strerror}; going on without it", sys.stderr)
             self.written = 0
 
-    def checkpoint(self, sums: dict[str, list[float]], whole: bool) -> dict[str, Any]:
-        """What a checkpoint holds: all that the run needs to go on, or a model to use."""
+    def checkpoint(
+        self, state: dict[str, Tensor], sums: dict[str, list[float]], optimizers: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint holds: with the optimizers all that the run needs to go on, else a model to use."""
         model, data = self.model, self.data
         metrics = {"seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step}
         return {
             **self.extra,
             "config": asdict(model.config),
-            "model": model.state_dict() if whole else merged_state(model),
+            "model": state,
             "tokenizer": data.tokenizer.spec,
             "step": self.step,
             "block_size": self.block_size,
@@ -3274,19 +3428,21 @@ class Run:
             "data": {"path": str(data.path), "digest": data.digest},
             "metrics": {**metrics, "last": self.results, "sums": sums},
             "log": list(self.records),
-            "optimizer": [o.state_dict() for o in self.optimizers] if whole else None,
-            "scaler": self.scaler.state_dict() if whole else None,
+            "optimizer": optimizers,
+            "scaler": self.scaler.state_dict() if optimizers else None,
         }
 
     def save(self, best: bool, sums: dict[str, list[float]]) -> None:
         """Write the state to go on from, and the model if it is the best. From 300M parameters on this overlaps the
         next steps, where there is memory for a copy; the next save, and the end, wait for it."""
+        state = {name: gathered(own_share(p).detach(), p) for name, p in self.model.named_parameters()}
+        optimizers = [self.of_each(optimizer, optimizer.state_dict(), gathered) for optimizer in self.optimizers]
         if rank() > 0:
             return
         self.wait_for_save()
-        files, contents = self.files, [self.checkpoint(sums, whole=True)]
+        files, contents = self.files, [self.checkpoint(state, sums, optimizers)]
         if best:
-            contents.append(self.checkpoint(sums, whole=False))
+            contents.append(self.checkpoint(merged(state), sums))
 
         def write() -> None:
             stale = [*files.states(), files.model] if self.replaces else []
@@ -3303,9 +3459,9 @@ class Run:
             except Exception as e:
                 self.failed = e
 
-        n_bytes = 4 * sum(p.numel() for p in self.params)
+        n_bytes = 4 * sum(p.numel() for p in self.params.values())
         if n_bytes >= OVERLAPPED_SAVE_BYTES and available_memory() > 6 * n_bytes:
-            contents = [on_host(content) for content in contents]
+            contents = copied_to(contents, "cpu")
             self.saving = threading.Thread(target=try_to_write, daemon=True)
             self.saving.start()
         else:
@@ -3325,13 +3481,13 @@ class Run:
         self.write_log()
 
 
-def on_host(x: Any) -> Any:
-    """A copy of containers of tensors in the CPU's memory."""
+def copied_to(x: Any, device: str) -> Any:
+    """A copy of containers of tensors on another device. On "meta" it is only their shapes."""
     if isinstance(x, dict):
-        return {k: on_host(v) for k, v in x.items()}
+        return {k: copied_to(v, device) for k, v in x.items()}
     if isinstance(x, list):
-        return [on_host(v) for v in x]
-    return x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x
+        return [copied_to(v, device) for v in x]
+    return x.detach().to(device, copy=True) if isinstance(x, Tensor) else x
 
 
 def available_memory() -> int:
@@ -3493,7 +3649,7 @@ class Distillation:
             sums[1] = value.detach()
         else:
             chunk_loss = self.chunk_loss(d, targets, self.teacher_logp(batch), sums)
-            value = linear_loss(student.hidden(idx, segments=segments), student, chunk_loss, 8)
+            value = student.loss(idx, targets, segments, chunk_loss, 8)
         share = n_data / n.clamp(min=1)  # the caller divides by the number of targets in the data
         parts = torch.stack((sums, torch.stack((n * (d.alpha > 0), n * (d.alpha < 1)))), dim=1)
         return value * share, {"divergence": parts[0], "cross_entropy": parts[1]}
@@ -4396,7 +4552,7 @@ def start_run(
 ) -> None:  # fmt: skip
     """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
     t.check_division()
-    set_precision(model.to(choose_device(t.device)), t.dtype, training=True)
+    share_out(set_precision(model.to(choose_device(t.device)), t.dtype, training=True), t.fsdp)
     loss_fn = language_modelling
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
@@ -4429,14 +4585,14 @@ def start_run(
 
 # What may change when a run is resumed: it does not change what is computed.
 FREE = {
-    "max_iters", "epochs", "device", "compile", "log_interval", "sample_interval", "grad_accum", "save_minutes", "keep",
-    "max_bad_steps",
+    "max_iters", "epochs", "device", "compile", "fsdp", "log_interval", "sample_interval", "grad_accum", "save_minutes",
+    "keep", "max_bad_steps",
 }  # fmt: skip
 
 
 def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
     """Go on with a run from its last state, with its own settings."""
-    last, c = files.latest()
+    last, c = from_first(files.latest)
     if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
@@ -4551,14 +4707,14 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
 
     def show_answer(self, model: GPT, data: Data, when: str) -> None:
         """Print the answer to --prompt: as a turn of a conversation where the data is conversations."""
-        if self.prompt is None or rank():
+        if self.prompt is None:
             return
         prompt, temperature = data.tokenizer.prompt(self.prompt), self.sample_temperature
         if data.is_chat:
             turns = [{"role": "user", "content": self.prompt}]
             prompt = data.tokenizer.encode_rendered(render_chat(data.tokenizer, turns, add_generation_prompt=True))
         settings = SamplingSettings() if temperature is None else SamplingSettings(temperature)
-        text = generate_text(model, data.tokenizer, prompt, self.sample_length, settings)[0]
+        text = shown_text(model, data.tokenizer, prompt, self.sample_length, settings)
         say(f"--- {when} finetuning ---\n{self.prompt}\n{text}\n---")
 
 

@@ -425,7 +425,7 @@ def test_muon_takes_the_block_matrices():
     rates = {names[id(p)]: g["lr"] for o in (adamw, muon) for g in o.param_groups for p in g["params"]}
     assert rates.pop("wte.weight") == 0.2 and rates.pop("lm_head.weight") == 0.3
     assert set(rates.values()) == {0.03} and all(n.startswith("blocks.") for n in rates) and len(rates) == 8
-    assert muon.rows[gpt.blocks[0].attn.qkv.weight] == [32, 32, 32]
+    assert muon.params[0] is gpt.blocks[0].attn.qkv.weight and muon.rows[0] == [32, 32, 32]
 
 
 @pytest.mark.parametrize("settings, expected", [
