@@ -38,6 +38,7 @@ import mmap
 import operator
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -585,6 +586,23 @@ class Block(nn.Module):
         return self.norm_2(x + self.mlp(x))
 
 
+def same_dropout_on_mps() -> tuple[Any, Any]:
+    """The contexts of a block's forward pass and of its recomputation: torch.utils.checkpoint repeats the random
+    numbers of CUDA, and those of MPS it does not (it looks for torch.mps._initialized)."""
+    state = torch.mps.get_rng_state()
+
+    @contextmanager
+    def as_before() -> Iterator[None]:
+        now = torch.mps.get_rng_state()
+        torch.mps.set_rng_state(state)
+        try:
+            yield
+        finally:
+            torch.mps.set_rng_state(now)
+
+    return nullcontext(), as_before()
+
+
 class Compiled:
     """Blocks by torch.compile, in training; evaluation and generation, whose shapes vary, take the plain pass."""
 
@@ -715,9 +733,11 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) through all blocks."""
+        on_mps = x.device.type == "mps" and not torch.compiler.is_compiling()
+        recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, **recompute)
             else:  # outside training no hooks that share_out has put on blocks
                 x = (block if self.training else block.forward)(x, rope, mask, cache)
         return x
@@ -2288,17 +2308,20 @@ def sample_token(logits: Tensor, s: SamplingSettings, seen: Tensor | None, gener
     return draw(next_token_probs(logits, s, seen), generator)
 
 
-def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as a matrix (B, longest), padded at the left, and how much padding each has (None if none)."""
+def left_pad(prompts: list[list[int]] | Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts as a matrix (B, longest), padded at the left, and how much padding each has (None if none). A matrix of
+    prompts is that already."""
+    if isinstance(prompts, Tensor):
+        return prompts, None
     longest = max(map(len, prompts))
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    idx = torch.tensor([p[:1] * (longest - len(p)) + p for p in prompts], device=device)
-    return idx, pad if int(pad.max()) else None
+    pad = [longest - len(p) for p in prompts]
+    idx = torch.tensor([p[:1] * n + p for p, n in zip(prompts, pad, strict=True)], device=device)
+    return idx, torch.tensor(pad, device=device) if any(pad) else None
 
 
 @torch.inference_mode()
 def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, settings: SamplingSettings,
+    model: GPT, prompts: list[list[int]] | Tensor, max_new_tokens: int, settings: SamplingSettings,
     generator: torch.Generator | None = None, cache: KVCache | None = None, first: Tensor | None = None,
     seen: list[int] | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
@@ -2856,6 +2879,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on its way to a device. CUDA copies pinned memory in the background; MPS would read memory
+    that may be freed by then (https://github.com/pytorch/pytorch/issues/189690), so there the host waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the device computes it fast, float16 on older GPUs, else float32."""
     if name != "auto":
@@ -3258,11 +3287,8 @@ class Run:
         parts = np.array_split(mine, self.t.grad_accum)
         batches = [self.split.batch(self.windows, blocks, self.block_size) for blocks in parts]
         n_targets = torch.full((), float(sum(int((b["targets"] >= 0).sum()) for b in batches)), device=device)
-        if device.type == "cuda":
-            batches = [{k: v.pin_memory() for k, v in b.items()} for b in batches]
-        on_device = [
-            {k: v if k == "blocks" else v.to(device, non_blocking=True) for k, v in b.items()} for b in batches
-        ]  # the numbers of the blocks are for the host
+        # the numbers of the blocks are for the host
+        on_device = [{k: v if k == "blocks" else send(v, device) for k, v in b.items()} for b in batches]
         return on_device, all_reduce(n_targets)
 
     def start_clock(self) -> None:
@@ -3285,6 +3311,7 @@ class Run:
         while n < 3 or time.perf_counter() - begun < 0.01 * 60 * minutes:
             if n == 0:
                 begun = time.perf_counter()
+            torch.manual_seed(self.step * 4096 + rank())  # as fit does: some losses draw by it what they do
             sums = accumulate_gradients(
                 model=self.model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=self.scaler
             )
@@ -3508,7 +3535,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
     with stop_signals() as stop, progress_bar(total=t.max_iters, initial=run.step, unit="step", desc="train") as bar:
         while run.step < t.max_iters:
             run.set_rates()
-            torch.manual_seed((t.seed * 1_000_003 + run.step) * 4096 + rank())  # dropout
+            torch.manual_seed((t.seed * 1_000_003 + run.step) * 4096 + rank())  # dropout; see also Distillation
             sums = accumulate_gradients(
                 model=model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=run.scaler
             )
@@ -3640,7 +3667,8 @@ class Distillation:
     def __call__(self, student: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss of a batch; its divergence and cross-entropy, each as (sum, number of targets)."""
         d, n_data = self.d, (batch["targets"] >= 0).sum()
-        if d.on_policy and torch.rand(()).item() < d.on_policy:
+        # by the step alone (see fit), for each process would wait for one that generates
+        if d.on_policy and random.Random(torch.initial_seed() // 4096).random() < d.on_policy:
             batch, d = self.student_writes(student, batch), replace(d, alpha=1.0)
         idx, targets, segments = batch["idx"], batch["targets"], batch.get("segments")
         n, sums = (targets >= 0).sum(), torch.zeros(2, device=idx.device)
@@ -3697,7 +3725,7 @@ class Distillation:
             for j, i in enumerate(missing):
                 log_p, ids = logp(slice(j * T, (j + 1) * T)).topk(self.cache.ids.shape[2])
                 self.cache.write(blocks[i], ids, log_p.exp())
-        ids, log_p = (x.to(batch["idx"].device) for x in self.cache.read(blocks))
+        ids, log_p = (send(x, batch["idx"].device) for x in self.cache.read(blocks))
         return lambda rows: (ids[rows], log_p[rows])
 
     def live(self, batch: dict[str, Tensor]) -> Callable[[slice], Tensor]:
@@ -3718,7 +3746,7 @@ class Distillation:
         generator = torch.Generator(idx.device).manual_seed(int(torch.randint(2**31, ())))
         settings = SamplingSettings(**PLAIN_SAMPLING)
         with evaluating(student):
-            new = list(generate(student, idx[:, :keep].tolist(), idx.size(1) + 1 - keep, settings, generator))
+            new = list(generate(student, idx[:, :keep], idx.size(1) + 1 - keep, settings, generator))
         rows = torch.cat((idx[:, :keep], torch.stack(new, dim=1).clone()), dim=1)
         targets = rows[:, 1:].clone()
         targets[:, : keep - 1] = -1  # only what the student wrote

@@ -284,15 +284,21 @@ def test_an_on_policy_batch_is_scored_by_the_teacher_alone(monkeypatch, kind, be
     assert loss.item() / batch["idx"].numel() == pytest.approx(4 * value.mean().item(), rel=1e-5)
 
 
-def test_on_policy_is_a_fraction_of_the_batches(monkeypatch):
-    """Truth: the binomial distribution: 400 draws at 0.25 lie within 100 +- 4 standard deviations of 8.7."""
+def test_on_policy_is_a_fraction_of_the_steps(monkeypatch):
+    """Truth: the binomial distribution: 400 draws at 0.25 lie within 100 +- 4 standard deviations of 8.7. All processes
+    and micro-batches of a step draw alike, whatever else is random in them."""
     teacher, student = pair()
     objective, written = Distillation(teacher, DistillConfig(on_policy=0.25), 100), []
-    monkeypatch.setattr(objective, "student_writes", lambda student, batch: written.append(1) or batch)
-    torch.manual_seed(0)
-    for _ in range(400):
-        objective(student, batch_of(1, 2))
-    assert 65 <= len(written) <= 135
+    monkeypatch.setattr(objective, "student_writes", lambda student, batch: written.append(seed) or batch)
+    for step in range(400):
+        for rank in (0, 1, 1023):
+            torch.manual_seed(seed := (1337 * 1_000_003 + step) * 4096 + rank)  # as fit does
+            for _ in range(2):
+                objective(student, batch_of(1, 2))
+                torch.rand(3 + rank % 5)
+    steps = [seed // 4096 for seed in written]
+    assert 65 <= len(set(steps)) <= 135
+    assert [steps.count(step) for step in set(steps)] == [6] * len(set(steps))
 
 
 # --- The teacher's cache
