@@ -59,7 +59,7 @@ def launches_of_a_step(variant: str, optimizer: str = "adamw", recipe: str = "pu
         t = model.TrainConfig(optimizer=optimizer, batch_size=2)
         run = model.Run.__new__(model.Run)
         run.model, run.t, run.step, run.sums = gpt, t, 0, {}
-        run.params, run.optimizers = list(gpt.parameters()), model.make_optimizers(gpt, t)
+        run.params, run.optimizers = {p: p for p in gpt.parameters()}, model.make_optimizers(gpt, t)
         run.scaler, run.bad = (
             torch.amp.GradScaler("cuda", enabled=False),
             torch.zeros(4, dtype=torch.int64, device="cuda"),
