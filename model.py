@@ -1325,15 +1325,17 @@ def locked(target: Path, wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         f = open(path, "a+")
-        try:
-            lock_file(f, wait)
-        except (BlockingIOError, PermissionError):
-            with f:
+        with suppress(OSError):  # of a file system without locks
+            try:
+                lock_file(f, wait=False)
+            except (BlockingIOError, PermissionError):
                 f.seek(0)
-                holder = f.read().strip() or "another program"
-            raise UserError(f"{target} is being written by {holder}: wait for it, or choose another name") from None
-        except OSError:
-            pass  # a file system without locks
+                busy = f"{target} is being written by {f.read().strip() or 'another program'}"
+                if not wait:
+                    f.close()
+                    raise UserError(f"{busy}: wait for it, or choose another name") from None
+                say(f"{busy}: waiting for it")
+                lock_file(f, wait=True)
         with suppress(OSError):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):  # else its holder has just removed it
                 break
@@ -1794,7 +1796,7 @@ class Data:
             if len(tokens) != meta.n_tokens or meta.val_start > meta.n_tokens:
                 counts = f"{len(tokens):,} tokens and should have {meta.n_tokens:,}"
                 raise UserError(f"{self.folder / 'data.bin'} has {counts}: truncated or replaced; run tokenize again")
-            for name in DATA_FILES if rank() == 0 else ():
+            for name in DATA_FILES if prepares() else ():
                 known = {"data.bin": meta.digest, **meta.files}.get(name)
                 if known and file_digest(self.folder / name) != known:
                     raise UserError(f"{self.folder / name} is damaged: its digest differs; run tokenize again")
@@ -1864,11 +1866,23 @@ class BlockSampler:
 STDLIB_DATA = "python_stdlib"
 
 
-def python_stdlib_data() -> Path:
+def found_or_made(folder: Path, find: Callable[[], Data | None], make: Callable[[Path], Any]) -> Data:
+    """Data that is there, or else is made in a folder by one program, for which others, on other machines too, wait."""
+    data = find()
+    if data is None:
+        with locked(beside(folder, "opening"), wait=True):
+            data = find()
+            if data is None:
+                make(folder)
+                data = Data(folder)
+    return data
+
+
+def tokenize_python_stdlib(folder: Path) -> None:
     """The data set of the quickstart: the source of Python's standard library, which every machine has."""
     import sysconfig
 
-    folder, root = DATA_DIR / STDLIB_DATA, Path(sysconfig.get_paths()["stdlib"])
+    root = Path(sysconfig.get_paths()["stdlib"])
     say(f"no --data given: making {folder} from the source of Python's standard library in {root}")
     left_out = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other people's; tables, not programs
     files = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size]
@@ -1876,17 +1890,20 @@ def python_stdlib_data() -> Path:
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
     tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=8192, source=str(root))
-    return folder
 
 
 def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
     """Open what --data names: a name under data/, a folder, a .bin file, or a file of text or records, which is
     tokenized first. Without a name: the newest data set under data/, or Python's standard library."""
     made = sorted(DATA_DIR.glob("*/meta.json"), key=lambda p: p.stat().st_mtime)
+    if spec is None and made:
+        say(f"no --data given: using {made[-1].parent}", file=sys.stderr)
+        return Data(made[-1].parent)
     if spec is None:
-        if made:
-            say(f"no --data given: using {made[-1].parent}", file=sys.stderr)
-        return Data(made[-1].parent if made else python_stdlib_data())
+        folder = DATA_DIR / STDLIB_DATA
+        return found_or_made(
+            folder, lambda: Data(folder) if (folder / "meta.json").exists() else None, tokenize_python_stdlib
+        )
     spec = re.sub(r"^_data_(\w+)_(?=/|$)", rf"{DATA_DIR}/\1", spec)  # as the published commands write it
     for path in (Path(spec), DATA_DIR / spec):
         if path.is_dir() or path.suffix == ".bin" and path.is_file():
@@ -1902,20 +1919,25 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Dat
     first = folder = DATA_DIR / path.stem
     if isinstance(tokenizer, Tokenizer):
         folder = DATA_DIR / f"{path.stem}_{tokenizer.name}"
-    for there in (first, folder):
-        if not (there / "meta.json").exists():
-            continue
-        data, source = Data(there), read_schema(Meta, there / "meta.json").source
-        same = (source.get("files") if isinstance(source, dict) else source) == describe_sources([str(path)])
-        if same and (isinstance(tokenizer, str) or data.tokenizer.digest == tokenizer.digest):
-            return data
-        if there == folder:
-            raise UserError(f"{folder} was made from something else than {path}: tokenize that under another name")
-    if path.suffix in RECORD_FILES:
-        tokenize_records(folder, Records(hf_dataset=str(path)), tokenizer, vocab_size)
-    else:
-        tokenize_text(folder, [str(path)], tokenizer, vocab_size)
-    return Data(folder)
+
+    def find() -> Data | None:
+        for there in (first, folder):
+            if not (there / "meta.json").exists():
+                continue
+            data, source = Data(there), read_schema(Meta, there / "meta.json").source
+            same = (source.get("files") if isinstance(source, dict) else source) == describe_sources([str(path)])
+            if same and (isinstance(tokenizer, str) or data.tokenizer.digest == tokenizer.digest):
+                return data
+            if there == folder:
+                raise UserError(f"{folder} was made from something else than {path}: tokenize that under another name")
+
+    def make(folder: Path) -> None:
+        if path.suffix in RECORD_FILES:
+            tokenize_records(folder, Records(hf_dataset=str(path)), tokenizer, vocab_size)
+        else:
+            tokenize_text(folder, [str(path)], tokenizer, vocab_size)
+
+    return found_or_made(folder, find, make)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2836,16 +2858,111 @@ def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]]) -> li
     ]
 
 
+# Before a run begins, its processes meet only in torchrun's key-value store, where one can wait without the time limit
+# of collectives: data may take hours to make. One process of each machine prepares what is needed there, models, data,
+# caches; the others follow when all of it is there.
+MACHINE = os.environ.get("GROUP_RANK", "0")  # torchrun's number of it
+
+
+def prepares() -> bool:
+    """Whether this process is the one that prepares the files of its machine."""
+    return not distributed() or os.environ["LOCAL_RANK"] == "0"
+
+
+def store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def meet() -> dict[str, Any]:
+    """What init_process_group takes, with a part of the store for this start alone: when torchrun starts processes
+    again, the addresses of the dead are still there, and gloo and NCCL call them (pytorch/pytorch#167288). Each process
+    shows a key of its own; the first repeats all it sees, after its own, until each has seen its own among them."""
+    whole, rank, n = next(torch.distributed.rendezvous("env://"))
+    own, part = os.urandom(8).hex(), None
+    whole.set(f"key {rank}", own)
+    while part is None or rank == 0 and part.add("met", 0) < n:
+        if rank == 0:
+            whole.set("keys", " ".join([own, *(whole.get(f"key {i}").decode() for i in range(1, n))]))
+        keys = whole.get("keys").decode().split()
+        if part is None and own in keys:
+            part = torch.distributed.PrefixStore(keys[0], whole)
+            part.add("met", 1)
+        time.sleep(0.02)
+    return {"store": part, "rank": rank, "world_size": n}
+
+
+def wait_for(*keys: str) -> None:
+    """Wait until these keys are in the store. Raises UserError when a process has failed, with its sentence."""
+    while not store().check(list(keys)):
+        if store().check(["failed"]):
+            raise UserError(store().get("failed").decode())
+        time.sleep(0.1)
+
+
+def from_first(key: str, f: Callable[[], Any]) -> Any:
+    """What a function returns in the first process, for all; of JSON's types."""
+    if world_size() == 1:
+        return f()
+    if rank() == 0:
+        store().set(key, json.dumps(f()))
+    wait_for(key)
+    return json.loads(store().get(key))
+
+
+def all_prepared(**same: Any) -> None:
+    """Let the other processes of this machine prepare too, and wait until all have; from here on there are collectives.
+    Raises UserError unless all have the same of these."""
+    if world_size() == 1:
+        return
+    if prepares():
+        store().set(f"prepared on {MACHINE}", "")
+    store().set(f"prepared {rank()}", json.dumps([platform.node(), same]))
+    wait_for(*(f"prepared {i}" for i in range(world_size())))
+    name, first = json.loads(store().get("prepared 0"))
+    if differs := next((what for what, value in json.loads(json.dumps(same)).items() if value != first[what]), None):
+        here = f"machine {MACHINE} ({platform.node()})"
+        raise UserError(f"{here} has another {differs} than the first ({name}): it must be the same on all machines")
+
+
 @contextmanager
-def first_process_first() -> Iterator[None]:
-    """The other processes wait until the first has been here: what it makes or clears away, they find so."""
-    if rank() > 0:
-        torch.distributed.barrier()
+def processes() -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did. An error in any of them ends all, and one process of
+    each machine tells it: the first error, of which the others' are but echoes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    with told_as("WORLD_SIZE is set, and the processes do not find each other: start them with torchrun"):
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **meet())
     try:
         yield
+    except (Exception, KeyboardInterrupt) as e:
+        end_all(e)
     finally:
-        if rank() == 0 and world_size() > 1:
-            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def end_all(e: BaseException) -> None:
+    """End this process, so that the others end too; at once, for on Python's way out gloo waits for the others."""
+    if isinstance(e, torch.distributed.DistError) or "gloo" in str(e):  # a connection of which the other end is gone
+        e = UserError("a process of this run has vanished, killed or with its machine: go on with --resume")
+    told = isinstance(e, KeyboardInterrupt)
+    with suppress(RuntimeError):  # the store is gone too
+        first = store().compare_set("failed", "", str(e) or type(e).__name__).decode()
+        e = e if first == str(e) else UserError(first)
+        told = told or store().add(f"told on {MACHINE}", 1) > 1
+    if told:
+        time.sleep(1)  # when one process has ended, torchrun ends the others: not before the error is told
+    else:
+        tell(e)
+    os._exit(130 if isinstance(e, KeyboardInterrupt) else 1)
+
+
+def tell(e: BaseException) -> None:
+    """Show an error: what a user can mend as a sentence, a fault of the program with its traceback."""
+    if not isinstance(e, (UserError, OSError)) or "--debug" in sys.argv:
+        return sys.excepthook(type(e), e, e.__traceback__)
+    reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+    print(f"model.py {sys.argv[1]}: error: {reason}", file=sys.stderr, flush=True)
 
 
 def say(text: str, file: Any = None) -> None:
@@ -3136,6 +3253,13 @@ class RunFiles:
             go_on = "go on with --resume, " if states else "it has no state to resume from; "
             raise UserError(f"{there} is already there: {go_on}--overwrite it, or choose a --name")
 
+    def goes_on(self, resume: str) -> bool:
+        """Whether a run goes on from a state; else it begins, for which its name must be free."""
+        if resume == "true" or resume == "auto" and self.states():
+            return True
+        self.check_free()
+        return False
+
     def latest(self) -> tuple[Path, "Checkpoint"]:
         """The newest whole state."""
         for path in self.states():
@@ -3353,15 +3477,22 @@ class Run:
         self.bad = torch.stack((row, torch.maximum(row, self.bad[1]), self.bad[2] + bad, last))
         self.sums = {name: self.sums.get(name, 0) + torch.where(bad, 0.0, pair) for name, pair in sums.items()}
 
-    def due(self, stop: list[int]) -> set[str]:
+    def ask(self, stop: list[int]) -> None:
+        """Have the processes agree whether to stop, by which signal, and whether to save, while a step is under way:
+        from CPU to CPU, so that no GPU is waited for."""
+        late = rank() == 0 and 0 < 60 * self.t.save_minutes < time.monotonic() - self.saved_at
+        self.asked, self.answer = None, torch.tensor([stop[0] if stop else 0, int(late)])
+        if world_size() > 1:
+            MAX = torch.distributed.ReduceOp.MAX
+            self.asked = torch.distributed.all_reduce(self.answer, MAX, async_op=True)
+
+    def due(self) -> set[str]:
         """What is to be done after this step: any of record, evaluate, sample, save and stop."""
         t = self.t
         due = {what for what, n in self.intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
-        late = t.save_minutes and rank() == 0 and time.monotonic() - self.saved_at > 60 * t.save_minutes
-        flags = [len(stop), int(late)]
-        if world_size() > 1:  # all together, and asked only where they wait for a GPU anyway
-            flags = all_reduce(torch.tensor(flags, device=self.model.device)).tolist() if due else [0, 0]
-        return due | {what for what, flag in zip(("stop", "save"), flags, strict=True) if flag}
+        if self.asked:
+            self.asked.wait()
+        return due | {what for what, flag in zip(("stop", "save"), self.answer.tolist(), strict=True) if flag}
 
     def report(self, due: set[str], bar: tqdm, prompt: str) -> None:
         """Do what is due. Here, and nowhere else between two steps, the host waits for a GPU."""
@@ -3541,16 +3672,17 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             )
             if run.step + 1 < t.max_iters:
                 batches, n_targets = run.batches(run.step + 1)  # while a GPU is still at work on this step
+            run.ask(stop)
             run.update(sums)
             bar.update()
-            due = run.due(stop)
+            due = run.due()
             if due - {"sample"}:  # a sample is shown with a report, never alone
                 run.report(due, bar, prompt)
             if "stop" in due:
                 bar.close()
-                run.wait_for_save()
+                from_first("saved", run.wait_for_save)  # when one process has ended, torchrun ends the others
                 say(f"stopped at step {run.step}: saved {run.files.last}; go on with --resume")
-                raise SystemExit(128 + (stop or [signal.SIGINT])[0])
+                raise SystemExit(128 + int(run.answer[0]))
         run.wait_for_save()
 
 
@@ -4556,20 +4688,15 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
 
     @functools.wraps(begin)
     def run(a: RunArgs) -> None:
-        device = choose_device(a.device or "auto")
-        try:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed():
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)
-                torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with processes():
+            if (device := choose_device(a.device or "auto")).type == "cuda":
+                torch.cuda.set_device(device)
+            if not prepares():
+                wait_for(f"prepared on {MACHINE}")
             files = RunFiles(a.name or a.default_name, a.overwrite)
-            if a.resume == "true" or a.resume == "auto" and files.states():
+            if from_first("resume", lambda: files.goes_on(a.resume)):
                 return resume_run(a, begin.__name__, files)
-            files.check_free()
             begin(a, functools.partial(start_run, files, kind=begin.__name__, arguments=sys.argv[1:]))
-        finally:
-            if distributed():
-                torch.distributed.destroy_process_group()
 
     return run
 
@@ -4585,8 +4712,10 @@ def start_run(
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
         loss_fn = make_distillation(teacher_model, data, block_size, about["teacher"]["digest"], about["distill"])
+    all_prepared(data=[data.digest, data.tokenizer.digest], model=asdict(model.config), settings=asdict(t),
+                 teacher=about.get("teacher"))  # fmt: skip
     with locked(files.run) if rank() == 0 else nullcontext():
-        if state is None:
+        if state is None and rank() == 0:
             files.check_free()  # once more, for that was before the data was made
         for left_over in CHECKPOINT_DIR.glob(f".{glob.escape(files.run.name)}_model*.tmp") if rank() == 0 else ():
             left_over.unlink()
@@ -4700,8 +4829,7 @@ def train(a: TrainArgs, start: Callable) -> None:
         a.max_minutes = 3.0  # the quickstart
     config = make_config(a.variant, 50259, overrides, a.recipe)
     train_config(a, a.variant, config)  # a mistake shows before data is made
-    with first_process_first():
-        data = open_data(a.data, a.tokenizer or "gpt2", a.vocab_size)
+    data = open_data(a.data, a.tokenizer or "gpt2", a.vocab_size)
     if a.tokenizer in ("gpt2", "byte", "bpe") and data.tokenizer.kind != a.tokenizer:
         raise UserError(f"{data.path} was made with tokenizer {data.tokenizer.describe()}, and --tokenizer asks for "
                         f"{a.tokenizer}: leave it out, or tokenize the text under another name")  # fmt: skip
@@ -4758,10 +4886,12 @@ class HFFinetuneArgs(Records, FinetuneArgs):
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{self.hf_split}_{tokenizer.name}"
-        made = read_schema(Meta, folder / "meta.json").source if (folder / "meta.json").exists() else None
-        if made != json.loads(json.dumps(self.describe())):
-            tokenize_records(folder, self, tokenizer, overwrite=True)
-        return Data(folder)
+
+        def find() -> Data | None:
+            made = read_schema(Meta, folder / "meta.json").source if (folder / "meta.json").exists() else None
+            return Data(folder) if made == json.loads(json.dumps(self.describe())) else None
+
+        return found_or_made(folder, find, lambda folder: tokenize_records(folder, self, tokenizer, overwrite=True))
 
 
 FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_decay=0.01)
@@ -5366,15 +5496,13 @@ def main() -> None:
         if torch is later and name != "plot":
             return with_torch().main()
         keep_freed_memory()
-        COMMANDS[name].run(a)
+        if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # torchrun's first does it alone
+            COMMANDS[name].run(a)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet
         sys.exit(1)
     except (UserError, OSError) as e:
-        if "--debug" in sys.argv:
-            raise
-        reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-        print(f"model.py {sys.argv[1]}: error: {reason}", file=sys.stderr)
+        tell(e)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -220,6 +220,46 @@ def program(*args, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, check=False, **kwargs)
 
 
+TWO = ("--standalone", "--nproc_per_node", 2)
+
+
+class Torchrun(subprocess.Popen):
+    """torchrun FLAGS model.py ARGS, under way; each process executes `patch` first, and leaves in the file RANK.end its
+    exit status and the number of steps that it made."""
+
+    def __init__(self, *args, flags: tuple = TWO, patch: str = "", cwd: Path | str = ".") -> None:
+        script = Path(cwd).resolve() / "run.py"
+        script.write_text(f"""import itertools, os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import model
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+steps, accumulate = itertools.count(), model.accumulate_gradients
+before_step = lambda step: None
+{patch}
+def accumulate_gradients(**arguments):
+    before_step(next(steps) + 1)
+    return accumulate(**arguments)
+model.accumulate_gradients = accumulate_gradients
+try:
+    model.main()
+except SystemExit as e:
+    open(f"{{rank}}.end", "w").write(f"{{e.code}} {{next(steps)}}")
+    raise
+""")
+        command = [sys.executable, "-m", "torch.distributed.run", *flags, script, *args]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        super().__init__(list(map(str, command)), cwd=cwd, **pipes)
+
+    def result(self, timeout: float = 120) -> Result:
+        with self:
+            try:
+                out, err = self.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                self.terminate()  # torchrun ends its processes
+                raise
+        return Result(self.returncode, out, err)
+
+
 def write_conversations(folder: Path, conversations: list[tuple[list[int], list[int]]], val_fraction=0.1) -> dict:
     """A data folder of conversations, each (ids, mask), over the byte tokenizer."""
     folder.parent.mkdir(exist_ok=True)

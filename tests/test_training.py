@@ -4,7 +4,6 @@ import collections
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -312,36 +311,6 @@ def test_accumulation_changes_nothing(cli, text_file, data, arch):
     rel = 2e-3 if arch == "nanochat" else 2e-4
     close_runs(log_of("1"), log_of("2"), rel)
     close_runs(log_of("1"), log_of("16"), rel)
-
-
-def torchrun(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "model.py"), *map(str, args)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, run.stderr
-    return run
-
-
-def test_two_processes_equal_one(cli, text_file):
-    """From a text that is not tokenized yet, and over a run of the same name, which both processes find."""
-    cli("train", *BYTES, *SIXTEEN, "--name", "one").ok()
-    os.rename("data", "data_of_one")
-    cli("train", *BYTES, *SIXTEEN, "--name", "two", "--seed", 3).ok()
-    shutil.rmtree("data")
-    run = torchrun("train", *BYTES, *SIXTEEN, "--name", "two", "--overwrite")
-    assert run.stdout.count("step 3:") == 1  # only the first process speaks
-    close_runs(log_of("one"), log_of("two"))
-    one, two = checkpoint_of("one")["model"], checkpoint_of("two")["model"]
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-4)  # a few of Adam's steps of 3e-4
-
-
-def test_two_processes_share_unequal_work(cli, workdir):
-    """Conversations: losses divide by the targets of the whole batch, not of each process's part."""
-    conversation_data("chat")
-    cli("train", "--data", "chat", *SIXTEEN, "--name", "one").ok()
-    torchrun("train", "--data", "chat", *SIXTEEN, "--name", "two", "--grad_accum", 2)
-    close_runs(log_of("one"), log_of("two"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Several processes, as torchrun starts them: one of each machine prepares, all stop together, none is left hanging.
+
+A machine is a torchrun in a folder of its own."""
+
+import json
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TWO, Torchrun
+from test_training import BYTES, SIXTEEN, checkpoint_of, close_runs, conversation_data, log_of
+
+import model
+
+RUN = ("train", *BYTES, *SIXTEEN)
+SILENT = (*RUN, "--log_interval", 1000, "--eval_interval", 1000, "--sample_interval", -1)
+# Collectives that wait for two seconds at most, and data that takes longer to make.
+SLOW_DATA = """
+import datetime
+join, tokenize = model.torch.distributed.init_process_group, model.DataWriter.finish
+limit = datetime.timedelta(seconds=2)
+model.torch.distributed.init_process_group = lambda *a, **k: join(*a, **k, timeout=limit)
+model.DataWriter.finish = lambda *args: (time.sleep(4), print("made"), tokenize(*args))[-1]
+"""
+
+
+def assert_same_weights(a: dict, b: dict, atol: float = 5e-4) -> None:  # a few of Adam's steps of 3e-4
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
+
+
+def ends(folder: str = ".") -> set[str]:
+    """Exit status and steps of each process."""
+    return {path.read_text() for path in Path(folder).glob("*.end")}
+
+
+@pytest.fixture
+def one(cli, text_file) -> list[dict]:
+    """The log of the run of one process, which is in checkpoints/one_*; its data is no longer there."""
+    cli(*RUN, "--name", "one").ok()
+    shutil.rmtree("data")
+    return log_of("one")
+
+
+def test_two_processes_equal_one_and_a_restart_changes_nothing(one, cli):
+    """From a text that is not tokenized yet, and over a run of the same name, which both processes find. Then with a
+    process that is killed in step 5: torchrun starts both again, which go on from step 3."""
+    cli(*RUN, "--name", "two", "--seed", 3).ok()
+    shutil.rmtree("data")
+    two = Torchrun(*RUN, "--name", "two", "--overwrite", patch=SLOW_DATA).result().ok()
+    assert two.out.count("step 3:") == two.out.count("made\n") == 1  # only the first process speaks, and makes data
+    close_runs(one, log_of("two"))
+    assert_same_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"])
+
+    kill = (
+        "before_step = lambda step: step == 5 and rank == 1 and attempt == 0 and os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    run = Torchrun(*RUN, "--name", "killed", "--resume", "auto", flags=(*TWO, "--max_restarts", 1), patch=kill)
+    killed = run.result().ok()
+    assert "resuming killed at step 3" in killed.out
+    assert killed.err.count("a process of this run has vanished") == killed.err.count("model.py train: error:") == 1
+    assert "Traceback" not in killed.err
+    assert log_of("killed") == log_of("two")
+    assert_same_weights(checkpoint_of("killed")["model"], checkpoint_of("two")["model"], atol=0)
+
+
+def test_two_processes_share_unequal_work(cli, workdir):
+    """Conversations: losses divide by the targets of the whole batch, not of each process's part."""
+    conversation_data("chat")
+    cli("train", "--data", "chat", *SIXTEEN, "--name", "one").ok()
+    Torchrun("train", "--data", "chat", *SIXTEEN, "--name", "two", "--grad_accum", 2).result().ok()
+    close_runs(log_of("one"), log_of("two"))
+
+
+def test_a_signal_to_torchrun_stops_all_at_one_step(one, cli):
+    """In slow steps, and long before the next record of the log."""
+    signalled = """
+def before_step(step):
+    if step == 2 and rank == 1:
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1 if step > 1 else 0)
+"""
+    Torchrun(*SILENT, "--name", "two", patch=signalled).result()
+    (end,) = ends()
+    code, steps = end.split()
+    assert code == str(128 + signal.SIGINT) and 2 <= int(steps) < 5
+    assert checkpoint_of("two")["step"] == int(steps)
+    cli(*SILENT, "--name", "two", "--resume").ok()
+    assert_same_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_process_ends_all(cli, text_file, rank):
+    """While the other waits for it in a collective."""
+    patch = f"""
+def before_step(step):
+    if step == 2 and rank == {rank}:
+        raise model.UserError("the loss is green")
+"""
+    run = Torchrun(*RUN, patch=patch).result(timeout=60)
+    assert run.code == 1 and run.err.count("the loss is green") == run.err.count("model.py train: error:") == 1
+    assert "Connection closed" not in run.err and "Traceback" not in run.err.split("ChildFailedError")[0].split("E1")[0]
+
+
+def test_tokenize_under_torchrun_is_done_once(workdir):
+    conversation = {"utterances": ["How are you?", "Fine, and you?"]}
+    Path("chats.jsonl").write_text((json.dumps(conversation) + "\n") * 200)
+    made = ("--hf_dataset", "chats.jsonl", "--dataset", "chats", "--tokenizer", "byte")
+    run = Torchrun("hf_tokenize", *made).result().ok()
+    assert run.out.count("data/chats: ") == 1 and run.err.count("rror") == 0
+    assert model.Data(Path("data/chats")).is_chat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two machines, with disks of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def on_two_machines(*args, patch: str = "", flags: tuple = ()) -> list:
+    """What torchrun says on each, in the folders 0 and 1."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    meet = ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port)
+    runs = [Torchrun(*args, flags=(*meet, "--node_rank", i, *flags), patch=patch, cwd=str(i)) for i in range(2)]
+    return [run.result(timeout=60) for run in runs]
+
+
+@pytest.fixture
+def two_folders(one) -> None:
+    for i in range(2):
+        Path(str(i)).mkdir()
+        shutil.copy("input.txt", str(i))
+
+
+def test_two_machines_prepare_and_stop_together(one, two_folders):
+    """Each makes its own data, the second one slowly. A signal to one stops both; the state is on the first's disk."""
+    signalled = """
+def before_step(step):
+    if step == 2 and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    slow = "if rank == 1:" + SLOW_DATA.replace("\n", "\n    ")
+    on_two_machines(*SILENT, "--name", "two", patch=slow + signalled)
+    assert ends("0") == ends("1") == {f"{128 + signal.SIGTERM} 2"}
+    assert [Path(folder, "checkpoints/two_model_last.pt").exists() for folder in "01"] == [True, False]
+    assert Path("0/data/input/data.bin").read_bytes() == Path("1/data/input/data.bin").read_bytes()
+
+
+def test_machines_with_different_data_are_told(two_folders):
+    text = Path("1/input.txt").read_bytes()
+    Path("1/input.txt").write_bytes(text[::-1])
+    for run in on_two_machines(*RUN):
+        assert run.code == 1 and run.err.count("machine 1 (") == run.err.count("has another data than the first") == 1
+
+
+def test_an_error_on_one_machine_is_told_on_both(two_folders):
+    Path("1/input.txt").write_bytes(b"caf\xe9")
+    for run in on_two_machines(*RUN):
+        assert run.code == 1 and run.err.count("input.txt") == run.err.count("model.py train: error:") == 1
