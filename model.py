@@ -1318,10 +1318,10 @@ def beside(target: Path, what: str) -> Path:
 
 
 @contextmanager
-def locked(target: Path, wait: bool = False) -> Iterator[None]:
+def locked(target: Path, wait: bool = False, lock: str = "lock") -> Iterator[None]:
     """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, with the holder, if
     another one has it."""
-    path = beside(target, "lock")
+    path = beside(target, lock)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         f = open(path, "a+")
@@ -1870,7 +1870,7 @@ def found_or_made(folder: Path, find: Callable[[], Data | None], make: Callable[
     """Data that is there, or else is made in a folder by one program, for which others, on other machines too, wait."""
     data = find()
     if data is None:
-        with locked(beside(folder, "opening"), wait=True):
+        with locked(folder, wait=True, lock="opening"):
             data = find()
             if data is None:
                 make(folder)

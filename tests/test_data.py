@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -433,3 +434,22 @@ def test_a_damaged_data_folder(cli, name, damage, words):
     file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
     assert words in cli("train", "--data", "d", *TINY_RUN, "--max_iters", 1).error
     assert not list(Path("checkpoints").glob("*"))
+
+
+def test_two_programs_that_open_one_text_make_its_data_once(cli, text_file, monkeypatch):
+    """The second comes while the first is at work."""
+    made, working, finish = [], threading.Event(), model.DataWriter.finish
+
+    def slow(*args):
+        made.append(args)
+        working.set()
+        time.sleep(0.3)
+        return finish(*args)
+
+    monkeypatch.setattr(model.DataWriter, "finish", slow)
+    first = threading.Thread(target=model.open_data, args=("input.txt", "byte"))
+    first.start()
+    assert working.wait(10) and not Path("data/input/meta.json").exists()
+    assert text_of(model.open_data("input.txt", "byte")) == text_file.read_text()
+    first.join()
+    assert len(made) == 1 and [p.name for p in Path("data").iterdir()] == ["input"]

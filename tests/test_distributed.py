@@ -103,7 +103,7 @@ def before_step(step):
 """
     run = Torchrun(*RUN, patch=patch).result(timeout=60)
     assert run.code == 1 and run.err.count("the loss is green") == run.err.count("model.py train: error:") == 1
-    assert "Connection closed" not in run.err and "Traceback" not in run.err.split("ChildFailedError")[0].split("E1")[0]
+    assert "RuntimeError" not in run.err  # of the connection that the other lost
 
 
 def test_tokenize_under_torchrun_is_done_once(workdir):
