@@ -2861,12 +2861,12 @@ def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]]) -> li
 # Before a run begins, its processes meet only in torchrun's key-value store, where one can wait without the time limit
 # of collectives: data may take hours to make. One process of each machine prepares what is needed there, models, data,
 # caches; the others follow when all of it is there.
-MACHINE = os.environ.get("GROUP_RANK", "0")  # torchrun's number of it
+MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number of it
 
 
 def prepares() -> bool:
     """Whether this process is the one that prepares the files of its machine."""
-    return not distributed() or os.environ["LOCAL_RANK"] == "0"
+    return not distributed() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def store() -> Any:
@@ -2921,7 +2921,7 @@ def all_prepared(**same: Any) -> None:
     name, first = json.loads(store().get("prepared 0"))
     if differs := next((what for what, value in json.loads(json.dumps(same)).items() if value != first[what]), None):
         here = f"machine {MACHINE} ({platform.node()})"
-        raise UserError(f"{here} has another {differs} than the first ({name}): it must be the same on all machines")
+        raise UserError(f"{here} and the first ({name}) differ in their {differs}, which must be the same on all")
 
 
 @contextmanager
@@ -2943,12 +2943,15 @@ def processes() -> Iterator[None]:
 
 def end_all(e: BaseException) -> None:
     """End this process, so that the others end too; at once, for on Python's way out gloo waits for the others."""
-    if isinstance(e, torch.distributed.DistError) or "gloo" in str(e):  # a connection of which the other end is gone
-        e = UserError("a process of this run has vanished, killed or with its machine: go on with --resume")
-    told = isinstance(e, KeyboardInterrupt)
+    if (
+        isinstance(e, torch.distributed.DistError) or type(e) is RuntimeError and "gloo" in str(e)
+    ):  # the other end is gone
+        reason = " ".join(str(e).split())[:300]
+        e = UserError(f"a process has vanished, killed or with its machine: go on with --resume ({reason})")
+    told, words = isinstance(e, KeyboardInterrupt), str(e) or type(e).__name__
     with suppress(RuntimeError):  # the store is gone too
-        first = store().compare_set("failed", "", str(e) or type(e).__name__).decode()
-        e = e if first == str(e) else UserError(first)
+        first = store().compare_set("failed", "", words).decode()
+        e = e if first == words else UserError(first)
         told = told or store().add(f"told on {MACHINE}", 1) > 1
     if told:
         time.sleep(1)  # when one process has ended, torchrun ends the others: not before the error is told
@@ -4689,7 +4692,8 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
     @functools.wraps(begin)
     def run(a: RunArgs) -> None:
         with processes():
-            if (device := choose_device(a.device or "auto")).type == "cuda":
+            device = choose_device(a.device or "auto")
+            if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
             if not prepares():
                 wait_for(f"prepared on {MACHINE}")
@@ -4712,8 +4716,9 @@ def start_run(
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
         loss_fn = make_distillation(teacher_model, data, block_size, about["teacher"]["digest"], about["distill"])
+    teacher = (about.get("teacher") or {}).get("digest")
     all_prepared(data=[data.digest, data.tokenizer.digest], model=asdict(model.config), settings=asdict(t),
-                 teacher=about.get("teacher"))  # fmt: skip
+                 teacher=teacher)  # fmt: skip
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
             files.check_free()  # once more, for that was before the data was made
