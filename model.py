@@ -2763,19 +2763,14 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if distributed() else 1
 
 
-def from_first(make: Callable[[], tuple[Path, "Checkpoint"]]) -> tuple[Path, "Checkpoint"]:
+def from_first(make: Callable[[], Any]) -> Any:
     """What the first process finds, in all of them; but the others have only the shapes of its tensors."""
     if world_size() == 1:
         return make()
-    found = [None]
-    if rank() == 0:
-        path, c = make()
-        found = [(path, replace(c, model=copied_to(c.model, "meta"), optimizer=copied_to(c.optimizer, "meta")))]
-    torch.distributed.broadcast_object_list(found)
-    if rank() > 0:
-        path, c = found[0]
-        c.model = {name: torch.empty_like(tensor, device="cpu") for name, tensor in c.model.items()}
-    return path, c
+    found = make() if rank() == 0 else None
+    sent = [copied_to(found, "meta")]
+    torch.distributed.broadcast_object_list(sent)
+    return found if rank() == 0 else sent[0]
 
 
 def all_reduce(x: Tensor) -> Tensor:
@@ -2858,9 +2853,9 @@ def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]]) -> li
     ]
 
 
-# Before a run begins, its processes meet only in torchrun's key-value store, where one can wait without the time limit
-# of collectives: data may take hours to make. One process of each machine prepares what is needed there, models, data,
-# caches; the others follow when all of it is there.
+# One process of each machine prepares what is needed there, models, data, caches; the others follow when it is there.
+# As data may take hours to make, they wait by torchrun's key-value store: collectives have time limits, so there is
+# none from `wait_for(f"prepared on {MACHINE}")` to the end of all_prepared.
 MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number of it
 
 
@@ -2897,16 +2892,6 @@ def wait_for(*keys: str) -> None:
         if store().check(["failed"]):
             raise UserError(store().get("failed").decode())
         time.sleep(0.1)
-
-
-def from_first(key: str, f: Callable[[], Any]) -> Any:
-    """What a function returns in the first process, for all; of JSON's types."""
-    if world_size() == 1:
-        return f()
-    if rank() == 0:
-        store().set(key, json.dumps(f()))
-    wait_for(key)
-    return json.loads(store().get(key))
 
 
 def all_prepared(**same: Any) -> None:
@@ -3644,10 +3629,12 @@ class Run:
 
 def copied_to(x: Any, device: str) -> Any:
     """A copy of containers of tensors on another device. On "meta" it is only their shapes."""
+    if isinstance(x, Checkpoint):
+        return replace(x, **copied_to(vars(x), device))
     if isinstance(x, dict):
         return {k: copied_to(v, device) for k, v in x.items()}
-    if isinstance(x, list):
-        return [copied_to(v, device) for v in x]
+    if isinstance(x, (list, tuple)):
+        return type(x)(copied_to(v, device) for v in x)
     return x.detach().to(device, copy=True) if isinstance(x, Tensor) else x
 
 
@@ -3683,7 +3670,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
                 run.report(due, bar, prompt)
             if "stop" in due:
                 bar.close()
-                from_first("saved", run.wait_for_save)  # when one process has ended, torchrun ends the others
+                from_first(run.wait_for_save)  # when one process has ended, torchrun ends the others
                 say(f"stopped at step {run.step}: saved {run.files.last}; go on with --resume")
                 raise SystemExit(128 + int(run.answer[0]))
         run.wait_for_save()
@@ -4695,11 +4682,12 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
             device = choose_device(a.device or "auto")
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
+            files = RunFiles(a.name or a.default_name, a.overwrite)
+            state = from_first(lambda: files.goes_on(a.resume) and files.latest())
             if not prepares():
                 wait_for(f"prepared on {MACHINE}")
-            files = RunFiles(a.name or a.default_name, a.overwrite)
-            if from_first("resume", lambda: files.goes_on(a.resume)):
-                return resume_run(a, begin.__name__, files)
+            if state:
+                return resume_run(a, begin.__name__, files, *state)
             begin(a, functools.partial(start_run, files, kind=begin.__name__, arguments=sys.argv[1:]))
 
     return run
@@ -4711,7 +4699,7 @@ def start_run(
 ) -> None:  # fmt: skip
     """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
     t.check_division()
-    share_out(set_precision(model.to(choose_device(t.device)), t.dtype, training=True), t.fsdp)
+    set_precision(model.to(choose_device(t.device)), t.dtype, training=True)
     loss_fn = language_modelling
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
@@ -4719,6 +4707,7 @@ def start_run(
     teacher = (about.get("teacher") or {}).get("digest")
     all_prepared(data=[data.digest, data.tokenizer.digest], model=asdict(model.config), settings=asdict(t),
                  teacher=teacher)  # fmt: skip
+    share_out(model, t.fsdp)
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
             files.check_free()  # once more, for that was before the data was made
@@ -4752,9 +4741,8 @@ FREE = {
 }  # fmt: skip
 
 
-def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
+def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint) -> None:
     """Go on with a run from its last state, with its own settings."""
-    last, c = from_first(files.latest)
     if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
@@ -4774,7 +4762,8 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles) -> None:
     same_tokenizer(data.tokenizer, data.path, own, last, "give the run its own data")
     if data.digest != c.data["digest"]:
         raise UserError(f"{data.path} is not what {last} was trained on ({c.data['path']}): its contents differ")
-    model, teacher_model = build_model(config, c.model, last, c.lora_rank), None
+    weights = c.model if rank() == 0 else {name: torch.empty_like(x, device="cpu") for name, x in c.model.items()}
+    model, teacher_model = build_model(config, weights, last, c.lora_rank), None
     train_tokens(model, c.new_tokens)
     if teacher:
         opened = open_teacher(teacher["path"], teacher["variant"], choose_device(t.device))
