@@ -1732,8 +1732,15 @@ class Split:
 
     name: str
     tokens: np.ndarray
+    tokenizer: Tokenizer
     starts: np.ndarray | None = None
     mask: np.ndarray | None = None
+
+    def check(self, ids: np.ndarray) -> None:
+        """Raise UserError if the tokenizer lacks one of these ids: a GPU would end the program without a word."""
+        if (largest := int(ids.max(initial=0))) >= self.tokenizer.n_vocab:
+            ends = f"tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}"
+            raise UserError(f"the {self.name} has token id {largest} and {ends}: name another tokenizer with --tokenizer")
 
     def windows(self, block_size: int) -> np.ndarray | range:
         """The first token of every block. Text is cut into consecutive blocks. Conversations are packed whole: a window
@@ -1773,6 +1780,7 @@ class Split:
             wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # a conversation's first token follows from nothing
             targets = np.where(wanted, ids, -1)
             arrays = {"idx": ids[:, :-1], "targets": targets[:, 1:], "segments": segments[:, :-1]}
+        self.check(ids)
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {**arrays, "blocks": blocks}.items()}
 
 
@@ -1813,19 +1821,15 @@ class Data:
             if path.name == "train.bin" and path.with_name("val.bin").exists():
                 val = map_tokens(path.with_name("val.bin"), "uint16")
             cut = len(tokens) - (min(len(tokens) // 10, 10_000_000) if val is None else 0)
-            largest = max(int(t.max()) for t in (tokens, val) if t is not None)
-            if largest >= self.tokenizer.n_vocab:
-                ends = f"tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}"
-                raise UserError(f"{path} has token id {largest} and {ends}: name another tokenizer with --tokenizer")
             self.digest = hashlib.blake2b(np.ascontiguousarray(tokens[:1_000_000]), digest_size=16).hexdigest()
         self.splits: dict[str, Split] = {}
         for name, words, low, high in (("train", "training", 0, cut), ("val", "validation", cut, len(tokens))):
             own = None if starts is None else starts[(starts >= low) & (starts < high)] - low
-            self.splits[name] = Split(
-                f"{words} split of {self.path}", tokens[low:high], own, None if mask is None else mask[low:high]
-            )
-        if val is not None:
-            self.splits["val"].tokens = val
+            part = val if name == "val" and val is not None else tokens[low:high]
+            own_mask = None if mask is None else mask[low:high]
+            self.splits[name] = split = Split(f"{words} split of {self.path}", part, self.tokenizer, own, own_mask)
+            for i in range(0, len(part), max(4096, len(part) // 1000)):  # 8 MB of 17 GB; batches check their own
+                split.check(part[i : i + 4096])
 
     @property
     def is_chat(self) -> bool:
@@ -5323,6 +5327,7 @@ def evaluation_tokens(spec: str | None, opened: Opened) -> tuple[str, np.ndarray
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, "give eval a text file")
     if not len(tokens := data.splits["val"].tokens):
         raise UserError(f"{data.path} has no validation split: give eval a text file")
+    data.splits["val"].check(tokens)
     return str(data.path), tokens
 
 

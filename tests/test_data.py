@@ -5,6 +5,7 @@ import functools
 import http.server
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from conftest import (
     all_tokens,
     program,
     random_gpt,
+    save_model,
     stdlib_source,
     text_of,
     tiny_config,
@@ -368,6 +370,36 @@ def test_nanogpt_files(workdir):
         assert train["targets"][10].tolist() == list(range(161, 177))
     np.full(1000, 7, "<u2").tofile("alone.bin")
     assert len(model.open_data("alone.bin", "byte").splits["train"].tokens) == 900
+
+
+def test_ids_that_the_tokenizer_lacks(cli, monkeypatch):
+    """A file of another tokenizer is refused at once, from a sample; a lone id before it reaches the model."""
+    Path("data/nano").mkdir(parents=True)
+    tokens, run = np.arange(5_000_000, dtype="<u2") % 250, ("train", "--data", "nano", "--tokenizer", "byte", *TINY_RUN)
+    tokens[:5000].tofile("data/nano/val.bin")
+    tokens[3::7] += 40_000
+    tokens.tofile("data/nano/train.bin")
+    words = r"the training split of data/nano has token id 40249 and tokenizer byte .* ends at 258: .*--tokenizer"
+    assert re.fullmatch(words, cli(*run, "--max_iters", 1).error)
+    read = []
+    monkeypatch.setattr(model.Split, "check", lambda self, ids: read.append(len(ids)))
+    model.Data(Path("data/nano"), "byte")
+    assert 4_000_000 < sum(read) < 4_200_000  # 4,096 of each 5,000; of a longer file as much
+    monkeypatch.undo()
+
+
+def test_an_id_that_the_sample_missed(cli, gpt2):
+    Path("data/nano").mkdir(parents=True)
+    tokens = np.arange(5_000_000, dtype="<u2") % 250
+    tokens[:9000].tofile("data/nano/train.bin")
+    tokens[4_200] = 60_000  # of each 5,000 the sample has the first 4,096
+    tokens.tofile("data/nano/val.bin")
+    split, lacks = model.Data(Path("data/nano")).splits["val"], "token id 60000 .* ends at 50258"
+    split.batch(range(0, 10**6, 100), [1, 40, 43], 100)
+    with pytest.raises(model.UserError, match=lacks):
+        split.batch(range(0, 10**6, 100), [1, 41, 43], 100)  # as a target
+    save_model("gpt2.pt", model.GPT(tiny_config(vocab_size=gpt2.n_vocab, n_embd=4, n_head=1, n_layer=1)), gpt2)
+    assert re.search(lacks, cli("eval", "--model_checkpoint", "gpt2.pt", "--data", "nano", "--device", "cpu").error)
 
 
 def test_text_in_data_is_made_once_and_found_again(workdir, text_file):
