@@ -604,10 +604,13 @@ def same_dropout_on_mps() -> tuple[Any, Any]:
 
 
 class Compiled:
-    """Blocks by torch.compile, in training; evaluation and generation, whose shapes vary, take the plain pass."""
+    """Blocks by torch.compile, in training, and on a GPU the loss with them; evaluation and generation, whose shapes
+    vary, take the plain pass."""
 
     def __init__(self, model: "GPT") -> None:
         self.model, self.head, self.compiled = model, model.head, torch.compile(model.run_blocks)
+        on_gpu = model.device.type == "cuda"
+        self.cross_entropy = torch.compile(fusible_cross_entropy, dynamic=False) if on_gpu else None
 
     def run_blocks(self, *inputs: Any) -> Tensor:
         return (self.compiled if self.model.training else self.model.run_blocks)(*inputs)
@@ -798,6 +801,7 @@ def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int
 # the sum of its loss over these rows and, if wanted, the gradient by the logits, whose memory it may use.
 
 LOSS_CHUNK_ELEMENTS = 512 * 50304  # of logits: 512 rows of GPT-2's vocabulary were fastest among 64 ... 1024 on a CPU
+CUDA_LOSS_CHUNK_ELEMENTS = 1 << 27  # 256 MiB in 16 bits, 1.3 GiB with what the plain loss makes of them in 32
 
 
 class CrossEntropy:
@@ -836,6 +840,18 @@ def softmax_and_loss_bfloat16(logits: Tensor, row: Tensor, targets: Tensor) -> t
     return logsumexp - target, logits
 
 
+def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap: float) -> tuple[Tensor, Tensor]:
+    """capped(CrossEntropy) with the gradient, made of pure functions: torch.compile makes of them two passes over the
+    logits, where stores into parts of a tensor would need another tensor of their size."""
+    column, target, counted = torch.arange(logits.size(1), device=logits.device), targets[:, None], targets >= 0
+    tanh = torch.tanh(logits.float() / softcap) if softcap else None
+    x = softcap * tanh if softcap else logits.float()
+    logp = x.masked_fill(column >= n_vocab, float("-inf")).log_softmax(dim=-1)
+    loss = -logp.gather(1, target.clamp(min=0))[:, 0]
+    grad = torch.where(column == target, torch.expm1(-loss)[:, None], logp.exp()) * counted[:, None]
+    return (loss * counted).sum(), (grad * (1 - tanh.square()) if softcap else grad).to(logits.dtype)
+
+
 def by_autograd(loss_of: Callable[[Tensor, slice], Tensor]) -> Callable:
     """A chunk loss from a differentiable function of (logits, rows). For plain cross-entropy a gradient by hand is 1.4
     to 1.9 times faster; for a divergence between two distributions it was not."""
@@ -849,12 +865,26 @@ def by_autograd(loss_of: Callable[[Tensor, slice], Tensor]) -> Callable:
     return chunk_loss
 
 
+def capped(chunk_loss: Callable, c: GPTConfig) -> Callable:
+    """A chunk loss of the head's products from one of logits: around it the soft-cap, and padding out of the way."""
+
+    def of_products(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        if c.logit_softcap:
+            tanh = torch.tanh(logits / c.logit_softcap)
+            logits = c.logit_softcap * tanh
+        logits[:, c.vocab_size :] = float("-inf")
+        loss, grad_logits = chunk_loss(logits, rows, with_grad)
+        return loss, grad_logits.mul_(1 - tanh.square()) if with_grad and c.logit_softcap else grad_logits
+
+    return of_products
+
+
 class FusedLinearLoss(torch.autograd.Function):
     """chunk_loss(h @ weight.T) in chunks of rows, with the gradients taken chunk by chunk in the forward pass
     (as Liger Kernel's fused linear cross-entropy does, arXiv 2410.10989, section 3.2)."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, chunk_loss: Callable, c: GPTConfig, chunk: int, with_grad: bool):
+    def forward(ctx: Any, h: Tensor, weight: Tensor, chunk_loss: Callable, chunk: int, with_grad: bool):
         w, N = weight.to(h.dtype), h.size(0)
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), device=h.device, dtype=wide)
@@ -865,16 +895,10 @@ class FusedLinearLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             x = h[rows]
             logits = torch.mm(x, w.T, out=memory[: len(x)])
-            if c.logit_softcap:
-                tanh = torch.tanh(logits / c.logit_softcap)
-                logits = c.logit_softcap * tanh
-            logits[:, c.vocab_size :] = float("-inf")  # padding
             part, grad_logits = chunk_loss(logits, rows, with_grad)
             loss += part
             if not with_grad:
                 continue
-            if c.logit_softcap:
-                grad_logits *= 1 - tanh.square()
             torch.mm(grad_logits, w, out=grad_h[rows])
             if grad_w is None:  # a frozen head
                 continue
@@ -891,16 +915,25 @@ class FusedLinearLoss(torch.autograd.Function):
         grad_h, grad_w = ctx.gradients
         del ctx.gradients  # so that autograd takes them over without a copy
         grad_h = grad_h.mul_(grad_output.to(grad_h.dtype))
-        return grad_h, None if grad_w is None else grad_w.mul_(grad_output), None, None, None, None
+        return grad_h, None if grad_w is None else grad_w.mul_(grad_output), None, None, None
 
 
 def linear_loss(h: Tensor, model: GPT, chunk_loss: Callable, distributions: int = 1) -> Tensor:
     """The sum of a chunk loss over hidden states h (B, T, n_embd), through the model's head. Scalar, differentiable.
     distributions: how many tensors of the logits' size the loss holds at once; so many times smaller are the chunks."""
-    h, weight = h.flatten(0, -2), model.head_weight
+    h, weight, c = h.flatten(0, -2), model.head_weight, model.config
+    fused = getattr(model.engine, "cross_entropy", None)
     with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    chunk = max(64, LOSS_CHUNK_ELEMENTS // (weight.size(0) * distributions))
-    return FusedLinearLoss.apply(h, weight, chunk_loss, model.config, chunk, with_grad)
+    elements = CUDA_LOSS_CHUNK_ELEMENTS if h.device.type == "cuda" else LOSS_CHUNK_ELEMENTS
+    chunk = max(64, elements // (weight.size(0) * distributions))
+    if h.device.type == "cuda":
+        chunk = 1 << chunk.bit_length() - 1  # divides most batches: all chunks alike, and aligned
+
+    def fused_loss(products: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
+        return fused(products, chunk_loss.targets[rows], c.vocab_size, c.logit_softcap)
+
+    fuses = fused is not None and with_grad and isinstance(chunk_loss, CrossEntropy)
+    return FusedLinearLoss.apply(h, weight, fused_loss if fuses else capped(chunk_loss, c), chunk, with_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

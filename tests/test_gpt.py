@@ -4,7 +4,9 @@ import copy
 import math
 import os
 import platform
+import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -576,12 +578,14 @@ def test_gradients_of_eager_and_sdpa_agree(arch, n_kv_head, dtype):
             assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
 
 
+@pytest.mark.parametrize("fused", [None, model.fusible_cross_entropy])
 @pytest.mark.parametrize("rows", [64, 80, 99, 160, 1000])
 @pytest.mark.parametrize("overrides", [
     {}, dict(tie_word_embeddings=False), dict(logit_softcap=3.0), dict(logit_softcap=3.0, tie_word_embeddings=False),
 ])  # fmt: skip
-def test_fused_loss_equals_cross_entropy_of_full_logits(overrides, rows, monkeypatch):
-    """160 rows in chunks that divide them or not; targets of -1 do not count; padding rows of the head get nothing."""
+def test_fused_loss_equals_cross_entropy_of_full_logits(overrides, rows, fused, monkeypatch):
+    """160 rows in chunks that divide them or not; targets of -1 do not count; padding rows of the head get nothing.
+    By hand, and in the form that a GPU compiles."""
     monkeypatch.setattr(model, "LOSS_CHUNK_ELEMENTS", rows * 128)
     gpt, idx = random_gpt(tiny_config("llama", block_size=80, **overrides)), random_tokens(2, 81)
     x, y = idx[:, :-1], idx[:, 1:].clone()
@@ -589,6 +593,7 @@ def test_fused_loss_equals_cross_entropy_of_full_logits(overrides, rows, monkeyp
     reference = copy.deepcopy(gpt)
     expected = F.cross_entropy(reference(x).flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
     (expected / 7).backward()
+    gpt.engine = SimpleNamespace(run_blocks=gpt.run_blocks, head=gpt.head, cross_entropy=fused)
     loss = gpt.loss(x, y)
     (loss / 7).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -597,6 +602,25 @@ def test_fused_loss_equals_cross_entropy_of_full_logits(overrides, rows, monkeyp
     assert gpt.config.padded_vocab_size == 128 and not gpt.head_weight.grad[100:].any()
     with torch.no_grad():
         torch.testing.assert_close(gpt.loss(x, y), expected.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_the_compiled_loss(monkeypatch):
+    """Truth: the plain loss. One graph for each size of a chunk, 64 and 32 rows, and none after the first step."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setattr(model, "LOSS_CHUNK_ELEMENTS", 64 * 128)
+    gpt, compiler = random_gpt(tiny_config("nanochat")), CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model.fusible_cross_entropy, dynamic=False, fullgraph=True, backend=compiler)
+    for step in range(3):
+        h, targets = torch.randn(2, 80, 32, requires_grad=True), random_tokens(2, 80, seed=step) - 1
+        found = []
+        for fused in (None, compiled):
+            gpt.engine = SimpleNamespace(cross_entropy=fused)
+            loss = model.linear_loss(h, gpt, model.CrossEntropy(targets))
+            found.append((loss.detach(), *torch.autograd.grad(loss, (h, gpt.head_weight))))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert compiler.frame_count == 2
 
 
 def test_loss_where_nothing_is_a_target_is_zero():
