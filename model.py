@@ -485,6 +485,7 @@ class KVCache:
         shape = (c.n_layer, batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
         self.kv = torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
         self.length, self.max_length, self.pad = 0, max_length, pad
+        self.steps: dict[int, OneToken] = {}  # of CUDAGraphs
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
@@ -614,6 +615,72 @@ class Compiled:
 
     def run_blocks(self, *inputs: Any) -> Tensor:
         return (self.compiled if self.model.training else self.model.run_blocks)(*inputs)
+
+
+class CUDAGraphs:
+    """Generation on a GPU, which is limited by the launches of a token's kernels, some 140 with 12 layers: those of the
+    blocks are recorded once and launched as one. Prompts take the plain pass, and so does all where recording fails."""
+
+    def __init__(self, model: "GPT") -> None:
+        self.model, self.head = model, model.head
+
+    def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        if cache is None or x.size(1) > 1:
+            return self.model.run_blocks(x, rope, mask, cache)
+        reach = min(max(256, 1 << cache.length.bit_length()), cache.max_length)
+        if reach not in cache.steps:
+            try:
+                cache.steps[reach] = OneToken(self.model, cache, reach, x, rope)
+            except RuntimeError as e:
+                say(f"going on without CUDA graphs: {e}", sys.stderr)
+                self.model.engine = None
+                return self.model.run_blocks(x, rope, mask, cache)
+        return cache.steps[reach](x, rope, cache.length)
+
+
+class OneToken:
+    """The blocks on one token a row, with nothing that changes but the contents of tensors, all of them kept here. It
+    stands in for the cache: the token sees the first `reach` places, without the later ones and the padding."""
+
+    def __init__(self, model: "GPT", cache: KVCache, reach: int, x: Tensor, rope: Any) -> None:
+        self.model, self.kv, self.inputs = model, cache.kv[..., :reach, :], [y.clone() for y in (x, *(rope or ()))]
+        self.index = torch.arange(reach, device=x.device)
+        self.position = torch.full((1,), cache.length, device=x.device)
+        self.seen = self.index[None, None, None] >= (0 if cache.pad is None else cache.pad[:, None, None, None])
+        self.replay = record(self.run, x.device)
+
+    def run(self) -> Tensor:
+        (x, *rope), seen = self.inputs, self.seen & (self.index <= self.position)
+        return self.model.run_blocks(x, rope or None, seen, self)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.kv[layer].chunk(2, dim=1)
+        for memory, new in zip(heads, (k, v), strict=True):
+            memory.index_copy_(2, self.position, new)
+        return heads
+
+    def __call__(self, x: Tensor, rope: Any, position: int) -> Tensor:
+        for own, new in zip(self.inputs, (x, *(rope or ())), strict=True):
+            own.copy_(new)
+        self.position.fill_(position)
+        return self.replay().clone()
+
+
+def record(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """run() as one CUDA graph (PyTorch's notes on CUDA semantics, whole-network capture): what it launches now is
+    launched again by each call, on the same memory, and the result is written to the same tensor."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()  # libraries load and choose their kernels now: they could not while recording
+        with torch.cuda.graph(graph, stream=stream):
+            result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class GPT(nn.Module):
@@ -2513,14 +2580,16 @@ def shown_text(model: GPT, *arguments: Any, **options: Any) -> str:
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
     """Hold a model's weights as they generate fastest. On a CPU one token is limited by memory, as every weight is read
     once for it: `auto` is float16 weights, or int8 on request, and float32 activations, with the blocks in C (see
-    CEngine) where there is a C compiler."""
+    CEngine) where there is a C compiler. On a GPU it is limited by launches: see CUDAGraphs."""
     c, on_cpu = model.config, model.device.type == "cpu"
     if quantize and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
     in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager" and c.norm_position == "pre"
     in_c = in_c and c_library() is not None
     if not in_c and not quantize:
-        return set_precision(model, dtype)
+        set_precision(model, dtype)
+        model.engine = CUDAGraphs(model) if model.device.type == "cuda" else None
+        return
     model.compute_dtype = torch.float32
     if quantize:
         if model.lm_head is None:

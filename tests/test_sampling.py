@@ -1,12 +1,15 @@
 """Choosing the next token, against transformers' logits processors; generating, against recomputing everything."""
 
+import types
+import weakref
+
 import pytest
 import torch
 from conftest import random_gpt, random_tokens, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.generation import logits_process as theirs
 
 import model
@@ -149,6 +152,93 @@ def test_greedy_generation_beyond_the_block_equals_recomputing(arch):
     tokens = torch.stack(list(model.generate(gpt, prompts, 90, s)), dim=1)
     assert tokens.tolist() == recomputed(gpt, prompts, 90, s)
     assert len(set(tokens.flatten().tolist())) > 30
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph on a CPU: operators, run again on the very tensors that they had, knowing of nothing else. It keeps
+    those that it made, and no others: who records has to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.made = [], {}
+
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, tree_map_only(torch.Tensor, self.refer, (args, kwargs or {})), result))
+        self.made.update((id(x), x) for x in tree_leaves(result))
+        return result
+
+    def refer(self, x: torch.Tensor):
+        return (lambda: x) if id(x) in self.made else weakref.ref(x)
+
+    def replay(self) -> None:
+        for function, references, result in self.calls:
+            args, kwargs = tree_map_only((weakref.ref, types.FunctionType), lambda x: x(), references)
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list[Recording]:
+    """Recordings in place of CUDA graphs."""
+    made = []
+
+    def record(run, device):
+        run()
+        with Recording() as recording:
+            result = run()
+        made.append(recording)
+        return lambda: recording.replay() or result
+
+    monkeypatch.setattr(model, "record", record)
+    return made
+
+
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_recorded_steps_generate_as_the_plain_pass(arch, recordings):
+    """Rows of different lengths over six windows of 32; one row from 250 to 560 places, where the reach grows twice."""
+    for block_size, prompts, n, expected in ((32, (1, 20, 7), 90, 6), (560, (250,), 310, 3)):
+        gpt, s = random_gpt(tiny_config(arch, block_size=block_size)), SamplingSettings(temperature=0.9)
+        rows = [random_tokens(length, seed=length).tolist() for length in prompts]
+        found = []
+        for engine in (None, model.CUDAGraphs(gpt)):
+            gpt.engine = engine
+            generator = torch.Generator().manual_seed(1)
+            found.append(torch.stack(list(model.generate(gpt, rows, n, s, generator)), dim=1))
+        assert torch.equal(*found) and len(recordings) == expected
+        recordings.clear()
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, dict(n_kv_head=2), dict(norm_position="post"), dict(attn_implementation="eager")]
+)
+@torch.no_grad()
+def test_recorded_steps_after_the_cache_went_back(overrides, recordings):
+    """As a conversation does whose end was left out. Truth: the full pass."""
+    gpt, idx = random_gpt(tiny_config("qwen3", **overrides)), random_tokens(2, 24)
+    gpt.engine, cache, kept = model.CUDAGraphs(gpt), model.KVCache(gpt, 2, 24), []
+    gpt(random_tokens(2, 20, seed=1), cache)
+    cache.length = 0
+    gpt(idx[:, :5], cache)
+    for token in random_tokens(9, 2, 1, seed=2):
+        gpt(token, cache)
+    cache.length = 5
+    kept = [gpt.hidden(idx[:, i : i + 1], cache) for i in range(5, 24)]  # each stays what it was
+    torch.testing.assert_close(gpt.logits(torch.cat(kept, dim=1)), gpt(idx)[:, 5:], atol=2e-4, rtol=1e-4)
+    assert len(recordings) == 1
+
+
+def test_generation_where_nothing_can_be_recorded(monkeypatch, capsys):
+    """Here there is no CUDA."""
+    gpt, prompt = random_gpt(tiny_config("gpt2")), random_tokens(4).tolist()
+    monkeypatch.setattr(model.GPT, "device", property(lambda self: torch.device("cuda")))
+    model.prepare_generation(gpt, "float32")
+    assert isinstance(gpt.engine, model.CUDAGraphs) and model.Compiled(gpt).cross_entropy
+    monkeypatch.undo()
+    tokens = torch.stack(list(model.generate(gpt, [prompt], 5, GREEDY)), dim=1)
+    assert tokens.tolist() == recomputed(gpt, [prompt], 5)
+    assert gpt.engine is None and capsys.readouterr().err.count("going on without CUDA graphs") == 1
 
 
 @pytest.mark.parametrize("length", [1, 31, 32])
