@@ -3,6 +3,7 @@
 python tests/benchmarks/bench.py train --nanogpt ../nanoGPT                          one row of the README's table
 python tests/benchmarks/bench.py shakespeare --nanogpt ../nanoGPT --text input.txt   Tiny Shakespeare, whole commands
 python tests/benchmarks/bench.py smollm2 --model DIR --text input.txt                a Hugging Face directory
+python tests/benchmarks/bench.py gpu --nanogpt ../nanoGPT                            on a machine with CUDA
 python tests/benchmarks/bench.py all --nanogpt ../nanoGPT --text input.txt --model DIR --json results.json
 
 Each measurement is a process of its own, and contenders take turns (A B A B ...), so that a machine that slows down
@@ -346,13 +347,69 @@ def scaling(row: Row) -> None:
     note(f"wrote {assets / 'throughput.png'} and {assets / 'generation.png'}")
 
 
+GPT2_SMALL = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12)  # 124M, as nanoGPT trains it
+
+
+def gpu(row: Row) -> None:
+    """Whole commands on one GPU: training GPT-2 small, both compiled, on the same file of tokens; then generation."""
+    if not worker("versions")["cuda"]:
+        return note("row gpu needs a GPU: PyTorch sees no CUDA device here, so there is nothing to measure")
+    need(row.args, "gpu", "nanogpt")
+    steps, n = (20, 20) if row.args.quick else (300, 120)  # with the prompt the 7M's context
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "nanoGPT"
+        shutil.copytree(row.args.nanogpt, folder, ignore=shutil.ignore_patterns(".git", "out*", "*.bin"))
+        runs: dict[str, list[dict]] = {"ours": [], "nanoGPT": []}
+        for _ in range(min(3, row.args.rounds)):
+            runs["ours"].append(train_on_gpu_ours(folder, steps, GPT2_SMALL))
+            runs["nanoGPT"].append(train_on_gpu_nanogpt(folder, steps, GPT2_SMALL))
+    ours, nano = map(medians, runs.values())
+    a, b = (f"{m['tokens_per_s']:,.0f} tokens/s, {m['peak_mb']:,.0f} MB" for m in (ours, nano))
+    row.line("train GPT-2 small, 12 x 1024, compiled", a, f"nanoGPT {b}", ours["tokens_per_s"] / nano["tokens_per_s"])
+    contenders = {}
+    for v in ("120M",) if row.args.quick else ("7M", "120M", "1B"):
+        contenders[f"ours {v}"] = ("generate_ours", dict(variant=v, n=n, device="cuda"))
+        contenders[f"transformers {v}"] = ("generate_transformers", dict(variant=v, n=n, device="cuda"))
+    m = row.in_turn(contenders, rounds=min(3, row.args.rounds))
+    row.data.update(training=runs)
+    for ours in [label for label in m if label.startswith("ours")]:
+        a, b = m[ours], m[ours.replace("ours", "transformers")]
+        texts = [f"{decoding(x)}, {x['gpu_mb']:,.0f} MB" for x in (a, b)]
+        work = f"generate {ours.split()[1]}, {n} tokens"
+        row.line(work, texts[0], f"transformers {texts[1]}", a["tokens_per_s"] / b["tokens_per_s"])
+
+
+def train_on_gpu_ours(folder: Path, steps: int, shape: dict, *flags: str) -> dict:
+    """`model.py train` on the tokens of data/random/, which are made if they are not there."""
+    worker("random_tokens", folder=str(folder / "data" / "random"), n=2_000_000)
+    arguments = [part for k, v in shape.items() for part in (f"--{k}", str(v))]
+    arguments += ["--variant", "120M", "--recipe", "published", "--bias", "none", "--data", "data/random"]
+    arguments += ["--max_iters", str(steps), "--eval_interval", str(10**9), "--sample_interval", "-1"]
+    arguments += ["--compile", "true", "--name", "gpu", "--overwrite", "true", *flags]
+    result = worker("program", file=str(MODEL_PY), arguments=["train", *arguments], folder=str(folder))
+    log = (folder / "checkpoints" / "gpu_model.jsonl").read_text().splitlines()
+    speeds = [json.loads(line)["tokens_per_s"] for line in log]
+    return {"tokens_per_s": statistics.median(speeds[len(speeds) // 2 :]), "peak_mb": result["gpu_mb"]}
+
+
+def train_on_gpu_nanogpt(folder: Path, steps: int, shape: dict, *flags: str) -> dict:
+    """nanoGPT's train.py on the same tokens; it prints the time of each tenth step."""
+    arguments = [f"--{k}={v}" for k, v in shape.items()]
+    arguments += ["--dataset=random", f"--max_iters={steps}", f"--lr_decay_iters={steps}", "--eval_iters=1"]
+    arguments += [f"--eval_interval={10**9}", "--gradient_accumulation_steps=1", *flags]
+    result = worker("program", file="train.py", arguments=arguments, folder=str(folder))
+    seconds = [float(x) / 1000 for x in re.findall(r"^iter \d+: .*time ([\d.]+)ms", result["output"], re.M)]
+    median = statistics.median(seconds[len(seconds) // 2 :])
+    return {"tokens_per_s": shape["batch_size"] * shape["block_size"] / median, "peak_mb": result["gpu_mb"]}
+
+
 def median_curve(runs: list[dict]) -> list[tuple[float, float]]:
     """(context, tokens/s) in windows, the median over rounds."""
     same_place = zip(*(run["curve"] for run in runs), strict=True)
     return [(points[0][0], statistics.median(speed for _, speed in points)) for points in same_place]
 
 
-ROWS = {f.__name__: f for f in (train, shakespeare, generate, smollm2, tokenize, help, scaling)}
+ROWS = {f.__name__: f for f in (train, shakespeare, generate, smollm2, tokenize, help, scaling, gpu)}
 
 
 def machine() -> dict:

@@ -6,10 +6,12 @@ Nothing heavy is imported at the top, so that a process holds only what it measu
 import contextlib
 import functools
 import importlib.util
+import io
 import json
 import os
 import re
 import resource
+import runpy
 import statistics
 import sys
 import time
@@ -36,7 +38,37 @@ def peak_mb() -> float:
 def versions() -> dict:
     import torch
 
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version.split()[0]}
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    python = sys.version.split()[0]
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": python, "cuda": cuda}
+
+
+def gpu_mb() -> float:
+    """The most GPU memory that tensors of this process held at once."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def program(file: str, arguments: list[str], folder: str) -> dict:
+    """Run a Python program in a folder, here, so that its GPU memory can be asked for; returns what it printed."""
+    os.chdir(folder)
+    sys.argv, output = [file, *arguments], io.StringIO()
+    sys.path.insert(0, folder)
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        runpy.run_path(file, run_name="__main__")
+    return {"output": output.getvalue(), "gpu_mb": gpu_mb()}
+
+
+def random_tokens(folder: str, n: int) -> dict:
+    """nanoGPT's train.bin and val.bin of random ids of GPT-2."""
+    import numpy as np
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(("train.bin", "val.bin")):
+        ids = np.random.default_rng(i).integers(GPT2_VOCABULARY, size=n // (1 + 9 * i)).astype("<u2")
+        ids.tofile(Path(folder) / name)
+    return {}
 
 
 def limits() -> dict:
@@ -243,7 +275,8 @@ def speeds(times: list[float]) -> dict:
 def stamps(tokens, n: int) -> list[float]:
     """Draw n tokens from an iterator."""
     times = [time.perf_counter()]
-    for _, _ in zip(range(n), tokens, strict=False):
+    for _, token in zip(range(n), tokens, strict=False):
+        token.tolist()  # waits for a GPU
         times.append(time.perf_counter())
     return times
 
@@ -275,18 +308,19 @@ def short_prompt() -> list[int]:
     return list(range(1000, 1008))
 
 
-def generate_ours(variant: str, n: int) -> dict:
+def generate_ours(variant: str, n: int, device: str = "cpu") -> dict:
     model = load()
     import torch
 
     torch.manual_seed(0)
-    net = model.GPT(model.make_config(variant, GPT2_VOCABULARY + 2, {}, "published")).eval()
+    net = model.GPT(model.make_config(variant, GPT2_VOCABULARY + 2, {}, "published")).eval().to(device)
     model.prepare_generation(net, "auto")
     run = functools.partial(
         model.generate, net, [short_prompt()], settings=model.SamplingSettings(**model.PLAIN_SAMPLING)
     )
     stamps(run(max_new_tokens=4), 4)
-    return {**speeds(stamps(run(max_new_tokens=n), n)), "dtype": str(net.compute_dtype), "peak_mb": peak_mb()}
+    measured = speeds(stamps(run(max_new_tokens=n), n))
+    return {**measured, "dtype": str(net.compute_dtype), "peak_mb": peak_mb(), "gpu_mb": gpu_mb()}
 
 
 def generate_nanogpt(variant: str, n: int, folder: str) -> dict:
@@ -306,12 +340,15 @@ def generate_nanogpt(variant: str, n: int, folder: str) -> dict:
     return {**speeds(times), "peak_mb": peak_mb()}
 
 
-def generate_transformers(variant: str, n: int) -> dict:
+def generate_transformers(variant: str, n: int, device: str = "cpu") -> dict:
+    """float32 on a CPU, bfloat16 on a GPU."""
     import torch
 
-    net, prompt = gpt2_of_transformers(shape_of(variant)).eval(), torch.tensor([short_prompt()])
+    net, prompt = gpt2_of_transformers(shape_of(variant)).eval(), torch.tensor([short_prompt()], device=device)
+    net = net.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
     times_of_transformers(net, prompt, 4, do_sample=True, top_k=0)
-    return {**speeds(times_of_transformers(net, prompt, n, do_sample=True, top_k=0)), "peak_mb": peak_mb()}
+    measured = speeds(times_of_transformers(net, prompt, n, do_sample=True, top_k=0))
+    return {**measured, "peak_mb": peak_mb(), "gpu_mb": gpu_mb()}
 
 
 def sample_ours(folder: str, prompt: str, n: int, flags: tuple = (), cold: bool = False) -> dict:
