@@ -1840,7 +1840,8 @@ class Split:
         """Raise UserError if the tokenizer lacks one of these ids: a GPU would end the program without a word."""
         if (largest := int(ids.max(initial=0))) >= self.tokenizer.n_vocab:
             ends = f"tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}"
-            raise UserError(f"the {self.name} has token id {largest} and {ends}: name another tokenizer with --tokenizer")
+            what = f"the {self.name} has token id {largest} and {ends}"
+            raise UserError(f"{what}: name another tokenizer with --tokenizer")
 
     def windows(self, block_size: int) -> np.ndarray | range:
         """The first token of every block. Text is cut into consecutive blocks. Conversations are packed whole: a window
