@@ -5448,34 +5448,161 @@ class PlotArgs(Settings):
 
     logs: list[str] = setting([], ".jsonl logs, or names of runs (default: all under checkpoints/)")
     x: str = setting("step", "horizontal axis", ("step", "tokens", "seconds"))
-    output: str = setting("loss.png", "the picture to write")
+    y: str = setting("loss", "what of the log: loss, val_bpb, lr, grad_norm, tokens_per_s, ...")
+    log: str = setting("none", "logarithmic axes", ("none", "x", "y", "both"))
+    out: str | None = setting(None, "a picture to write, png or svg (default: a chart in the terminal)", alias="output")
+    follow: bool = setting(False, "draw again every three seconds, until Ctrl-C")
+
+    @property
+    def log_axes(self) -> list[str]:
+        return [axis for axis in "xy" if self.log in (axis, "both")]
 
 
-@command("inspect", "plot", "plot 7M distilled_7M --x seconds --output curves.png")
+@command(
+    "inspect",
+    "plot 7M",
+    "plot 7M --y tokens_per_s --follow",
+    "plot 7M distilled_7M --x seconds --log y --out curves.svg",
+)
 def plot(a: PlotArgs) -> None:
-    """draw the loss curves of runs"""
-    need("matplotlib", "plot").use("Agg")
-    import matplotlib.pyplot as plt
+    """draw the curves of runs, finished or not"""
+    draw = draw_text if a.out is None else draw_picture
+    draw(a, curves(a))
+    while a.follow:
+        time.sleep(3)
+        draw(a, curves(a))
+    if a.out:
+        say(f"wrote {a.out}")
 
+
+def curves(a: PlotArgs) -> list[tuple[str, dict[str, list[tuple[float, float]]]]]:
+    """Of each run its label, and by name the points to draw: of y, and of its counterpart in validation."""
     paths = [Path(p) if Path(p).exists() else CHECKPOINT_DIR / f"{p}_model.jsonl" for p in a.logs]
     paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
     if not paths:
         raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for path in paths:
+    names, runs, known = (a.y, f"val_{a.y}"), [], {}
+
+    def drawable(value: Any, axis: str) -> bool:
+        return is_a(value, float) and math.isfinite(value) and (value > 0 or axis not in a.log_axes)
+
+    for path, settings in zip(paths, differences(paths), strict=True):
         with told_as(f"{path} is not a log"):
             records = read_log(path)
-            scored = [r for r in records if "val_loss" in r]
-            best = f" (best {min(r['val_loss'] for r in scored):.3f})" if scored else ""
-            (line,) = axes.plot([r[a.x] for r in records], [r["loss"] for r in records], alpha=0.35)
-            axes.plot([r[a.x] for r in scored], [r["val_loss"] for r in scored], color=line.get_color(),
-                      label=path.stem.removesuffix("_model") + best)  # fmt: skip
-    axes.set(xlabel="seconds of training" if a.x == "seconds" else a.x, ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(title="validation (pale: training)")
-    figure.tight_layout()
-    figure.savefig(a.output, dpi=120)
-    say(f"wrote {a.output}")
+        known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
+        found = {n: [(r[a.x], r[n]) for r in records if drawable(r.get(a.x), "x") and drawable(r.get(n), "y")]
+                 for n in names}  # fmt: skip
+        scored = [y for _, y in found[names[1]]]
+        best = [f"best {min(scored):.3f}"] if scored else []
+        label = path.stem.removesuffix("_model") + f" ({', '.join(best + settings)})" * bool(best + settings)
+        runs.append((label, {name: points for name, points in found.items() if points}))
+    if known and not any(found for _, found in runs):  # without records yet an empty chart waits for them
+        raise UserError(f"nothing to draw of --y {a.y}{nearest(a.y, known)}: the logs have {', '.join(known)}")
+    return runs
+
+
+def differences(logs: list[Path]) -> list[list[str]]:
+    """The settings in which runs differ, at most four of each, those of a command line first; by the checkpoints beside
+    their logs. These are read without PyTorch: only their plain data, and nothing that a pickle names is called."""
+    import pickle
+    import zipfile
+
+    class Ignored(dict):
+        def __init__(self, *args: Any) -> None: ...
+
+    class PlainData(pickle.Unpickler):
+        find_class = staticmethod(lambda module, name: Ignored)
+        persistent_load = staticmethod(lambda storage: None)
+
+    def settings(log: Path) -> dict[str, str]:
+        for path in (log.with_name(f"{log.stem}_last.pt"), log.with_suffix(".pt")):
+            with suppress(Exception), zipfile.ZipFile(path) as archive:  # a run may have none yet
+                name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+                c = PlainData(archive.open(name)).load()
+                found = {"variant": c["variant"], "data": c["data"]["path"], **c["config"], **c["train_config"]}
+                typed.extend(word.lstrip("-") for word in c["arguments"])
+                shown = {k: v for k, v in found.items() if k not in Reporting.__annotations__}
+                return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in shown.items()}
+        return {}
+
+    typed: list[str] = []
+    found = [settings(log) for log in logs]
+    varied = [k for k in dict.fromkeys(k for s in found for k in s) if len({s.get(k) for s in found if s}) > 1]
+    varied.sort(key=lambda k: typed.index(k) if k in typed else len(typed))
+    return [[f"{k} {s[k]}" for k in varied if k in s][:4] for s in found]
+
+
+def smoothed(y: list[float]) -> list[float]:
+    """The mean over a fortieth of a curve to each side; over less at its ends, so that it does not bend there."""
+    n, sums = len(y), [0.0, *itertools.accumulate(y)]
+    reach = [min(i, n - 1 - i, n // 40) for i in range(n)]
+    return [(sums[i + k + 1] - sums[i - k]) / (2 * k + 1) for i, k in enumerate(reach)]
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart; beside them lines and marks differ, for print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def as_tick(value: float, *_: Any) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def draw_picture(a: PlotArgs, runs: list) -> None:
+    need("matplotlib", "plot --out").use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib import ticker
+
+    figure, axes = plt.subplots(figsize=(8, 5 + 0.2 * len(runs)), layout="constrained")
+    for i, (label, found) in enumerate(runs):
+        look = {"color": COLOURS[i % 7], "linestyle": ("-", "--", "-.", ":")[i % 4]}
+        marked = {**look, "marker": "os^Dv"[i % 5], "markersize": 4.5, "linewidth": 1}
+        for name, points in found.items():
+            x, y = zip(*points, strict=True)
+            if name.startswith("val_"):
+                axes.plot(x, y, **marked)
+            else:
+                axes.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.8)
+                axes.plot(x, smoothed(y), linewidth=1.7, **look)
+        axes.plot([], [], label=label, **(marked if any(n.startswith("val_") for n in found) else look))
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        if name in a.log_axes:
+            getattr(axes, f"set_{name}scale")("log")
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_formatter(ticker.NullFormatter())
+        axis.set_major_formatter(as_tick)
+    units = {"loss": "loss (nats per token)", "val_loss": "validation loss (nats per token)"}
+    axes.set(xlabel="seconds of training" if a.x == "seconds" else a.x, ylabel=units.get(a.y, a.y))
+    axes.grid(alpha=0.25, which="both")
+    marks = "marks: validation; " if any(f"val_{a.y}" in found for _, found in runs) else ""
+    figure.legend(loc="outside lower center", frameon=False, title=f"{marks}pale: as logged; strong: smoothed")
+    with told_as(f"cannot write {a.out}", ValueError):
+        figure.savefig(a.out, dpi=120)
+    plt.close(figure)
+
+
+def draw_text(a: PlotArgs, runs: list) -> None:
+    """A chart that fills the terminal; the marks of its legend are those of validation."""
+    plotext = need("plotext", "plot without --out", '"plotext>=6"')
+    (columns, rows), coloured, figure = shutil.get_terminal_size(), sys.stdout.isatty(), plotext.figure
+    figure.clear()
+    figure.theme("colorless").plot_size(columns, max(rows - len(runs) - 1, 8))
+    logarithmic, drawn = [axis in a.log_axes for axis in "xy"], []
+    for i, (_, found) in enumerate(runs):
+        colour = tuple(bytes.fromhex(COLOURS[i % 6][1:]))
+        for name, points in found.items():
+            x, y = zip(*points, strict=True)
+            x, y = ([math.log10(v) for v in values] if log else values
+                    for values, log in zip((x, smoothed(y)), logarithmic, strict=True))  # fmt: skip
+            mark = "ox+#*%"[i % 6] if name.startswith("val_") or not coloured and len(runs) > 1 else "braille"
+            curve = figure.signal(x, y, marker=plotext.marker(mark, colour))
+            figure.draw(curve if name.startswith("val_") else curve.lines())
+            drawn += zip(x, y, strict=True)
+    for axis, log, values in zip("xy", logarithmic, zip(*drawn or [(0.0, 0.0)], strict=True), strict=True):
+        at = [min(values) + (max(values) - min(values)) * i / 5 for i in range(6)]
+        figure.ruler(axis).ticks(at, [as_tick(10**v if log else v) for v in at])
+    legend = [f"{'ox+#*%'[i % 6]} {label}"[:columns] for i, (label, _) in enumerate(runs)]
+    chart = figure.title(f"{a.y} over {a.x}").build().string(colorless=not coloured)
+    print("\x1b[H\x1b[J" * a.follow + "\n".join([chart.rstrip("\n"), *legend]), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,165 @@
+"""plot: what is drawn is what the logs say, in pictures and in the terminal, without PyTorch."""
+
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import pytest
+from conftest import TINY_RUN, program
+
+import model
+
+BYTES = ("--data", "input.txt", "--tokenizer", "byte", "--max_iters", 3)
+
+
+def write_log(name: str, n: int = 80, scale: float = 1.0) -> list[dict]:
+    """A log of n records 10 steps apart, validation at each fourth, loss 8 / sqrt(step)."""
+    records = []
+    for step in range(10, 10 * n + 1, 10):
+        record = {
+            "step": step,
+            "tokens": 64 * step,
+            "seconds": step / 4,
+            "loss": scale * 8 / math.sqrt(step),
+            "lr": 1e-3,
+        }
+        records.append(record | ({"val_loss": scale * 8 / math.sqrt(step) + 0.5} if step % 40 == 0 else {}))
+    Path("checkpoints").mkdir(exist_ok=True)
+    Path(f"checkpoints/{name}_model.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return records
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are saved from here on."""
+    saved, savefig = [], matplotlib.figure.Figure.savefig
+
+    def save(figure, *args, **kwargs):
+        saved.append(figure)
+        return savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", save)
+    return saved
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_picture(cli, figures):
+    """The raw curve, the smoothed one and validation, of each run, on the axes asked for."""
+    records = write_log("a")
+    write_log("b", scale=1.5)
+    assert cli("plot", "a", "b", "--x", "tokens", "--log", "both", "--out", "x.png").ok().out == "wrote x.png\n"
+    assert Path("x.png").read_bytes().startswith(b"\x89PNG")
+    axes = figures[0].axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    raw, smooth, val = axes.lines[:3]
+    np.testing.assert_array_equal(raw.get_xydata(), [(r["tokens"], r["loss"]) for r in records])
+    np.testing.assert_array_equal(val.get_xydata(), [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r])
+    loss = [r["loss"] for r in records]
+    expected = [
+        loss[0],
+        *(np.mean(loss[max(i - 2, 0) : i + 3]) for i in range(2, 78)),
+        loss[-1],
+    ]  # 80 / 40 to each side
+    np.testing.assert_allclose(np.delete(smooth.get_ydata(), [1, 78]), expected)
+    assert raw.get_alpha() < 0.5 and smooth.get_linewidth() > raw.get_linewidth()
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (val, axes.lines[6])}
+    assert len({c for c, _, _ in looks}) == len({s for _, s, _ in looks}) == len({m for _, _, m in looks}) == 2
+    best = min(r["val_loss"] for r in records if "val_loss" in r)
+    assert legend(figures[0])[0] == f"a (best {best:.3f})"
+    cli("plot", "a", "--y", "lr", "--output", "x.svg").ok()
+    assert "<svg" in Path("x.svg").read_text() and set(figures[1].axes[0].lines[0].get_ydata()) == {1e-3}
+
+
+def test_legend_has_the_settings_that_differ(cli, text_file, figures):
+    for name, rate, seed in (("a", 1e-3, 1), ("b", 3e-2, 1), ("c", 3e-2, 2)):
+        cli("train", *BYTES, *TINY_RUN, "--name", name, "--learning_rate", rate, "--seed", seed).ok()
+    cli("plot", "a", "b", "c", "--out", "x.png").ok()
+    found = [label.partition(" (")[2].rstrip(")").split(", ")[1:] for label in legend(figures[0])]
+    assert found == [
+        ["learning_rate 0.001", "seed 1"],
+        ["learning_rate 0.03", "seed 1"],
+        ["learning_rate 0.03", "seed 2"],
+    ]
+    cli("plot", "b", "c", "--out", "x.png").ok()
+    assert [label.rpartition(", ")[2] for label in legend(figures[1])] == ["seed 1)", "seed 2)"]
+    for path in Path("checkpoints").glob("c_*.pt"):
+        path.unlink()  # as before the first save
+    cli("plot", "a", "b", "c", "--out", "x.png").ok()
+    assert "rate 0.03" in legend(figures[2])[1] and "rate" not in legend(figures[2])[2]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def test_what_a_checkpoint_would_run_is_not_run(cli, figures):
+    write_log("a")
+    with zipfile.ZipFile("checkpoints/a_model.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"variant": Hostile()}))
+    cli("plot", "--out", "x.png").ok()
+    assert legend(figures[0])[0].startswith("a (best") and not Path("hacked").exists()
+
+
+def test_without_pytorch(workdir):
+    write_log("a")
+    (workdir / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    run = program("plot", "--out", "x.png", cwd=workdir, env={**os.environ, "PYTHONPATH": str(workdir)})
+    assert run.returncode == 0 and run.stdout == b"wrote x.png\n", run.stderr
+
+
+@pytest.mark.parametrize("columns, rows", [(80, 24), (160, 45)])
+@pytest.mark.parametrize("log", ["none", "both"])
+def test_chart_fits_the_terminal(cli, monkeypatch, columns, rows, log):
+    """A falling curve falls, from its largest value at the left to its smallest at the right."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", str(rows))
+    records = write_log("a")
+    lines = cli("plot", "a", "--log", log).ok().out.splitlines()
+    assert len(lines) == rows - 1 and max(map(len, lines)) == columns
+    assert lines[0].strip() == "loss over step" and lines[-1].startswith("o a (best ")
+    frame = [line.partition("┤")[2] or line.partition("│")[2] for line in lines if line.endswith("│")]
+    top = [next(i for i, row in enumerate(frame) if row[x] not in " │o") for x in range(len(frame[0]) - 1)
+           if any(row[x] not in " │o" for row in frame)]  # fmt: skip
+    assert len(top) > 0.9 * len(frame[0]) and top == sorted(top) and top[-1] - top[0] > 0.5 * len(frame)
+    ticks = [float(line.partition("┤")[0]) for line in lines if "┤" in line]
+    values = [r["val_loss"] for r in records if "val_loss" in r] + model.smoothed([r["loss"] for r in records])
+    assert ticks[0] == pytest.approx(max(values), rel=0.01) and ticks[-1] == pytest.approx(min(values), rel=0.01)
+    assert lines[-2].split()[0] == "10" and lines[-2].split()[-1] == "800"
+
+
+def test_follow_draws_a_run_as_it_goes_on(cli, monkeypatch):
+    write_log("a", 0)  # it has logged nothing yet
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 2:
+            raise KeyboardInterrupt
+        write_log("a", 90)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    run = cli("plot", "a", "--follow")
+    assert run.code == 130 and run.err == ""
+    first, second = run.out.split("\x1b[H\x1b[J")[1:]
+    assert "800" not in first and "900" in second.splitlines()[-2]
+
+
+def test_mistakes(cli, monkeypatch):
+    assert "no logs" in cli("plot").error
+    write_log("a")
+    assert "did you mean val_loss?" in cli("plot", "--y", "val_los", "--out", "x.png").error
+    assert "cannot write x.abc" in cli("plot", "--out", "x.abc").error
+    assert "no/such is not a log" in cli("plot", "no/such").error.replace("checkpoints/no/such_model.jsonl", "no/such")
+    monkeypatch.setitem(sys.modules, "plotext", None)
+    assert "pip install" in cli("plot").error
