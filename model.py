@@ -5605,6 +5605,48 @@ def draw_text(a: PlotArgs, runs: list) -> None:
     print("\x1b[H\x1b[J" * a.follow + "\n".join([chart.rstrip("\n"), *legend]), flush=True)
 
 
+@dataclass
+class VariantsArgs(Settings):
+    """machine"""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+@command("inspect", "variants")
+def variants(a: VariantsArgs) -> None:
+    """the variants: parameters, memory, and the time that training takes here"""
+    device = choose_device(a.device)
+    name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
+    c, t = make_config(name, 50259, {}), TrainConfig(**TUNED, **TUNED_VARIANTS.get(name, {}))
+    model = set_precision(GPT(c).to(device), "auto", training=True).train()
+    optimizers, square = make_optimizers(model, t), torch.ones(n, n, dtype=model.compute_dtype, device=device)
+    idx = torch.randint(c.vocab_size, (t.batch_size, c.block_size), device=device)
+
+    def step() -> Tensor:
+        loss = model.loss(idx, idx)
+        (loss / idx.numel()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def rate(flops: float, work: Callable[[], Tensor]) -> float:
+        """FLOP/s of the fastest of four; a GPU is waited for."""
+        seconds = []
+        for _ in range(4):
+            begun = time.perf_counter()
+            work().sum().item()
+            seconds.append(time.perf_counter() - begun)
+        return flops / min(seconds)
+
+    peak = rate(2 * n**3, lambda: square @ square)
+    real = rate(training_flops_per_token(c) * idx.numel(), step)
+    print(variants_table(real))
+    print(f"times: by the {real / 1e9:,.0f} GFLOP/s of training steps of the {name} on this {device}, {idx.shape[0]} x "
+          f"{idx.shape[1]} tokens in {str(model.compute_dtype).removeprefix('torch.')}, measured just now: "
+          f"{real / peak:.0%} of the {peak / 1e9:,.0f} that a product of {n} x {n} matrices reaches")  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The parser
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5615,8 +5657,9 @@ VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-def variants_table() -> str:
-    """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary."""
+def variants_table(flops_per_s: float = 0.0) -> str:
+    """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary; and the
+    time that a billion tokens take at a speed."""
     rows = []
     for name, v in VARIANTS.items():
         c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
@@ -5626,6 +5669,9 @@ def variants_table() -> str:
             "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.1f} GB",
             "FLOPs a token": f"{training_flops_per_token(c, n):.2e}",
         })  # fmt: skip
+        if flops_per_s:
+            hours = training_flops_per_token(c, n) * 1e9 / flops_per_s / 3600
+            rows[-1]["1e9 tokens"] = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
     return table(rows) + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory of training in bfloat16)"
 
 

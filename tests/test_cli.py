@@ -536,3 +536,19 @@ def test_without_a_vocabulary_the_real_mistake_is_still_told(refused, no_vocabul
 
 def test_meta_json_tells_where_the_text_is_from(cli, run_files):
     assert json.loads(Path("data/input/meta.json").read_text())["source"][0]["bytes"] == 20_000
+
+
+def test_variants(cli):
+    """A billion tokens take what their FLOPs take at the speed that is printed: for the 7M by hand, 6 FLOPs a weight of
+    its matrices, 12 x 4 layers x 128 wide x 128 tokens of attention."""
+    out = cli("variants").ok().out
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert all(f"{model.PARAMETERS[v] / 1e6:.1f} M" in lines[v] for v in model.VARIANTS)
+    speed, share, peak = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+)(?: GFLOP/s|%| that a)", out))
+    assert speed > 0 and peak > 0 and abs(share - 100 * speed / peak) < 4
+    flops = 6 * (50304 * 128 + 4 * (4 * 128 * 128 + 3 * 128 * 384)) + 12 * 4 * 128 * 128
+    for name, factor in (("7M", 1.0), ("300M", 2.08e9 / flops)):
+        amount, unit = re.findall(r"([\d.,]+) (hours|days)$", lines[name])[0]
+        hours = float(amount.replace(",", "")) * {"hours": 1, "days": 24}[unit]
+        expected = factor * flops * 1e9 / (speed * 1e9) / 3600
+        assert abs(hours - expected) < max(0.05 * expected, 13 if unit == "days" else 0.1)
