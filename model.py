@@ -29,6 +29,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import html
 import importlib.util
 import io
 import itertools
@@ -2862,6 +2863,7 @@ class Reporting(Settings):
     sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: none)", ge=-1)
     save_minutes: float = setting(10.0, "minutes between saves, besides those of evaluations (0: none)", ge=0)
     keep: int = setting(2, "latest states that are kept, besides the best model", ge=1, le=1000)
+    report_to: str = setting("", "show the log, samples and settings in tensorboard, trackio, wandb; several by commas")
     max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite loss; they are skipped", ge=1)
 
 
@@ -3445,6 +3447,41 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict) and is_a(r.get("step"), int)]
 
 
+REPORTERS = ("tensorboard", "trackio", "wandb")
+
+
+def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callable[[dict[str, float | str], int], None]:
+    """What hands numbers and texts of a step, by name, to a program that shows them, for a run that is new or goes on
+    at this step. No network or account is needed: without a login wandb keeps the run for `wandb sync`."""
+    module = need(kind, f"--report_to {kind}")
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(CHECKPOINT_DIR / kind / run, purge_step=step)
+        writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()), step)
+
+        def log(values: dict[str, float | str], step: int) -> None:
+            for name, value in values.items():
+                if isinstance(value, str):
+                    writer.add_text(name, "    " + value.replace("\n", "\n    "), step)  # Markdown for: as it stands
+                else:
+                    writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return log
+    options: dict[str, Any] = {}
+    if kind == "wandb":
+        mode = os.environ.get("WANDB_MODE") or ("online" if module.api.api_key else "offline")
+        options = {"id": run, "dir": str(CHECKPOINT_DIR), "mode": mode}
+    client = module.init(project="model.py", name=run, config=settings, resume="allow", **options)
+
+    def log(values: dict[str, float | str], step: int) -> None:
+        texts = {k: module.Html(f"<pre>{html.escape(v)}</pre>") for k, v in values.items() if isinstance(v, str)}
+        client.log({**values, **texts}, step=step)
+
+    return log
+
+
 OVERLAPPED_SAVE_BYTES = 4 * 300_000_000  # of trained weights: from here on saving overlaps the next steps
 
 
@@ -3466,6 +3503,7 @@ class Run:
     sums: dict[str, Tensor] = field(default_factory=dict)  # since the last record, (sum, count) by name
     records: list[str] = field(default_factory=list)  # of the log
     written: int = 0  # how many of them the log's file has
+    reporters: dict[str, Callable | None] = field(default_factory=dict)  # None: not open yet
     saving: threading.Thread | None = None
     failed: Exception | None = None  # what became of it
 
@@ -3478,6 +3516,11 @@ class Run:
         micro_batch = t.batch_size // (t.grad_accum * world_size())
         self.evaluate = Evaluator(self.data, self.block_size, micro_batch, t.eval_tokens)
         self.optimizers = make_optimizers(model, t)
+        self.reporters = dict.fromkeys(t.report_to.split(",") if t.report_to and rank() == 0 else ())
+        for kind in self.reporters:
+            if kind not in REPORTERS:
+                raise UserError(f"report_to is {kind!r}: choose among {', '.join(REPORTERS)}{nearest(kind, REPORTERS)}")
+            need(kind, f"--report_to {kind}")
         scaler = torch.amp.GradScaler
         if world_size() > 1:  # whose scale all processes change together
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
@@ -3642,6 +3685,7 @@ class Run:
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s".format_map(record))
             self.records.append(json.dumps(record))
             self.write_log()
+            self.publish({k: v for k, v in record.items() if is_a(v, float) and k != "step"})
         if evaluated:
             say("step {step}: loss {loss:.4f}, val_loss {val_loss:.4f}, perplexity {val_ppl:.2f}, {val_bpb:.4f} bits "
                 "per byte, {tokens_per_s:,} tokens/s".format_map(record))  # fmt: skip
@@ -3654,6 +3698,7 @@ class Run:
             tokenizer, length = self.data.tokenizer, min(100, self.block_size)
             text = shown_text(self.model, tokenizer, tokenizer.prompt(prompt), length, SamplingSettings(), heal=True)
             say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
+            self.publish({"sample": prompt + text})
         self.start_clock()
 
     def check_finite(self) -> dict[str, Any]:
@@ -3673,6 +3718,25 @@ class Run:
         if not self.scaler.is_enabled():  # which looks for its scale in this way
             say(f"skipped {count} step(s), the last of them {last}: no finite loss or gradient (data blocks {blocks})")
         return {"bad_steps": count, "bad_step": last, "bad_blocks": blocks}
+
+    def publish(self, values: dict[str, float | str]) -> None:
+        """Hand numbers or a text of this step to what --report_to names; one that fails is no reason to stop. A run is
+        known by its name and its first record, when it is resumed too, and is another when it is overwritten."""
+        for kind in list(self.reporters):
+            try:
+                if self.reporters[kind] is None:
+                    first = hashlib.blake2b("".join(self.records[:1]).encode(), digest_size=4).hexdigest()
+                    settings = {
+                        **self.extra,
+                        "data": str(self.data.path),
+                        **asdict(self.model.config),
+                        **asdict(self.t),
+                    }
+                    self.reporters[kind] = reporter(kind, f"{self.files.run.name}-{first}", settings, self.step)
+                self.reporters[kind](values, self.step)
+            except Exception as e:
+                say(f"--report_to {kind}: {e}; going on without it", sys.stderr)
+                del self.reporters[kind]
 
     def write_log(self) -> None:
         """Bring the log's file up to the records. Checkpoints hold them too, so a file that cannot be written is no
@@ -4872,7 +4936,7 @@ def start_run(
 # What may change when a run is resumed: it does not change what is computed.
 FREE = {
     "max_iters", "epochs", "device", "compile", "fsdp", "log_interval", "sample_interval", "grad_accum", "save_minutes",
-    "keep", "max_bad_steps",
+    "keep", "max_bad_steps", "report_to",
 }  # fmt: skip
 
 

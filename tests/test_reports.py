@@ -1,0 +1,75 @@
+"""--report_to: what TensorBoard's own reader finds is what the log says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN, at_each_step
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import model
+
+RUN = ("train", "--data", "input.txt", "--tokenizer", "byte", *TINY_RUN, "--max_iters", 12, "--log_interval", 2)
+
+
+def read_events() -> EventAccumulator:
+    (folder,) = Path("checkpoints/tensorboard").iterdir()
+    return EventAccumulator(str(folder)).Reload()
+
+
+def text(events: EventAccumulator, tag: str) -> list[str]:
+    return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
+
+
+def test_tensorboard_shows_the_log(cli, text_file, monkeypatch):
+    """Numbers, samples and settings; a resumed run goes on in the same place, and nothing is there twice."""
+    whole = model.accumulate_gradients
+    at_each_step(monkeypatch, before=lambda step, **_: 1 // (step != 7))  # the last state is that of step 4
+    with pytest.raises(ZeroDivisionError):
+        cli(*RUN, "--report_to", "tensorboard", "--eval_interval", 4)
+    assert read_events().Scalars("loss")[-1].step == 6
+    monkeypatch.setattr(model, "accumulate_gradients", whole)
+    cli("train", "--resume").ok()
+    events, records = (
+        read_events(),
+        [json.loads(x) for x in Path("checkpoints/7M_model.jsonl").read_text().splitlines()],
+    )
+    numbers = {k for r in records for k, v in r.items()} - {"step"}
+    assert set(events.Tags()["scalars"]) == numbers and {"loss", "val_loss", "lr", "grad_norm"} < numbers
+    for name in numbers:
+        found = [(e.step, e.value) for e in events.Scalars(name)]
+        assert found == [(r["step"], pytest.approx(r[name])) for r in records if name in r]
+    samples = text(events, "sample")
+    assert len(samples) == 3 and all(s.startswith("    \n    ") for s in samples)  # the prompt, a line break
+    assert (
+        "    learning_rate: 0.0003\n" in text(events, "settings")[0]
+        and "    n_layer: 2\n" in text(events, "settings")[0]
+    )
+    cli(*RUN, "--report_to", "tensorboard", "--overwrite").ok()
+    assert len(list(Path("checkpoints/tensorboard").iterdir())) == 2
+
+
+def test_samples_are_shown_as_they_are(cli, text_file):
+    out = cli(*RUN, "--report_to", "tensorboard").ok().out
+    shown = [part.split("\n---")[0] for part in out.split(" ---\n")[1:]]
+    assert shown == [sample.removeprefix("    ").replace("\n    ", "\n") for sample in text(read_events(), "sample")]
+
+
+def test_off_unless_asked_for(cli, text_file, monkeypatch):
+    monkeypatch.setattr(model, "reporter", None)
+    cli(*RUN).ok()
+
+
+def test_a_report_that_fails_does_not_stop_the_run(cli, text_file):
+    Path("checkpoints").mkdir()
+    Path("checkpoints/tensorboard").write_text("in the way")
+    run = cli(*RUN, "--report_to", "tensorboard").ok()
+    assert run.err.count("going on without it") == 1 and "done in" in run.out
+
+
+def test_mistakes(cli, text_file, monkeypatch):
+    assert "did you mean tensorboard?" in cli(*RUN, "--report_to", "wandb,tensorbord").error.replace("trackio", "")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in cli(*RUN, "--report_to", "wandb").error
+    assert not list(Path("checkpoints").glob("*_model*"))
