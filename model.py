@@ -262,7 +262,7 @@ class GPTConfig(Settings):
     rope_beta_slow: float = setting(1.0, "YaRN: what rotates less often is fully interpolated", gt=0, rare=True)
     rope_low_freq_factor: float = setting(1.0, "llama3 scaling: interpolate below so many rotations", gt=0, rare=True)
     rope_high_freq_factor: float = setting(4.0, "llama3 scaling: keep above so many rotations", gt=0, rare=True)
-    norm: str = setting("layernorm", "normalisation", ("layernorm", "rmsnorm"))
+    norm: str = setting("layernorm", "normalisation", ("layernorm", "rmsnorm", "none"))
     norm_weight: bool = setting(True, "norms have learned weights", rare=True)
     norm_eps: float = setting(1e-5, "epsilon of the norms", gt=0, rare=True)
     norm_position: str = setting("pre", "norm before or after each residual addition", ("pre", "post"))
@@ -365,15 +365,17 @@ def embedding(n: int, dim: int) -> nn.Embedding:
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm, with or without learned weights."""
+    """LayerNorm or RMSNorm, with or without learned weights; or none."""
 
     def __init__(self, config: GPTConfig, dim: int, kind: str | None = None) -> None:
         super().__init__()
         self.dim, self.eps, self.kind = (dim,), config.norm_eps, kind or config.norm
-        self.weight = nn.Parameter(torch.ones(dim)) if config.norm_weight else None
+        self.weight = nn.Parameter(torch.ones(dim)) if config.norm_weight and self.kind != "none" else None
         self.bias = nn.Parameter(torch.zeros(dim)) if config.norm_weight and self.kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x
         weight = None if self.weight is None else self.weight.to(x.dtype)
         if self.kind == "rmsnorm":
             return F.rms_norm(x, self.dim, weight, self.eps)
@@ -2586,8 +2588,8 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
     c, on_cpu = model.config, model.device.type == "cpu"
     if quantize and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
-    in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager" and c.norm_position == "pre"
-    in_c = in_c and c_library() is not None
+    in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager"
+    in_c = in_c and c.norm_position == "pre" and c.norm != "none" and c_library() is not None
     if not in_c and not quantize:
         set_precision(model, dtype)
         model.engine = CUDAGraphs(model) if model.device.type == "cuda" else None

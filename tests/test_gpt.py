@@ -394,6 +394,7 @@ DECODED = [
     ("gpt_neox", dict(rope_pct=0.5, parallel_residual=True, activation="relu")),
     ("llama", dict(n_kv_head=1, rope_scaling="yarn", rope_factor=2.0)),
     ("llama", dict(norm_position="post", n_kv_head=2, tie_word_embeddings=False)),
+    ("llama", dict(norm="none", n_kv_head=2)),
     ("qwen3", dict(n_kv_head=2, rope_pct=0.5)),
     ("nanochat", dict(n_kv_head=2)),
 ]
@@ -422,7 +423,8 @@ def test_the_decoder_equals_the_plain_pass(arch, overrides, quantize):
         gpt.engine = engine
     else:
         model.prepare_generation(gpt, "auto")
-    assert isinstance(gpt.engine, model.CEngine) == (gpt.config.norm_position == "pre")
+    in_c = gpt.config.norm_position == "pre" and gpt.config.norm != "none"
+    assert isinstance(gpt.engine, model.CEngine) == in_c
     for rows, prompt in ((1, 5), (2, 8), (1, 20)):  # the longest takes the plain pass
         cache = model.KVCache(gpt, rows, 24)
         logits = [gpt(idx[:rows, :prompt], cache)]
@@ -669,6 +671,18 @@ def test_variant_sizes(variant):
     assert model.PARAMETERS[variant] == pytest.approx(built_size(c), rel=0.02)
 
 
+@torch.no_grad()
+def test_no_norm_is_none():
+    """Blocks that add nothing leave the embedding as it is, to the head."""
+    gpt, idx = random_gpt(tiny_config("llama", norm="none")), random_tokens(2, 8)
+    assert not [name for name in gpt.state_dict() if "norm" in name]
+    for block in gpt.blocks:
+        block.attn.proj.weight.zero_()
+        block.mlp.proj.weight.zero_()
+    weight = gpt.wte.weight
+    torch.testing.assert_close(gpt(idx), (weight[idx] @ weight.T)[..., : gpt.config.vocab_size])
+
+
 def test_gpt2_small_has_the_known_size():
     """124,439,808 parameters (openai-community/gpt2), here with 47 rows of padding on its 50,257."""
     c = model.GPTConfig(**model.ARCHS["gpt2"], vocab_size=50257)
@@ -681,7 +695,7 @@ def test_gpt2_small_has_the_known_size():
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3), (1, 1)]),
     overrides=st.fixed_dictionaries({}, optional={
         "pos_embd": st.sampled_from(["none", "learned", "rope"]),
-        "norm": st.sampled_from(["layernorm", "rmsnorm"]),
+        "norm": st.sampled_from(["layernorm", "rmsnorm", "none"]),
         "norm_weight": st.booleans(),
         "norm_position": st.sampled_from(["pre", "post"]),
         "embd_norm": st.booleans(),
