@@ -4599,11 +4599,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
 
 
-GGUF_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers of file types
+GGUF_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q5_0": 8, "bf16": 32}  # llama.cpp's numbers of file types
 
 
 def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
-    """Write one GGUF file for llama.cpp, by the gguf package. Matrices are f32, f16, bf16 or q8_0; vectors stay f32."""
+    """Write one GGUF file for llama.cpp, by the gguf package. Matrices are of the kind; vectors stay f32."""
     gguf = need("gguf", "export --format gguf")
     tokenizer, c, state = opened.tokenizer, opened.model.config, opened.model.state_dict()
     check_exportable(c, tokenizer)
@@ -4642,7 +4642,7 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
         getattr(w, f"add_{key}")(value)
 
     def put(key: str, x: Tensor) -> None:
-        small = x.dim() == 1 or (kind == "q8_0" and x.size(-1) % 32)
+        small = x.dim() == 1 or (kind.startswith("q") and x.size(-1) % 32)
         q = gguf.GGMLQuantizationType["F32" if small else kind.upper()]
         w.add_tensor(key, gguf.quants.quantize(x.float().contiguous().numpy(), q), raw_dtype=q)
 
@@ -4660,6 +4660,23 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+# ChatML in Go's templates, which Ollama fills in.
+OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+
+
+def modelfile(tokenizer: Tokenizer, gguf: str) -> str:
+    """Ollama's description of a GGUF file beside it, for `ollama create NAME -f Modelfile`. A chat template other than
+    ChatML is left for Ollama to find in the GGUF."""
+    template = f'TEMPLATE """{OLLAMA_CHATML}"""\n' if chat_template(tokenizer) == CHATML else ""
+    stops = "".join(f'PARAMETER stop "{token}"\n' for token in (IM_END, EOT) if token in tokenizer.special)
+    sampling = SamplingSettings()
+    sampled = f"PARAMETER temperature {sampling.temperature}\nPARAMETER min_p {sampling.min_p}\n"
+    return f"FROM ./{gguf}\n{template}{stops}{sampled}"
 
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -5387,6 +5404,8 @@ class ExportArgs(ContextArgs, ModelArgs):
     quantize: str = setting("f16", "of --format gguf", tuple(GGUF_TYPES))
     max_shard_size: str = setting("5GB", "a larger model becomes several files")
     overwrite: bool = setting(False, "replace an earlier export")
+    push_to_hub: str | None = setting(None, "OWNER/NAME on the Hugging Face Hub, where it is put too")
+    private: bool = setting(True, "a new --push_to_hub is seen by its owner only")
 
 
 @command(
@@ -5394,6 +5413,7 @@ class ExportArgs(ContextArgs, ModelArgs):
     "export --variant 7M --model_path 7M_model.pt --output_dir exported_7M",
     "export --model_path finetuned_7M_model.pt --output_dir chat_7M --dtype bfloat16",
     "export --model_path 26M_model.pt --output_dir gguf_26M --format gguf --quantize q8_0",
+    "export --model_path 26M_model.pt --output_dir hub_26M --push_to_hub me/my-26M",
 )
 def export(a: ExportArgs) -> None:
     """write a model for transformers, vLLM or llama.cpp"""
@@ -5407,11 +5427,18 @@ def export(a: ExportArgs) -> None:
     if strangers := sorted(there - earlier):
         raise UserError(f"{output} holds {strangers[0]}, which no export wrote: --overwrite only replaces an "
                         "earlier export; choose another --output_dir")  # fmt: skip
+    if a.push_to_hub:
+        import huggingface_hub
+
+        hub = huggingface_hub.HfApi()
+        with told_as(f"cannot put {a.push_to_hub} on the Hub (after `hf auth login`, and online, one can)"):
+            hub.create_repo(a.push_to_hub, private=a.private, exist_ok=True)
     opened = open_named_model(a)
     with told_as(f"cannot write {output}", OSError, SafetensorError), scratch_folder(output) as scratch:
         if gguf:
             file = scratch / f"{output.name}-{a.quantize}.gguf"
             export_gguf(opened, file, a.quantize, output.name)
+            (scratch / "Modelfile").write_text(modelfile(opened.tokenizer, file.name), encoding="utf-8")
             done = f"{output / file.name}: {file.stat().st_size / 1e6:,.1f} MB"
         else:
             difference = export_hf(opened, scratch, getattr(torch, a.dtype), a.max_shard_size, output.name)
@@ -5434,6 +5461,10 @@ def export(a: ExportArgs) -> None:
             write_json(output / EXPORT_LIST, digests)
         sync_folder(output.parent)
     say(done)
+    if a.push_to_hub:
+        with told_as(f"{output} is written, and could not be sent to {a.push_to_hub}"):
+            hub.upload_folder(repo_id=a.push_to_hub, folder_path=output, ignore_patterns=[EXPORT_LIST])
+        say(f"pushed to https://huggingface.co/{a.push_to_hub}")
 
 
 # --- inspect

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -272,7 +273,8 @@ def test_exports_to_gguf_share_a_folder(cli):
 
 REFUSED = [  # what no class of transformers' can be
     ("gpt2", "pos_embd", "rope"), ("gpt2", "pos_embd", "none"), ("llama", "pos_embd", "learned"),
-    ("gpt2", "norm", "rmsnorm"), ("qwen3", "norm", "layernorm"), ("llama", "norm_weight", False),
+    ("gpt2", "norm", "rmsnorm"), ("qwen3", "norm", "layernorm"), ("llama", "norm", "none"),
+    ("llama", "norm_weight", False),
     ("nanochat", "norm_weight", True), ("gpt_neox", "norm_position", "post"), ("llama", "embd_norm", True),
     ("nanochat", "embd_norm", False), ("llama", "qk_norm", "before_rope"), ("qwen3", "qk_norm", "none"),
     ("qwen3", "qk_norm", "after_rope"), ("gpt2", "activation", "swiglu"), ("llama", "activation", "relu"),
@@ -525,7 +527,9 @@ def test_the_snippet_of_a_model_card_runs(cli, capsys):
 # --- GGUF, read with the gguf package (llama.cpp itself runs in tests/peers)
 
 
-@pytest.mark.parametrize("quantize, tolerance", [("f32", 0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 2e-2)])
+@pytest.mark.parametrize(
+    "quantize, tolerance", [("f32", 0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 2e-2), ("q5_0", 0.07), ("q4_0", 0.14)]
+)
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"])
 def test_gguf_holds_the_model(cli, arch, quantize, tolerance):
     """gguf's converter names, every tensor once, values within the rounding of the type, and the settings."""
@@ -555,6 +559,86 @@ def test_gguf_holds_the_model(cli, arch, quantize, tolerance):
     for name, ours in same.items():
         difference = np.abs(tensors[f"{name}.weight"] - ours.numpy()).max()
         assert difference <= tolerance * float(ours.abs().max()), name
+
+
+def filled_in(template: str, messages: list[dict[str, str]]) -> str:
+    """A template of Ollama's over messages, by the rules of Go's text/template: a tag's - eats the spaces beside it."""
+    template = re.sub(r"\s*\{\{-", "{{", re.sub(r"-\}\}\s*", "}}", template))
+    before, body, after = re.fullmatch(r"(.*)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S).groups()
+    turns = [body.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages]
+    return before + "".join(turns) + after
+
+
+def test_modelfile(cli):
+    """Ollama's file names the GGUF, renders conversations as we do, and stops where they do."""
+    save(small())
+    cli(*EXPORT, "out", *GGUF, "--quantize", "q8_0").ok()
+    text = Path("out/Modelfile").read_text()
+    (template,) = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M)
+    messages = [
+        {"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "Hi\n{{x}}"), ("assistant", "Ho"))
+    ]
+    assert filled_in(template, messages) == model.render_chat(
+        model.byte_tokenizer(), messages, add_generation_prompt=True
+    )
+    assert text.startswith("FROM ./out-q8_0.gguf\n") and Path("out/out-q8_0.gguf").exists()
+    assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.M) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_modelfile_leaves_other_templates_to_the_gguf(cli, foreign_folder):
+    tokenizer = model.hf_tokenizer(foreign_folder)
+    assert ("TEMPLATE" in model.modelfile(tokenizer, "x.gguf")) == (model.chat_template(tokenizer) == model.CHATML)
+    tokenizer.fields.chat_template = "{{ messages }}"
+    assert "TEMPLATE" not in model.modelfile(tokenizer, "x.gguf")
+
+
+# --- The hub, which is a fake
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list:
+    """What is asked of the hub."""
+    asked = []
+
+    class Api:
+        def create_repo(self, repo, **options):
+            asked.append((repo, options))
+
+        def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
+            asked.append((repo_id, {p.name for p in Path(folder_path).iterdir()} - set(ignore_patterns)))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return asked
+
+
+@pytest.mark.parametrize("flags, private", [((), True), (("--private", "false"), False)])
+def test_push_to_hub(cli, hub, flags, private):
+    """A repository that only its owner sees, unless told otherwise, with what transformers opens."""
+    save(small())
+    out = cli(*EXPORT, "out", "--push_to_hub", "me/tiny", *flags).ok().out
+    files = {p.name for p in Path("out").iterdir()} - {"export.json"}
+    assert hub == [("me/tiny", {"private": private, "exist_ok": True}), ("me/tiny", files)]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
+    assert out.endswith("pushed to https://huggingface.co/me/tiny\n")
+
+
+def test_a_push_that_fails(cli, hub, monkeypatch):
+    """If sending fails, what was written is there."""
+    save(small())
+
+    def upload_folder(self, **_):
+        raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    assert "out is written" in (error := cli(*EXPORT, "out", "--push_to_hub", "me/tiny").error) and "is gone" in error
+    assert Path("out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name, words", [("me/tiny", "offline"), ("a b/c/d", "Repo id")])
+def test_the_real_hub_offline(cli, name, words):
+    save(small())
+    error = cli(*EXPORT, "out", "--push_to_hub", name).error
+    assert f"cannot put {name} on the Hub" in error and words in error and not Path("out").exists()
 
 
 # --- Import: what transformers makes

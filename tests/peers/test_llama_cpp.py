@@ -1,5 +1,11 @@
 """GGUF exports in llama.cpp (llama-cpp-python is its Python build): the same tokens in and out."""
 
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +46,7 @@ MODELS = {
 def open_gguf(path: Path, **options) -> Llama:
     """float32 keys and values, as ours. Token by token where weights are int8: llama.cpp's kernels for more at once
     need AMX, which some virtual machines announce and do not let run."""
-    if "q8_0" in path.name:
+    if "-q" in path.name:
         options.update(n_batch=1, n_ubatch=1)
     options = {"n_ctx": 256, "type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32, "verbose": False, **options}
     return Llama(str(path), **options)
@@ -153,7 +159,7 @@ def test_imported_tokenizers(cli, tmp_path, pattern):
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen3"])
-@pytest.mark.parametrize("quantize, error", [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.1)])
+@pytest.mark.parametrize("quantize, error", [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.1), ("q5_0", 0.4), ("q4_0", 0.7)])
 def test_smaller_numbers(cli, bpe, arch, quantize, error):
     """The logits move by the rounding of the weights, here compared in root mean square, and text comes out."""
     gpt = small(arch, bpe.n_vocab)
@@ -184,3 +190,63 @@ def test_smollm2(cli, smollm2):
     q8 = Path("q8/q8-q8_0.gguf")
     assert q8.stat().st_size < 0.56 * Path("out/out-bf16.gguf").stat().st_size
     assert "Paris" in open_gguf(q8)("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"]
+
+
+MESSAGES = [{"role": "user", "content": "Hello there"}]
+
+
+def rendered(tokenizer: model.Tokenizer) -> str:
+    return model.render_chat(tokenizer, MESSAGES, add_generation_prompt=True)
+
+
+@pytest.fixture
+def server(cli, bpe):
+    """llama-cpp-python's HTTP server on an exported chat model; returns its address."""
+    gpt = small("llama", bpe.n_vocab, tie_word_embeddings=False)
+    with torch.no_grad():  # the head's row of <|im_end|> looks for what comes out of this conversation, and not of code
+        h, other = (gpt.hidden(torch.tensor([ids]))[0, -1] for ids in
+                    (bpe.encode_rendered(rendered(bpe)), bpe.encode("def f(x):")))  # fmt: skip
+        gpt.lm_head.weight[bpe.special["<|im_end|>"]] = 5 * (h - (h @ other) / (other @ other) * other)
+    path = export(cli, gpt, bpe, "f32")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "256"]
+    process = subprocess.Popen([*command, "--n_threads", "1", "--verbose", "false"], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, "the server ended"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(address: str, **request) -> dict:
+    body = json.dumps({"temperature": 0, "repeat_penalty": 1.0, "top_k": 1, **request}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_server(server, bpe):
+    """Over HTTP: a prompt goes on as `sample` has it; a conversation goes through our template and special tokens, and
+    the answer, which this model ends at once, ends there."""
+    gpt, prompt = model.open_model("a_model.pt").model, "def f(x):"
+    greedy, chat = model.SamplingSettings(temperature=0.0), bpe.encode_rendered(rendered(bpe))
+    for path, wanted, ids in (
+        ("completions", {"prompt": prompt}, bpe.encode(prompt)),
+        ("chat/completions", {"messages": MESSAGES}, chat),
+    ):
+        answer = ask(f"{server}/{path}", max_tokens=12, **wanted)
+        (choice,) = answer["choices"]
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        (expected,) = model.generate_text(gpt, bpe, ids, 12, greedy)
+        assert text == expected.replace("\ufffd", "")  # it leaves out what is no whole character
+        assert text if wanted == {"prompt": prompt} else (text, choice["finish_reason"]) == ("", "stop")
+        assert answer["usage"]["prompt_tokens"] == len(ids)
