@@ -1892,6 +1892,8 @@ class Data:
     """A data folder, or a .bin file of nanoGPT's, opened for reading: splits["train"] and splits["val"]. Nothing is
     read before it is needed."""
 
+    parts: tuple = ()  # of a Mixture
+
     def __init__(self, path: Path, tokenizer: str | Tokenizer = "gpt2") -> None:
         self.path, self.folder, starts, mask, val = path, path if path.is_dir() else path.parent, None, None, None
         where = self.folder / "meta.json"
@@ -1939,6 +1941,45 @@ class Data:
     def is_chat(self) -> bool:
         """Whether it holds conversations."""
         return self.splits["train"].starts is not None
+
+
+class MixedSplit:
+    """A split of several data sets by their shares, which sum to 1, of the blocks. In an epoch every block
+    is seen, those of a data set that is small for its share again and again; the order is BlockSampler's."""
+
+    def __init__(self, splits: list[Split], shares: list[float]) -> None:
+        self.splits, self.shares, self.name = splits, shares, " and the ".join(s.name for s in splits)
+        self.begins = np.cumsum([0, *(len(s.tokens) for s in splits)])  # of each, one after the other
+        self.tokens, self.starts = range(self.begins[-1]), None
+
+    def windows(self, block_size: int) -> np.ndarray:
+        parts = [np.asarray(split.windows(block_size)) for split in self.splits]
+        n_blocks = max(len(part) / share for part, share in zip(parts, self.shares, strict=True))
+        repeated = [np.resize(part, round(share * n_blocks)) for part, share in zip(parts, self.shares, strict=True)]
+        return np.concatenate([part + begin for part, begin in zip(repeated, self.begins, strict=False)])
+
+    def batch(self, windows: np.ndarray, blocks: Iterable[int], block_size: int) -> dict[str, Tensor]:
+        """As Split.batch. Beside conversations a block of text is one document."""
+        rows, chat = [], any(split.starts is not None for split in self.splits)
+        for begin in windows[blocks := np.asarray(blocks)]:
+            i = int(np.searchsorted(self.begins, begin, side="right")) - 1
+            row = self.splits[i].batch([begin - self.begins[i]], [0], block_size)
+            rows.append({**({"segments": torch.zeros_like(row["idx"])} if chat else {}), **row})
+        return {k: torch.cat([row[k] for row in rows]) for k in rows[0]} | {"blocks": torch.from_numpy(blocks)}
+
+
+class Mixture:
+    """Several data sets of one tokenizer, as one: what Data has, and in `parts` what names them again."""
+
+    def __init__(self, data: list[Data], weights: list[float]) -> None:
+        for other in data[1:]:
+            same_tokenizer(data[0].tokenizer, data[0].path, other.tokenizer, other.path, "a mixture needs one for all")
+        self.tokenizer, self.folder, self.is_chat = data[0].tokenizer, data[0].folder, any(d.is_chat for d in data)
+        self.parts = [f"{d.path}:{w}" for d, w in zip(data, weights, strict=True)]
+        self.path = Path("+".join(Path(part).name for part in self.parts))
+        self.digest = hashlib.blake2b(repr([weights, [d.digest for d in data]]).encode(), digest_size=16).hexdigest()
+        shares = [w / sum(weights) for w in weights]
+        self.splits = {name: MixedSplit([d.splits[name] for d in data], shares) for name in ("train", "val")}
 
 
 def check_version(content: Any, where: Any) -> None:
@@ -2048,6 +2089,20 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
             return data_of_file(path, tokenizer, vocab_size)
     there = f"there is: {', '.join(p.parent.name for p in made)}" if made else "make it with tokenize"
     raise UserError(f"no data at {spec} or {DATA_DIR / spec}; {there}")
+
+
+def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data | Mixture:
+    """One data set or none, as open_data has it; or a mixture of several, each NAME or NAME:WEIGHT."""
+    if len(specs) < 2:
+        return open_data(specs[0] if specs else None, tokenizer, vocab_size)
+    data, weights = [], []
+    for spec in specs:
+        name, weight = re.fullmatch(r"(.+?)(?::(\d+|\d*\.\d+))?", spec).groups()
+        if weight and not float(weight):
+            raise UserError(f"--data {spec} has no weight: leave it out, or give it one above 0")
+        data.append(open_data(name, data[0].tokenizer if data else tokenizer, vocab_size))
+        weights.append(float(weight or 1))
+    return Mixture(data, weights)
 
 
 def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Data:
@@ -2633,6 +2688,7 @@ class Source(Settings):
     path: str
     digest: str | None = None
     variant: str | None = None
+    parts: list[str] = field(default_factory=list)  # of a mixture
 
 
 @dataclass
@@ -3772,7 +3828,7 @@ class Run:
             "step": self.step,
             "block_size": self.block_size,
             "train_config": asdict(replace(self.t, dtype=str(model.compute_dtype).removeprefix("torch."))),
-            "data": {"path": str(data.path), "digest": data.digest},
+            "data": {"path": str(data.path), "digest": data.digest, **({"parts": data.parts} if data.parts else {})},
             "metrics": {**metrics, "last": self.results, "sums": sums},
             "log": list(self.records),
             "optimizer": optimizers,
@@ -4874,11 +4930,12 @@ def hf_tokenize(a: HFTokenizeArgs) -> None:
 class DataArgs(Settings):
     """data"""
 
-    data: str | None = setting(None, "a name under data/, a folder, .bin, text or conversations (default: the newest)")
+    data: list[str] = setting([], "a name under data/, a folder, .bin, text or conversations (default: the newest); a "
+                              "mixture of several: NAME:WEIGHT NAME:WEIGHT ...")  # fmt: skip
 
-    def data_in(self, tokenizer: Tokenizer, otherwise: str | None = None) -> Data:
+    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data | Mixture:
         """The data that the command line names, in a tokenizer's ids; if it names none, some other."""
-        return open_data(self.data or otherwise, tokenizer)
+        return open_all(self.data or otherwise or [], tokenizer)
 
 
 @dataclass
@@ -4976,7 +5033,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
-    data = a.data_in(own, c.data["path"])
+    data = a.data_in(own, c.data.get("parts") or [c.data["path"]])
     same_tokenizer(data.tokenizer, data.path, own, last, "give the run its own data")
     if data.digest != c.data["digest"]:
         raise UserError(f"{data.path} is not what {last} was trained on ({c.data['path']}): its contents differ")
@@ -5037,11 +5094,11 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
 def train(a: TrainArgs, start: Callable) -> None:
     """train a model; many GPUs with torchrun --nproc_per_node N model.py train"""
     overrides = chosen(a, GPTConfig)
-    if a.data is None and not (a.max_iters or a.epochs or a.max_minutes):
+    if not (a.data or a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
     config = make_config(a.variant, 50259, overrides, a.recipe)
     train_config(a, a.variant, config)  # a mistake shows before data is made
-    data = open_data(a.data, a.tokenizer or "gpt2", a.vocab_size)
+    data = open_all(a.data, a.tokenizer or "gpt2", a.vocab_size)
     if a.tokenizer in ("gpt2", "byte", "bpe") and data.tokenizer.kind != a.tokenizer:
         raise UserError(f"{data.path} was made with tokenizer {data.tokenizer.describe()}, and --tokenizer asks for "
                         f"{a.tokenizer}: leave it out, or tokenize the text under another name")  # fmt: skip
@@ -5094,7 +5151,7 @@ class HFFinetuneArgs(Records, FinetuneArgs):
     def default_name(self) -> str:
         return f"hf_{super().default_name}"
 
-    def data_in(self, tokenizer: Tokenizer, otherwise: str | None = None) -> Data:
+    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data | Mixture:
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{self.hf_split}_{tokenizer.name}"
@@ -5803,7 +5860,7 @@ def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
         return
     if kind is bool or "true" in m["choices"]:  # may stand alone
         options |= {"nargs": "?", "const": True if kind is bool else "true"}
-    group.add_argument(f"--{f.name}", **(options | {"nargs": "+"} if many else options))
+    group.add_argument(f"--{f.name}", **(options | {"nargs": "+", "action": "extend"} if many else options))
     if m["alias"]:
         group.add_argument(f"--{m['alias']}", **options | {"help": f"the same as --{f.name}"})
 
