@@ -5620,37 +5620,35 @@ class PlotArgs(Settings):
 )
 def plot(a: PlotArgs) -> None:
     """draw the curves of runs, finished or not"""
-    draw = draw_text if a.out is None else draw_picture
+    draw = draw_picture if a.out else draw_text
     draw(a, curves(a))
     while a.follow:
         time.sleep(3)
         draw(a, curves(a))
-    if a.out:
-        say(f"wrote {a.out}")
 
 
-def curves(a: PlotArgs) -> list[tuple[str, dict[str, list[tuple[float, float]]]]]:
-    """Of each run its label, and by name the points to draw: of y, and of its counterpart in validation."""
+def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
+    """Of each run its label, and the points (x, y) to draw: of training, and of validation."""
     paths = [Path(p) if Path(p).exists() else CHECKPOINT_DIR / f"{p}_model.jsonl" for p in a.logs]
     paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
     if not paths:
         raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
-    names, runs, known = (a.y, f"val_{a.y}"), [], {}
+    runs, known = [], {}
 
-    def drawable(value: Any, axis: str) -> bool:
+    def drawable(record: dict[str, Any], axis: str, name: str) -> bool:
+        value = record.get(name)
         return is_a(value, float) and math.isfinite(value) and (value > 0 or axis not in a.log_axes)
 
     for path, settings in zip(paths, differences(paths), strict=True):
         with told_as(f"{path} is not a log"):
             records = read_log(path)
         known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
-        found = {n: [(r[a.x], r[n]) for r in records if drawable(r.get(a.x), "x") and drawable(r.get(n), "y")]
-                 for n in names}  # fmt: skip
-        scored = [y for _, y in found[names[1]]]
-        best = [f"best {min(scored):.3f}"] if scored else []
-        label = path.stem.removesuffix("_model") + f" ({', '.join(best + settings)})" * bool(best + settings)
-        runs.append((label, {name: points for name, points in found.items() if points}))
-    if known and not any(found for _, found in runs):  # without records yet an empty chart waits for them
+        train, val = ([(r[a.x], r[name]) for r in records if drawable(r, "x", a.x) and drawable(r, "y", name)]
+                      for name in (a.y, f"val_{a.y}"))  # fmt: skip
+        about = ([f"best {min(y for _, y in val):.3f}"] if val else []) + settings
+        label = path.stem.removesuffix("_model") + f" ({', '.join(about)})" * bool(about)
+        runs.append((label, [], train) if a.y.startswith("val_") else (label, train, val))
+    if known and not any(train or val for _, train, val in runs):  # an empty log is that of a run that has just begun
         raise UserError(f"nothing to draw of --y {a.y}{nearest(a.y, known)}: the logs have {', '.join(known)}")
     return runs
 
@@ -5707,31 +5705,31 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
     from matplotlib import ticker
 
     figure, axes = plt.subplots(figsize=(8, 5 + 0.2 * len(runs)), layout="constrained")
-    for i, (label, found) in enumerate(runs):
+    for i, (label, train, val) in enumerate(runs):
         look = {"color": COLOURS[i % 7], "linestyle": ("-", "--", "-.", ":")[i % 4]}
         marked = {**look, "marker": "os^Dv"[i % 5], "markersize": 4.5, "linewidth": 1}
-        for name, points in found.items():
-            x, y = zip(*points, strict=True)
-            if name.startswith("val_"):
-                axes.plot(x, y, **marked)
-            else:
-                axes.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.8)
-                axes.plot(x, smoothed(y), linewidth=1.7, **look)
-        axes.plot([], [], label=label, **(marked if any(n.startswith("val_") for n in found) else look))
+        if train:
+            x, y = zip(*train, strict=True)
+            axes.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.8)
+            axes.plot(x, smoothed(y), linewidth=1.7, **look)
+        if val:
+            axes.plot(*zip(*val, strict=True), **marked)
+        axes.plot([], [], label=label, **(marked if val else look))
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         if name in a.log_axes:
             getattr(axes, f"set_{name}scale")("log")
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_minor_formatter(ticker.NullFormatter())
         axis.set_major_formatter(as_tick)
-    units = {"loss": "loss (nats per token)", "val_loss": "validation loss (nats per token)"}
-    axes.set(xlabel="seconds of training" if a.x == "seconds" else a.x, ylabel=units.get(a.y, a.y))
+    axes.set(xlabel=a.x, ylabel=a.y + " (nats per token)" * a.y.endswith("loss"))
     axes.grid(alpha=0.25, which="both")
-    marks = "marks: validation; " if any(f"val_{a.y}" in found for _, found in runs) else ""
-    figure.legend(loc="outside lower center", frameon=False, title=f"{marks}pale: as logged; strong: smoothed")
+    figure.legend(
+        loc="outside lower center", frameon=False, title="pale: as logged; strong: smoothed; marks: validation"
+    )
     with told_as(f"cannot write {a.out}", ValueError):
         figure.savefig(a.out, dpi=120)
     plt.close(figure)
+    say(f"wrote {a.out}")
 
 
 def draw_text(a: PlotArgs, runs: list) -> None:
@@ -5740,21 +5738,20 @@ def draw_text(a: PlotArgs, runs: list) -> None:
     (columns, rows), coloured, figure = shutil.get_terminal_size(), sys.stdout.isatty(), plotext.figure
     figure.clear()
     figure.theme("colorless").plot_size(columns, max(rows - len(runs) - 1, 8))
-    logarithmic, drawn = [axis in a.log_axes for axis in "xy"], []
-    for i, (_, found) in enumerate(runs):
-        colour = tuple(bytes.fromhex(COLOURS[i % 6][1:]))
-        for name, points in found.items():
-            x, y = zip(*points, strict=True)
-            x, y = ([math.log10(v) for v in values] if log else values
-                    for values, log in zip((x, smoothed(y)), logarithmic, strict=True))  # fmt: skip
-            mark = "ox+#*%"[i % 6] if name.startswith("val_") or not coloured and len(runs) > 1 else "braille"
-            curve = figure.signal(x, y, marker=plotext.marker(mark, colour))
-            figure.draw(curve if name.startswith("val_") else curve.lines())
-            drawn += zip(x, y, strict=True)
-    for axis, log, values in zip("xy", logarithmic, zip(*drawn or [(0.0, 0.0)], strict=True), strict=True):
+    scales, drawn = [math.log10 if axis in a.log_axes else float for axis in "xy"], []
+    for i, (_, train, val) in enumerate(runs):
+        mark, colour = "ox+#*%"[i % 6], tuple(bytes.fromhex(COLOURS[i % 6][1:]))
+        smooth = zip((x for x, _ in train), smoothed([y for _, y in train]), strict=True)
+        for is_line, points in ((True, smooth), (False, val)):
+            points = [[scale(v) for scale, v in zip(scales, point, strict=True)] for point in points]
+            marker = plotext.marker("braille" if is_line and (coloured or len(runs) == 1) else mark, colour)
+            if points:
+                figure.draw(figure.signal(*zip(*points, strict=True), marker=marker).lines(is_line))
+            drawn += points
+    for axis, scale, values in zip("xy", scales, zip(*drawn or [(0.0, 0.0)], strict=True), strict=True):
         at = [min(values) + (max(values) - min(values)) * i / 5 for i in range(6)]
-        figure.ruler(axis).ticks(at, [as_tick(10**v if log else v) for v in at])
-    legend = [f"{'ox+#*%'[i % 6]} {label}"[:columns] for i, (label, _) in enumerate(runs)]
+        figure.ruler(axis).ticks(at, [as_tick(v if scale is float else 10**v) for v in at])
+    legend = [f"{'ox+#*%'[i % 6]} {label}"[:columns] for i, (label, *_) in enumerate(runs)]
     chart = figure.title(f"{a.y} over {a.x}").build().string(colorless=not coloured)
     print("\x1b[H\x1b[J" * a.follow + "\n".join([chart.rstrip("\n"), *legend]), flush=True)
 
@@ -5769,6 +5766,8 @@ class VariantsArgs(Settings):
 @command("inspect", "variants")
 def variants(a: VariantsArgs) -> None:
     """the variants: parameters, memory, and the time that training takes here"""
+    import timeit
+
     device = choose_device(a.device)
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
     c, t = make_config(name, 50259, {}), TrainConfig(**TUNED, **TUNED_VARIANTS.get(name, {}))
@@ -5786,12 +5785,7 @@ def variants(a: VariantsArgs) -> None:
 
     def rate(flops: float, work: Callable[[], Tensor]) -> float:
         """FLOP/s of the fastest of four; a GPU is waited for."""
-        seconds = []
-        for _ in range(4):
-            begun = time.perf_counter()
-            work().sum().item()
-            seconds.append(time.perf_counter() - begun)
-        return flops / min(seconds)
+        return flops / min(timeit.repeat(lambda: work().sum().item(), repeat=4, number=1))
 
     peak = rate(2 * n**3, lambda: square @ square)
     real = rate(training_flops_per_token(c) * idx.numel(), step)
