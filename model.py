@@ -3510,7 +3510,7 @@ REPORTERS = ("tensorboard", "trackio", "wandb")
 
 def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callable[[dict[str, float | str], int], None]:
     """What hands numbers and texts of a step, by name, to a program that shows them, for a run that is new or goes on
-    at this step. No network or account is needed: without a login wandb keeps the run for `wandb sync`."""
+    at this step. No network or account is needed: without them wandb keeps the run for `wandb sync`."""
     module = need(kind, f"--report_to {kind}")
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -3527,11 +3527,17 @@ def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callab
             writer.flush()
 
         return log
-    options: dict[str, Any] = {}
+    begin = functools.partial(module.init, project="model.py", name=run, config=settings, resume="allow")
     if kind == "wandb":
+        begin = functools.partial(begin, id=run, dir=str(CHECKPOINT_DIR))
         mode = os.environ.get("WANDB_MODE") or ("online" if module.api.api_key else "offline")
-        options = {"id": run, "dir": str(CHECKPOINT_DIR), "mode": mode}
-    client = module.init(project="model.py", name=run, config=settings, resume="allow", **options)
+        try:
+            client = begin(mode=mode, settings=module.Settings(init_timeout=20))
+        except module.errors.CommError:  # no network
+            module.teardown()
+            client = begin(mode="offline")
+    else:
+        client = begin()
 
     def log(values: dict[str, float | str], step: int) -> None:
         texts = {k: module.Html(f"<pre>{html.escape(v)}</pre>") for k, v in values.items() if isinstance(v, str)}

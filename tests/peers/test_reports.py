@@ -93,3 +93,9 @@ def test_wandb(log):
     for step, record in records.items():
         assert {k: found[step][k] for k in record} == pytest.approx(record)
     assert [step for step, values in found.items() if "sample" in values] == [4, 8, 12]
+
+
+def test_wandb_with_an_account_and_no_network(log, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "0")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    assert log("wandb") and len(list(Path("checkpoints/wandb").glob("offline-run-*/*.wandb"))) == 2
