@@ -396,7 +396,8 @@ def distill(cli, text_file):
     """distill(*flags): a run of a tiny student after the teacher in teacher.pt, on text in data/text."""
     model.tokenize_text(Path("data/text"), [str(text_file)], "byte")
     save_model("teacher.pt", byte_gpt())
-    return lambda *flags: cli("distill", "--teacher_model_path", "teacher.pt", "--data", "text", *flags)
+    data = ("--data", "text")  # given twice it would be a mixture
+    return lambda *flags: cli("distill", "--teacher_model_path", "teacher.pt", *data * ("--data" not in flags), *flags)
 
 
 def checkpoint_of(name: str) -> dict:
