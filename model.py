@@ -3508,10 +3508,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 REPORTERS = ("tensorboard", "trackio", "wandb")
 
 
+def reporters_in(names: str | None) -> list[str]:
+    """The names in --report_to. Raises UserError for one that is unknown or not installed."""
+    kinds = names.split(",") if names else []
+    if wrong := next((kind for kind in kinds if kind not in REPORTERS), None):
+        raise UserError(f"report_to is {wrong!r}: choose among {', '.join(REPORTERS)}{nearest(wrong, REPORTERS)}")
+    for kind in kinds:
+        need(kind, f"--report_to {kind}")
+    return kinds
+
+
 def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callable[[dict[str, float | str], int], None]:
     """What hands numbers and texts of a step, by name, to a program that shows them, for a run that is new or goes on
     at this step. No network or account is needed: without them wandb keeps the run for `wandb sync`."""
-    module = need(kind, f"--report_to {kind}")
+    module = importlib.import_module(kind)
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -3580,11 +3590,7 @@ class Run:
         micro_batch = t.batch_size // (t.grad_accum * world_size())
         self.evaluate = Evaluator(self.data, self.block_size, micro_batch, t.eval_tokens)
         self.optimizers = make_optimizers(model, t)
-        self.reporters = dict.fromkeys(t.report_to.split(",") if t.report_to and rank() == 0 else ())
-        for kind in self.reporters:
-            if kind not in REPORTERS:
-                raise UserError(f"report_to is {kind!r}: choose among {', '.join(REPORTERS)}{nearest(kind, REPORTERS)}")
-            need(kind, f"--report_to {kind}")
+        self.reporters = dict.fromkeys(reporters_in(t.report_to) if rank() == 0 else ())
         scaler = torch.amp.GradScaler
         if world_size() > 1:  # whose scale all processes change together
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
@@ -4961,6 +4967,7 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
     def run(a: RunArgs) -> None:
         with processes():
             device = choose_device(a.device or "auto")
+            reporters_in(a.report_to)  # a mistake shows before data is made
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
             files = RunFiles(a.name or a.default_name, a.overwrite)
@@ -5925,7 +5932,8 @@ def parse(argv: list[str]) -> tuple[str, Any]:
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each
-    time, and the page faults of getting them again took half of a training step with GPT-2's vocabulary."""
+    time, and the page faults of getting them again took half of a training step with GPT-2's vocabulary. Not for one of
+    many processes: kept blocks and those that fully_shard frees came to more than the weights of a model apart."""
     if sys.platform == "linux":
         with suppress(OSError):
             libc = ctypes.CDLL("libc.so.6")
@@ -5952,7 +5960,8 @@ def main() -> None:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
             return with_torch().main()
-        keep_freed_memory()
+        if "WORLD_SIZE" not in os.environ:
+            keep_freed_memory()
         if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # torchrun's first does it alone
             COMMANDS[name].run(a)
     except BrokenPipeError:
