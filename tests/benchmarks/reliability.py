@@ -5,6 +5,7 @@ python tests/benchmarks/reliability.py aimed                  ... before every r
 python tests/benchmarks/reliability.py commands --trials 50   ... of tokenize, hf_tokenize, distill, export and finetune
 python tests/benchmarks/reliability.py damage --trials 200    flipped bits and truncations of every kind of file
 python tests/benchmarks/reliability.py fuzz --trials 2000     damaged and hostile files and command lines
+python tests/benchmarks/reliability.py guided --trials 1000   the same, guided by coverage (pip install atheris)
 python tests/benchmarks/reliability.py long --minutes 60      memory and open files of a run that saves every minute
 python tests/benchmarks/reliability.py chat --trials 500      memory of a conversation
 
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -282,8 +284,7 @@ def fuzz_targets() -> dict[str, list[list[str]]]:
     }  # fmt: skip
 
 
-def fuzz(trials: int, folder: Path) -> Counter:
-    """Cases run in child processes, so that one that crashes or hangs is counted and the next goes on."""
+def prepare_for_fuzz(folder: Path) -> None:
     prepare(folder)
     finish(folder, COMMANDS["export"][0])
     (folder / "nano").mkdir()
@@ -291,6 +292,11 @@ def fuzz(trials: int, folder: Path) -> Counter:
     make = "import datasets; d = datasets.load_dataset('json', data_files='talks.jsonl', split='train'); " \
            "d.to_parquet('talks.parquet'); d.to_csv('talks.csv')"  # fmt: skip
     subprocess.run([sys.executable, "-c", make], cwd=folder, check=True, capture_output=True)
+
+
+def fuzz(trials: int, folder: Path) -> Counter:
+    """Cases run in child processes, so that one that crashes or hangs is counted and the next goes on."""
+    prepare_for_fuzz(folder)
     count, seed = Counter(), 0
     while seed < trials:
         child = [sys.executable, __file__, "fuzz_from", "--trials", str(min(100, trials - seed)), "--seed", str(seed)]
@@ -306,6 +312,63 @@ def fuzz(trials: int, folder: Path) -> Counter:
             print(seed, "died", run.returncode, flush=True)
             seed += 1
     return count
+
+
+def outcome_of(args: list[str]) -> str:
+    """What a command line came to in this process; a traceback is raised."""
+    import model
+
+    sys.argv = ["model.py", *args]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+            model.main()
+    except SystemExit as e:
+        sentence = ": error: " in err.getvalue() and e.code in (1, 2) or not e.code
+        return "refused" if sentence else f"differ: exit status {e.code}"
+    return "opened"
+
+
+def guided(trials: int, folder: Path) -> Counter:
+    """Every text file that commands read, changed by libFuzzer towards lines of model.py that no input has reached."""
+    prepare_for_fuzz(folder)
+    count = Counter()
+    for name in [
+        name for name in fuzz_targets() if Path(name).suffix not in (".pt", ".bin", ".parquet", ".safetensors")
+    ]:
+        command = [sys.executable, __file__, "guided_on", "--file", name, "--trials", str(trials)]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        count["inputs"] += trials
+        count["differ"] += run.returncode != 0
+        lines = run.stderr.splitlines()
+        print(name, next((line for line in reversed(lines) if "cov:" in line), "")[:90], flush=True)
+        if run.returncode:
+            print("\n".join(lines[-40:]), flush=True)
+    return count
+
+
+def guided_on(name: str, trials: int) -> None:
+    import atheris
+
+    with atheris.instrument_imports(include=["model"]):
+        import model
+    model.progress_bar = lambda **kwargs: model.tqdm(disable=True, **kwargs)
+    file, commands, seeds = Path(name), fuzz_targets()[name], Path("seeds")
+    shutil.rmtree(seeds, ignore_errors=True)
+    seeds.mkdir()
+    shutil.copy(file, seeds)
+    inputs = itertools.count()
+
+    def one(content: bytes) -> None:
+        file.write_bytes(content)
+        if file.name != "export.json":
+            Path("out/export.json").unlink(missing_ok=True)  # whose digests would refuse all that is changed
+        outcome = outcome_of(commands[next(inputs) % len(commands)])
+        if outcome.startswith("differ"):
+            raise AssertionError(outcome)
+
+    limits = ["-timeout=10", "-rss_limit_mb=2048", "-max_len=100000"]
+    atheris.Setup([name, f"-runs={trials}", *limits, str(seeds)], one)
+    atheris.Fuzz()
 
 
 def fuzz_from(trials: int, seed: int) -> None:
@@ -334,13 +397,7 @@ def fuzz_from(trials: int, seed: int) -> None:
                 Path("out/export.json").unlink(missing_ok=True)
         signal.alarm(10)
         try:
-            sys.argv = ["model.py", *args]
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
-                model.main()
-            outcome = "opened"
-        except SystemExit as e:
-            sentence = ": error: " in err.getvalue() and e.code in (1, 2) or not e.code
-            outcome = "refused" if sentence else f"differ: exit status {e.code}"
+            outcome = outcome_of(args)
         except BaseException as e:
             outcome = f"differ: {type(e).__name__}: {e}"
         finally:
@@ -400,14 +457,17 @@ def chat(trials: int, folder: Path) -> Counter:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    campaigns = {f.__name__: f for f in (kill, aimed, commands, damage, fuzz, long, chat)}
-    parser.add_argument("campaign", choices=[*campaigns, "fuzz_from"])
+    campaigns = {f.__name__: f for f in (kill, aimed, commands, damage, fuzz, guided, long, chat)}
+    parser.add_argument("campaign", choices=[*campaigns, "fuzz_from", "guided_on"])
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", default="")
     a = parser.parse_args()
     if a.campaign == "fuzz_from":
         return fuzz_from(a.trials, a.seed)
+    if a.campaign == "guided_on":
+        return guided_on(a.file, a.trials)
     with tempfile.TemporaryDirectory() as folder:
         count = campaigns[a.campaign](a.minutes if a.campaign == "long" else a.trials, Path(folder))
     print(a.campaign, json.dumps(dict(count), indent=1))
