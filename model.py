@@ -3123,9 +3123,7 @@ def processes() -> Iterator[None]:
 
 def end_all(e: BaseException) -> None:
     """End this process, so that the others end too; at once, for on Python's way out gloo waits for the others."""
-    if (
-        isinstance(e, torch.distributed.DistError) or type(e) is RuntimeError and "gloo" in str(e)
-    ):  # the other end is gone
+    if isinstance(e, torch.distributed.DistError) or type(e) is RuntimeError and "gloo" in str(e):  # of the other end
         reason = " ".join(str(e).split())[:300]
         e = UserError(f"a process has vanished, killed or with its machine: go on with --resume ({reason})")
     told, words = isinstance(e, KeyboardInterrupt), str(e) or type(e).__name__
@@ -3317,7 +3315,7 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
             decays = p.dim() >= 2 and (in_block or not model.new_tokens)
             groups[own_lr.get(name) or t.learning_rate, t.weight_decay * decays].append(own_share(p))
     adamw = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
-    optimizers = [torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), fused=True)]
+    optimizers = [torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), fused=True)] if adamw else []
     if muon:
         # many CPUs only emulate bfloat16, ten times slower: there the model is in float32
         dtype = model.compute_dtype if model.device.type == "cpu" else torch.bfloat16
@@ -3796,12 +3794,8 @@ class Run:
             try:
                 if self.reporters[kind] is None:
                     first = hashlib.blake2b("".join(self.records[:1]).encode(), digest_size=4).hexdigest()
-                    settings = {
-                        **self.extra,
-                        "data": str(self.data.path),
-                        **asdict(self.model.config),
-                        **asdict(self.t),
-                    }
+                    settings = {**self.extra, "data": str(self.data.path)}
+                    settings |= {**asdict(self.model.config), **asdict(self.t)}
                     self.reporters[kind] = reporter(kind, f"{self.files.run.name}-{first}", settings, self.step)
                 self.reporters[kind](values, self.step)
             except Exception as e:

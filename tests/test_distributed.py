@@ -83,6 +83,64 @@ def test_two_processes_share_unequal_work(cli, workdir):
     close_runs(log_of("one"), log_of("two"))
 
 
+def test_a_state_of_two_goes_on_in_three_and_in_one(cli, text_file):
+    """Shares that do not come out even: 32, 96 and 320 rows among three. Muon's matrices travel to be orthogonalised;
+    weights stay apart within a step, are recomputed, and gradients add up over micro-batches. Truth: one process, to
+    float32's rounding, also in the optimizers' states."""
+    run = (
+        "train",
+        *BYTES,
+        *SIXTEEN,
+        "--batch_size",
+        12,
+        "--arch",
+        "qwen3",
+        "--optimizer",
+        "muon",
+        "--schedule",
+        "constant",
+    )
+    cli(*run, "--name", "one").ok()
+    apart = ("--fsdp", "--gradient_checkpointing", "--grad_accum", 2)
+    Torchrun(*run, "--name", "three", "--max_iters", 3, *apart).result().ok()
+    for path in Path("checkpoints").glob("three_*"):
+        shutil.copy(path, path.with_name(path.name.replace("three", "alone")))
+    three = ("--standalone", "--nproc_per_node", 3)
+    Torchrun("train", "--name", "three", "--resume", "--max_iters", 6, flags=three).result().ok()
+    cli("train", "--name", "alone", "--resume", "--max_iters", 6).ok()
+    expected = checkpoint_of("one")
+    for name in ("three", "alone"):
+        close_runs(log_of("one"), log_of(name))
+        found = checkpoint_of(name)
+        assert_same_weights(expected["model"], found["model"], atol=1e-5)
+        for ours, theirs in zip(found["optimizer"], expected["optimizer"], strict=True):
+            for i, state in theirs["state"].items():
+                assert_same_weights(state, ours["state"][i], atol=1e-6)
+
+
+def test_adapters_by_muon_in_two_processes(cli, workdir):
+    conversation_data("chat")
+    cli("train", "--data", "chat", *SIXTEEN, "--block_size", 64, "--name", "base").ok()
+    machine = ("--device", "cpu", "--dtype", "float32", "--compile", "false")
+    run = (
+        "finetune",
+        "--model_checkpoint",
+        "base_model.pt",
+        "--data",
+        "chat",
+        *SIXTEEN[-8:],
+        *machine,
+        "--block_size",
+        16,
+    )
+    run = (*run, "--lora_rank", 3, "--optimizer", "muon")
+    cli(*run, "--name", "one").ok()
+    two = Torchrun(*run, "--name", "two", "--fsdp", "--prompt", "a").result().ok()
+    assert two.out.count("after finetuning") == 1
+    close_runs(log_of("one"), log_of("two"))
+    assert_same_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"], atol=1e-5)
+
+
 def test_a_signal_to_torchrun_stops_all_at_one_step(one, cli):
     """In slow steps, and long before the next record of the log."""
     signalled = """
