@@ -607,19 +607,6 @@ def same_dropout_on_mps() -> tuple[Any, Any]:
     return nullcontext(), as_before()
 
 
-class Compiled:
-    """Blocks by torch.compile, in training, and on a GPU the loss with them; evaluation and generation, whose shapes
-    vary, take the plain pass."""
-
-    def __init__(self, model: "GPT") -> None:
-        self.model, self.head, self.compiled = model, model.head, torch.compile(model.run_blocks)
-        on_gpu = model.device.type == "cuda"
-        self.cross_entropy = torch.compile(fusible_cross_entropy, dynamic=False) if on_gpu else None
-
-    def run_blocks(self, *inputs: Any) -> Tensor:
-        return (self.compiled if self.model.training else self.model.run_blocks)(*inputs)
-
-
 class CUDAGraphs:
     """Generation on a GPU, which is limited by the launches of a token's kernels, some 140 with 12 layers: those of the
     blocks are recorded once and launched as one. Prompts take the plain pass, and so does all where recording fails."""
@@ -699,7 +686,8 @@ class GPT(nn.Module):
         self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else None
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; see set_precision
-        self.engine: Any = None  # what runs the blocks and the head: the plain pass below, or Compiled, or CEngine
+        self.engine: Any = None  # what runs the blocks and the head in generation: CEngine, CUDAGraphs, or those below
+        self.compiled_loss: Callable | None = None  # stands in for CrossEntropy in training; see compile_model
         self.shared: list[Any] = []  # the modules whose parameters processes share out among them; see share_out
         self.new_tokens: list[int] = []  # if any, the only rows of the embedding and the head that are trained
         self.build_rope()
@@ -806,13 +794,15 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) through all blocks."""
-        on_mps = x.device.type == "mps" and not torch.compiler.is_compiling()
+        on_mps = x.device.type == "mps"
         recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
         for block in self.blocks:
-            if self.config.gradient_checkpointing and self.training:
+            if not self.training:  # without what training puts around it: the hooks of share_out, torch.compile
+                x = Block.forward(block, x, rope, mask, cache)
+            elif self.config.gradient_checkpointing:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, **recompute)
-            else:  # outside training no hooks that share_out has put on blocks
-                x = (block if self.training else block.forward)(x, rope, mask, cache)
+            else:
+                x = block(x, rope, mask, cache)
         return x
 
     def head(self, x: Tensor) -> Tensor:
@@ -992,7 +982,7 @@ def linear_loss(h: Tensor, model: GPT, chunk_loss: Callable, distributions: int 
     """The sum of a chunk loss over hidden states h (B, T, n_embd), through the model's head. Scalar, differentiable.
     distributions: how many tensors of the logits' size the loss holds at once; so many times smaller are the chunks."""
     h, weight, c = h.flatten(0, -2), model.head_weight, model.config
-    fused = getattr(model.engine, "cross_entropy", None)
+    fused = model.compiled_loss
     with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     elements = CUDA_LOSS_CHUNK_ELEMENTS if h.device.type == "cuda" else LOSS_CHUNK_ELEMENTS
     chunk = max(64, elements // (weight.size(0) * distributions))
@@ -3392,8 +3382,9 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def compile_model(model: GPT, t: TrainConfig, block_size: int) -> None:
-    """torch.compile the blocks where asked, or where the work ahead pays for it: on a GPU from 200 steps on. Two CPU
-    cores gain a tenth, nothing with narrow models, for half a minute at the start: from 1e15 FLOPs, an hour there."""
+    """torch.compile each block, which is as fast as all in one and compiled once for all, and on a GPU the loss; where
+    asked, or where the work ahead pays for it: on a GPU from 200 steps on. Two CPU cores gain a tenth, nothing with
+    narrow models, for half a minute at the start: from 1e15 FLOPs, an hour there."""
     c, kind = model.config, model.device.type
     flops = training_flops_per_token(c) * t.max_iters * t.batch_size * block_size
     pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and flops > 1e15
@@ -3404,7 +3395,10 @@ def compile_model(model: GPT, t: TrainConfig, block_size: int) -> None:
     say("compiling the model: the first step can take a minute")
     if t.compile == "auto":
         torch._dynamo.config.suppress_errors = True  # where it fails, go on without
-    model.engine = Compiled(model)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
+    if kind == "cuda":
+        model.compiled_loss = torch.compile(fusible_cross_entropy, dynamic=False)
 
 
 class RunFiles:

@@ -234,7 +234,8 @@ def test_generation_where_nothing_can_be_recorded(monkeypatch, capsys):
     gpt, prompt = random_gpt(tiny_config("gpt2")), random_tokens(4).tolist()
     monkeypatch.setattr(model.GPT, "device", property(lambda self: torch.device("cuda")))
     model.prepare_generation(gpt, "float32")
-    assert isinstance(gpt.engine, model.CUDAGraphs) and model.Compiled(gpt).cross_entropy
+    model.compile_model(gpt, model.TrainConfig(compile="true"), 16)
+    assert isinstance(gpt.engine, model.CUDAGraphs) and gpt.compiled_loss
     monkeypatch.undo()
     tokens = torch.stack(list(model.generate(gpt, [prompt], 5, GREEDY)), dim=1)
     assert tokens.tolist() == recomputed(gpt, [prompt], 5)

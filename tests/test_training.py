@@ -267,7 +267,7 @@ def test_a_compiled_model_learns_as_the_eager_one(cli, text_file, monkeypatch):
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or compile(f))
     out = cli(*run, "--name", "compiled", "--compile", "true").ok().out
-    assert len(compiled) == 1 or "no C++ compiler" in out
+    assert len(compiled) == 2 or "no C++ compiler" in out  # a call for each block
     for a, b in zip(log_of("eager"), log_of("compiled"), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
 
