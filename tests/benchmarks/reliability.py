@@ -331,10 +331,12 @@ def outcome_of(args: list[str]) -> str:
 def guided(trials: int, folder: Path) -> Counter:
     """Every text file that commands read, changed by libFuzzer towards lines of model.py that no input has reached."""
     prepare_for_fuzz(folder)
-    count = Counter()
+    count, whole = Counter(), {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name in [
         name for name in fuzz_targets() if Path(name).suffix not in (".pt", ".bin", ".parquet", ".safetensors")
     ]:
+        for path, content in whole.items():
+            path.write_bytes(content)
         command = [sys.executable, __file__, "guided_on", "--file", name, "--trials", str(trials)]
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         count["inputs"] += trials
