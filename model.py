@@ -688,7 +688,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32  # of the activations; see set_precision
         self.engine: Any = None  # what runs the blocks and the head in generation: CEngine, CUDAGraphs, or those below
         self.compiled_loss: Callable | None = None  # stands in for CrossEntropy in training; see compile_model
-        self.shared: list[Any] = []  # the modules whose parameters processes share out among them; see share_out
+        self.sharded: list[Any] = []  # the modules whose parameters are sharded over processes; see shard_model
         self.new_tokens: list[int] = []  # if any, the only rows of the embedding and the head that are trained
         self.build_rope()
         if self.device.type != "meta":
@@ -797,7 +797,7 @@ class GPT(nn.Module):
         on_mps = x.device.type == "mps"
         recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
         for block in self.blocks:
-            if not self.training:  # without what training puts around it: the hooks of share_out, torch.compile
+            if not self.training:  # without what training puts around it: the hooks of shard_model, torch.compile
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, **recompute)
@@ -982,18 +982,17 @@ def linear_loss(h: Tensor, model: GPT, chunk_loss: Callable, distributions: int 
     """The sum of a chunk loss over hidden states h (B, T, n_embd), through the model's head. Scalar, differentiable.
     distributions: how many tensors of the logits' size the loss holds at once; so many times smaller are the chunks."""
     h, weight, c = h.flatten(0, -2), model.head_weight, model.config
-    fused = model.compiled_loss
     with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     elements = CUDA_LOSS_CHUNK_ELEMENTS if h.device.type == "cuda" else LOSS_CHUNK_ELEMENTS
     chunk = max(64, elements // (weight.size(0) * distributions))
     if h.device.type == "cuda":
         chunk = 1 << chunk.bit_length() - 1  # divides most batches: all chunks alike, and aligned
 
-    def fused_loss(products: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
-        return fused(products, chunk_loss.targets[rows], c.vocab_size, c.logit_softcap)
+    def compiled(products: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
+        return model.compiled_loss(products, chunk_loss.targets[rows], c.vocab_size, c.logit_softcap)
 
-    fuses = fused is not None and with_grad and isinstance(chunk_loss, CrossEntropy)
-    return FusedLinearLoss.apply(h, weight, fused_loss if fuses else capped(chunk_loss, c), chunk, with_grad)
+    fuses = model.compiled_loss is not None and with_grad and isinstance(chunk_loss, CrossEntropy)
+    return FusedLinearLoss.apply(h, weight, compiled if fuses else capped(chunk_loss, c), chunk, with_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2005,14 +2004,14 @@ class BlockSampler:
     def __call__(self, step: int) -> np.ndarray:
         """Numbers (batch_size,) of the blocks of a step."""
         epochs, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), self.n_blocks)
-        first = range(int(epochs[0]), int(epochs[-1]) + 1)
-        return np.concatenate([self.order(epoch, places[epochs == epoch]) for epoch in first])
+        touched = range(int(epochs[0]), int(epochs[-1]) + 1)
+        return np.concatenate([self.order(epoch, places[epochs == epoch]) for epoch in touched])
 
 
 def permuted(places: np.ndarray, n: int, key: tuple[int, int]) -> np.ndarray:
     """Where a random permutation of 0 ... n - 1, one for each key, takes these places; it is never stored. A Feistel
-    network of six rounds permutes the numbers of so many bits; who leaves 0 ... n - 1 walks on until he is back (Black
-    and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4)."""
+    network of six rounds permutes the numbers of so many bits; a result of n or more goes through it again, until it is
+    below n (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4)."""
     half = np.uint64((max(n - 1, 1).bit_length() + 1) // 2)
     mask, round_keys = (np.uint64(1) << half) - np.uint64(1), np.random.SeedSequence(key).generate_state(6, np.uint64)
 
@@ -2561,17 +2560,17 @@ def generate(
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """The model in eval mode, and as it was afterwards. All processes that share it enter together, and each of them
-    has all of it meanwhile."""
+    """The model in eval mode, and as it was afterwards. Processes over which it is sharded enter together, and each of
+    them has all of it meanwhile."""
     was_training = model.training
     model.eval()
-    for part in model.shared:
+    for part in model.sharded:
         part.unshard()
     try:
         yield
     finally:
         model.train(was_training)
-        for part in model.shared:
+        for part in model.sharded:
             part.reshard()
 
 
@@ -2621,7 +2620,7 @@ def generate_text(
 
 
 def shown_text(model: GPT, *arguments: Any, **options: Any) -> str:
-    """generate_text's first text, in the first of the processes that share the model."""
+    """generate_text's first text, in the first process; the others help to gather the model."""
     with evaluating(model):
         return generate_text(model, *arguments, **options)[0] if rank() == 0 else ""
 
@@ -2922,7 +2921,9 @@ class Machine(Settings):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the computation; weights stay float32", DTYPES)
     compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
-    fsdp: bool = setting(False, "with torchrun: weights stay apart during a step too, less memory and slower")
+    fsdp: bool = setting(
+        False, "with torchrun: weights stay sharded within a step too, which takes less memory and more time"
+    )
     seed: int = setting(1337, "random seed of weights, data order and dropout", ge=0, le=2**31)
 
 
@@ -2965,10 +2966,10 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
-def share_out(model: GPT, fsdp: bool) -> None:
-    """Part a model among the processes: each owns some rows of every parameter, and so of its gradient and of the
-    optimizer's state. PyTorch's FSDP2 brings a block's together for its passes, all of them until the backward pass or
-    (fsdp) no longer than needed, and sums the gradients into the shares, while other blocks are computed."""
+def shard_model(model: GPT, fsdp: bool) -> None:
+    """Shard a model over the processes: each owns some rows of every parameter, and so of its gradient and of the
+    optimizer's state. PyTorch's FSDP2 gathers a block's for its passes, to be kept until the backward pass or (fsdp) no
+    longer than needed, and sums the gradients into the shards, while other blocks are computed."""
     if world_size() == 1:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -2978,21 +2979,21 @@ def share_out(model: GPT, fsdp: bool) -> None:
     mesh = torch.distributed.init_device_mesh(model.device.type, (world_size(),))
     short = None if model.compute_dtype == torch.float32 else model.compute_dtype
     policy = MixedPrecisionPolicy(short, torch.float32, cast_forward_inputs=False)
-    model.shared, model.fsdp = [*model.blocks, model], fsdp
-    for part in model.shared:
+    model.sharded, model.fsdp = [*model.blocks, model], fsdp
+    for part in model.sharded:
         fully_shard(part, mesh=mesh, reshard_after_forward=fsdp, mp_policy=policy)
         part.set_gradient_divide_factor(1.0)  # sums, for the loss is divided by the targets of all processes
         part.set_force_sum_reduction_for_comms(True)
     for p in model.parameters():
-        p.share = p.detach().to_local()
+        p.shard = p.detach().to_local()
     plain = model.loss
     register_fsdp_forward_method(model, "loss")
     hooked, model.loss = model.loss, lambda *inputs: (hooked if model.training else plain)(*inputs)
 
 
-def own_share(p: Tensor) -> Tensor:
+def own_shard(p: Tensor) -> Tensor:
     """The rows of a parameter that this process owns, in its memory; all of them where it is alone."""
-    return getattr(p, "share", p)
+    return getattr(p, "shard", p)
 
 
 def rows_of(process: int, n: int) -> slice:
@@ -3005,22 +3006,22 @@ def part_of_rows(whole: Tensor, process: int | None = None) -> Tensor:
     return whole[rows_of(rank() if process is None else process, len(whole))]
 
 
-def gathered(share: Tensor, p: Tensor) -> Tensor | None:
-    """The whole of which the processes have shares, as of a parameter: in the memory of the first, None in others."""
-    if world_size() == 1 or share.shape != own_share(p).shape:
-        return share
+def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
+    """The whole of which each process has a shard, as of a parameter: in the memory of the first, None in others."""
+    if world_size() == 1 or shard.shape != own_shard(p).shape:
+        return shard
     size = rows_of(0, len(p)).stop
-    padded = F.pad(share, (0, 0) * (share.dim() - 1) + (0, size - len(share)))
-    whole = padded.new_empty(size * world_size(), *share.shape[1:])
+    padded = F.pad(shard, (0, 0) * (shard.dim() - 1) + (0, size - len(shard)))
+    whole = padded.new_empty(size * world_size(), *shard.shape[1:])
     torch.distributed.all_gather_single(whole, padded)
     return whole[: len(p)].cpu() if rank() == 0 else None
 
 
-def handed_out(whole: Tensor, p: Tensor) -> Tensor:
-    """The first process's tensor, in all of them: their own rows, if it is of the shape of a parameter."""
+def scattered(whole: Tensor, p: Tensor) -> Tensor:
+    """The first process's tensor, in each of them: its own rows of one that has a parameter's shape."""
     if world_size() == 1:
         return whole
-    device = own_share(p).device
+    device = own_shard(p).device
     whole = whole.to(device) if rank() == 0 else torch.empty_like(whole, device=device)
     torch.distributed.broadcast(whole, 0)
     return part_of_rows(whole).clone() if whole.shape == p.shape else whole
@@ -3244,11 +3245,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.params, self.rows, self.dtype, device = params, rows, dtype, params[0].device
         self.found_inf, n = torch.zeros((), device=device), world_size()
-        scales = [[max(1, part / p.size(1)) ** 0.5 for part in parts] for p, parts in zip(params, rows, strict=True)]
-        self.scales = [  # of each row, (rows, 1)
-            part_of_rows(torch.tensor(scale).repeat_interleave(torch.tensor(parts))[:, None]).to(device)
-            for scale, parts in zip(scales, rows, strict=True)
+        scales = [  # of each row, (rows, 1)
+            part_of_rows(torch.cat([torch.full((part, 1), max(1, part / p.size(1)) ** 0.5) for part in parts]))
+            for p, parts in zip(params, rows, strict=True)
         ]
+        self.n_rows, self.scales = list(map(len, scales)), torch.cat(scales).to(device)
+        whole = [torch.empty(sum(parts), p.size(1), device="meta") for p, parts in zip(params, rows, strict=True)]
+        self.shapes = [[part_of_rows(x, process).shape for x in whole] for process in range(n)]  # of shards
         cost = [p.size(1) * sum(x) * min(p.size(1), max(x)) for p, x in zip(params, rows, strict=True)]
         self.work: list[list[int]] = [[] for _ in range(n)]  # the numbers of the matrices that each process does
         for i in sorted(range(len(params)), key=lambda i: -cost[i]):
@@ -3261,36 +3264,36 @@ class Muon(torch.optim.Optimizer):
         new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
         updates = []
         for p in self.params:
-            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            grad = p.grad.masked_fill(bad, 0.0)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer, grad = self.state[p]["momentum_buffer"], p.grad.masked_fill(bad, 0.0)
             buffer.lerp_(grad, new)
-            updates.append(grad.lerp(buffer, momentum).to(self.dtype))  # Nesterov
+            updates.append(grad.lerp(buffer, momentum))  # Nesterov
             p.mul_(kept)
         self.orthogonalise(updates)
-        step = torch.where(bad, 0.0, -lr)
-        for p, update, scale in zip(self.params, updates, self.scales, strict=True):
-            p.addcmul_(update.to(p.dtype), scale * step)
+        scales = (self.scales * torch.where(bad, 0.0, -lr)).split(self.n_rows)
+        for p, update, scale in zip(self.params, updates, scales, strict=True):
+            p.addcmul_(update, scale)
 
     def orthogonalise(self, updates: list[Tensor]) -> None:
         """In place. Each is this process's rows of a matrix."""
-        whole = [torch.empty(sum(n), u.size(1), device="meta") for n, u in zip(self.rows, updates, strict=True)]
-        mine, shapes = self.work[rank()], [[updates[i].shape for i in work] for work in self.work]
+        n, me = world_size(), rank()
+        mine = self.work[me]
         matrices = [updates[i] for i in mine]
-        if world_size() > 1:
-            theirs = [[part_of_rows(whole[i], process).shape for i in mine] for process in range(world_size())]
-            arrived = exchange([[updates[i] for i in work] for work in self.work], theirs)
+        if n > 1:
+            shapes = [[self.shapes[process][i] for i in mine] for process in range(n)]
+            arrived = exchange([[updates[i].to(self.dtype) for i in work] for work in self.work], shapes)
             matrices = [torch.cat(pieces) for pieces in zip(*arrived, strict=True)]
         by_shape = defaultdict(list)
         for i, matrix in zip(mine, matrices, strict=True):
             for part in matrix.split(self.rows[i]):
                 by_shape[part.shape].append(part)
         for parts in by_shape.values():
-            for part, result in zip(parts, newton_schulz(torch.stack(parts), self.dtype), strict=True):
-                part.copy_(result)
-        if world_size() > 1:
-            arrived = exchange([[part_of_rows(m, s) for m in matrices] for s in range(world_size())], shapes)
-            for i, update in zip(itertools.chain(*self.work), itertools.chain(*arrived), strict=True):
-                updates[i].copy_(update)
+            torch._foreach_copy_(parts, list(newton_schulz(torch.stack(parts), self.dtype)))
+        if n > 1:
+            shapes = [[self.shapes[me][i] for i in work] for work in self.work]
+            arrived = exchange([[part_of_rows(m, process) for m in matrices] for process in range(n)], shapes)
+            torch._foreach_copy_([updates[i] for work in self.work for i in work], list(itertools.chain(*arrived)))
 
 
 def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -3300,10 +3303,10 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
     for name, p in model.named_parameters():
         in_block = name.startswith("blocks.")
         if t.optimizer == "muon" and in_block and p.dim() == 2 and p.requires_grad:
-            muon[own_share(p)] = fused.get(name, [p.size(0)])
+            muon[own_shard(p)] = fused.get(name, [p.size(0)])
         elif p.requires_grad:
             decays = p.dim() >= 2 and (in_block or not model.new_tokens)
-            groups[own_lr.get(name) or t.learning_rate, t.weight_decay * decays].append(own_share(p))
+            groups[own_lr.get(name) or t.learning_rate, t.weight_decay * decays].append(own_shard(p))
     adamw = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
     optimizers = [torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), fused=True)] if adamw else []
     if muon:
@@ -3472,8 +3475,9 @@ def accumulate_gradients(
     p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
     sums = {"loss": torch.stack((torch.zeros_like(n_targets), (n_targets > 0) / world_size()))}
     for i, batch in enumerate(batches):
-        if model.shared:  # gradients travel once a step, unless there is no memory to keep them whole until then
+        if model.sharded:  # weights and gradients stay whole until the last, unless there is no memory for it
             model.set_requires_gradient_sync(model.fsdp or i == len(batches) - 1)
+            model.set_reshard_after_backward(model.fsdp or i == len(batches) - 1)
         loss, parts = loss_fn(model, batch)
         loss = loss / n_targets.clamp(min=1)
         scaler.scale(loss).backward()
@@ -3588,11 +3592,11 @@ class Run:
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
         self.scaler = scaler(model.device.type, enabled=model.compute_dtype == torch.float16)
         # what this process trains, and the parameters that it is of
-        self.params, self.trained_rows = {own_share(p): p for p in model.parameters() if p.requires_grad}, {}
+        self.params, self.trained_rows = {own_shard(p): p for p in model.parameters() if p.requires_grad}, {}
         for p in {model.wte.weight, model.head_weight} if model.new_tokens else ():
             rows = torch.zeros(len(p), 1)
             rows[model.new_tokens] = 1
-            self.trained_rows[own_share(p)] = part_of_rows(rows).to(model.device)
+            self.trained_rows[own_shard(p)] = part_of_rows(rows).to(model.device)
         # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
         # an evaluation costs a third of a step on as many tokens: a twelfth of the run, unless it is short
@@ -3609,7 +3613,7 @@ class Run:
         self.seconds, self.best, self.results = m["seconds"], m["best_val_loss"], m["last"]
         self.best_step = m.get("best_step", 0)
         for optimizer, state in zip(self.optimizers, c.optimizer, strict=True):
-            optimizer.load_state_dict(self.of_each(optimizer, state, handed_out))
+            optimizer.load_state_dict(self.of_each(optimizer, state, scattered))
         self.scaler.load_state_dict(c.scaler)
         if rank() > 0:
             return
@@ -3680,11 +3684,11 @@ class Run:
 
     def update(self, sums: dict[str, Tensor]) -> None:
         """Apply the gradients of a step and count it. Nothing here waits for a GPU."""
-        for share, p in self.params.items():
-            if share is not p and p.grad is not None:
-                share.grad, p.grad = p.grad.to_local(), None
-        for share, rows in self.trained_rows.items():
-            share.grad.mul_(rows)
+        for shard, p in self.params.items():
+            if shard is not p and p.grad is not None:
+                shard.grad, p.grad = p.grad.to_local(), None
+        for shard, rows in self.trained_rows.items():
+            shard.grad.mul_(rows)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
@@ -3838,7 +3842,7 @@ class Run:
     def save(self, best: bool, sums: dict[str, list[float]]) -> None:
         """Write the state to go on from, and the model if it is the best. From 300M parameters on this overlaps the
         next steps, where there is memory for a copy; the next save, and the end, wait for it."""
-        state = {name: gathered(own_share(p).detach(), p) for name, p in self.model.named_parameters()}
+        state = {name: gathered(own_shard(p).detach(), p) for name, p in self.model.named_parameters()}
         optimizers = [self.of_each(optimizer, optimizer.state_dict(), gathered) for optimizer in self.optimizers]
         if rank() > 0:
             return
@@ -4172,7 +4176,7 @@ def total_loss(model: GPT, batches: Iterable[dict[str, Tensor]], token_bytes: np
             batch = {k: v.to(model.device) for k, v in batch.items()}
             loss = language_modelling(model, batch)[0].item()
             total += torch.tensor([loss, len(targets), token_bytes[targets.numpy()].sum()], dtype=torch.float64)
-    return all_reduce(total.to(model.device if model.device.type == "cuda" else "cpu")).tolist()
+    return all_reduce(total).tolist()
 
 
 def perplexity(nats: float, n: float) -> float:
@@ -4956,6 +4960,10 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
         with processes():
             device = choose_device(a.device or "auto")
             reporters_in(a.report_to)  # a mistake shows before data is made
+            if distributed() and device.type == "mps":
+                raise UserError(
+                    "several processes need GPUs of NVIDIA's, or --device cpu: on a Mac run one, without torchrun"
+                )
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
             files = RunFiles(a.name or a.default_name, a.overwrite)
@@ -4983,7 +4991,7 @@ def start_run(
     teacher = (about.get("teacher") or {}).get("digest")
     all_prepared(data=[data.digest, data.tokenizer.digest], model=asdict(model.config), settings=asdict(t),
                  teacher=teacher)  # fmt: skip
-    share_out(model, t.fsdp)
+    shard_model(model, t.fsdp)
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
             files.check_free()  # once more, for that was before the data was made
@@ -5489,7 +5497,7 @@ def export(a: ExportArgs) -> None:
         import huggingface_hub
 
         hub = huggingface_hub.HfApi()
-        with told_as(f"cannot put {a.push_to_hub} on the Hub (after `hf auth login`, and online, one can)"):
+        with told_as(f"cannot create {a.push_to_hub} on the Hub, which needs a network and `hf auth login`"):
             hub.create_repo(a.push_to_hub, private=a.private, exist_ok=True)
     opened = open_named_model(a)
     with told_as(f"cannot write {output}", OSError, SafetensorError), scratch_folder(output) as scratch:
@@ -5948,7 +5956,7 @@ def main() -> None:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
             return with_torch().main()
-        if "WORLD_SIZE" not in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             keep_freed_memory()
         if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # torchrun's first does it alone
             COMMANDS[name].run(a)

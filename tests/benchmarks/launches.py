@@ -58,7 +58,7 @@ def launches_of_a_step(variant: str, optimizer: str = "adamw", recipe: str = "pu
         gpt = model.set_precision(model.GPT(config).to("cuda"), "bfloat16", training=True).train()
         t = model.TrainConfig(optimizer=optimizer, batch_size=2)
         run = model.Run.__new__(model.Run)
-        run.model, run.t, run.step, run.sums = gpt, t, 0, {}
+        run.model, run.t, run.step, run.sums, run.trained_rows = gpt, t, 0, {}, {}
         run.params, run.optimizers = {p: p for p in gpt.parameters()}, model.make_optimizers(gpt, t)
         run.scaler, run.bad = (
             torch.amp.GradScaler("cuda", enabled=False),
