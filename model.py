@@ -3114,6 +3114,7 @@ def processes() -> Iterator[None]:
 
 def end_all(e: BaseException) -> None:
     """End this process, so that the others end too; at once, for on Python's way out gloo waits for the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another has ended: not before the error is told
     if isinstance(e, torch.distributed.DistError) or type(e) is RuntimeError and "gloo" in str(e):  # of the other end
         reason = " ".join(str(e).split())[:300]
         e = UserError(f"a process has vanished, killed or with its machine: go on with --resume ({reason})")
@@ -3123,7 +3124,7 @@ def end_all(e: BaseException) -> None:
         e = e if first == words else UserError(first)
         told = told or store().add(f"told on {MACHINE}", 1) > 1
     if told:
-        time.sleep(1)  # when one process has ended, torchrun ends the others: not before the error is told
+        time.sleep(1)  # until the one that tells it has
     else:
         tell(e)
     os._exit(130 if isinstance(e, KeyboardInterrupt) else 1)
