@@ -638,7 +638,7 @@ def test_a_push_that_fails(cli, hub, monkeypatch):
 def test_the_real_hub_offline(cli, name, words):
     save(small())
     error = cli(*EXPORT, "out", "--push_to_hub", name).error
-    assert f"cannot put {name} on the Hub" in error and words in error and not Path("out").exists()
+    assert f"cannot create {name} on the Hub" in error and words in error and not Path("out").exists()
 
 
 # --- Import: what transformers makes
