@@ -234,8 +234,7 @@ PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for
     "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
-TUNED: dict[str, Any] = dict(optimizer="muon", muon_lr=0.02, schedule="wsd", decay_fraction=0.4, weight_decay=0.1)
-TUNED_VARIANTS: dict[str, dict[str, Any]] = {"7M": dict(batch_size=8)}
+TUNED: dict[str, Any] = dict(optimizer="normuon", muon_lr=0.02, schedule="wsd", decay_fraction=0.4, weight_decay=0.1)
 
 
 @dataclass
@@ -2055,7 +2054,8 @@ def tokenize_python_stdlib(folder: Path) -> None:
     files = in_mixed_order([p for p in files if is_utf8(p.read_bytes())], root)
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
-    tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=8192, source=str(root))
+    # a small vocabulary learns more in minutes, for its head takes less of a step (tests/benchmarks/README.md)
+    tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=2048, source=str(root))
 
 
 def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
@@ -2870,13 +2870,16 @@ def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path, lora_ra
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+OPTIMIZERS = ("adamw", "muon", "normuon")
+
+
 @dataclass
 class Optimization(Settings):
     """optimizer"""
 
     batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
     grad_accum: int = setting(1, "micro-batches of a batch: less memory, the same result", ge=1, le=1 << 20)
-    optimizer: str = setting("adamw", "muon: for the block matrices, AdamW for the rest", ("adamw", "muon"))
+    optimizer: str = setting("adamw", "(nor)muon is for the block matrices, AdamW then for the rest", OPTIMIZERS)
     learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
@@ -3007,8 +3010,9 @@ def part_of_rows(whole: Tensor, process: int | None = None) -> Tensor:
 
 
 def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
-    """The whole of which each process has a shard, as of a parameter: in the memory of the first, None in others."""
-    if world_size() == 1 or shard.shape != own_shard(p).shape:
+    """The whole of which each process has the rows that it has of a parameter: in the memory of the first, None in
+    others."""
+    if world_size() == 1 or not is_by_rows(shard, own_shard(p)):
         return shard
     size = rows_of(0, len(p)).stop
     padded = F.pad(shard, (0, 0) * (shard.dim() - 1) + (0, size - len(shard)))
@@ -3017,14 +3021,19 @@ def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
     return whole[: len(p)].cpu() if rank() == 0 else None
 
 
+def is_by_rows(x: Tensor, p: Tensor) -> bool:
+    """Whether the state x of a parameter has a row for each row of it."""
+    return x.dim() == p.dim() and len(x) == len(p)
+
+
 def scattered(whole: Tensor, p: Tensor) -> Tensor:
-    """The first process's tensor, in each of them: its own rows of one that has a parameter's shape."""
+    """The first process's tensor, in each of them: its own rows of one that has the rows of a parameter."""
     if world_size() == 1:
         return whole
     device = own_shard(p).device
     whole = whole.to(device) if rank() == 0 else torch.empty_like(whole, device=device)
     torch.distributed.broadcast(whole, 0)
-    return part_of_rows(whole).clone() if whole.shape == p.shape else whole
+    return part_of_rows(whole).clone() if is_by_rows(whole, p) else whole
 
 
 def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]]) -> list[list[Tensor]]:
@@ -3235,22 +3244,23 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices.
 
     The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
-    matrix part by part: `rows` says how many rows each part has, for each parameter. As in PyTorch's fused optimizers a
-    found_inf of 1 skips the step, without a word to the host. Processes that own some rows of every matrix send them to
-    the one that orthogonalises it and get theirs back, so that the work divides by their number."""
+    matrix part by part: `rows` says how many rows each part has, for each parameter. With beta2 it is NorMuon (arXiv
+    2510.05491): each row is divided by its norm, a running mean, where Muon divides by what that is for a matrix whose
+    singular values are 1. As in PyTorch's fused optimizers a found_inf of 1 skips the step, without a word to the host.
+    Processes that own some rows of every matrix send them to the one that orthogonalises it and get theirs back, so
+    that the work divides by their number."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.bfloat16,
+        beta2: float = 1.0, dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.params, self.rows, self.dtype, device = params, rows, dtype, params[0].device
+        self.params, self.rows, self.beta2, self.dtype, device = params, rows, beta2, dtype, params[0].device
         self.found_inf, n = torch.zeros((), device=device), world_size()
-        scales = [  # of each row, (rows, 1)
-            part_of_rows(torch.cat([torch.full((part, 1), max(1, part / p.size(1)) ** 0.5) for part in parts]))
+        self.squares = [  # of the norm of each row, (rows, 1)
+            part_of_rows(torch.cat([torch.full((part, 1), min(1.0, p.size(1) / part)) for part in parts])).to(device)
             for p, parts in zip(params, rows, strict=True)
         ]
-        self.n_rows, self.scales = list(map(len, scales)), torch.cat(scales).to(device)
         whole = [torch.empty(sum(parts), p.size(1), device="meta") for p, parts in zip(params, rows, strict=True)]
         self.shapes = [[part_of_rows(x, process).shape for x in whole] for process in range(n)]  # of shards
         cost = [p.size(1) * sum(x) * min(p.size(1), max(x)) for p, x in zip(params, rows, strict=True)]
@@ -3263,7 +3273,7 @@ class Muon(torch.optim.Optimizer):
         bad, (group,) = self.found_inf > 0, self.param_groups
         lr, momentum = group["lr"], group["momentum"]
         new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
-        updates = []
+        updates, squares = [], self.squares
         for p in self.params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -3272,8 +3282,13 @@ class Muon(torch.optim.Optimizer):
             updates.append(grad.lerp(buffer, momentum))  # Nesterov
             p.mul_(kept)
         self.orthogonalise(updates)
-        scales = (self.scales * torch.where(bad, 0.0, -lr)).split(self.n_rows)
-        for p, update, scale in zip(self.params, updates, scales, strict=True):
+        if self.beta2 < 1:
+            squares, new = [], torch.where(bad, 0.0, 1 - self.beta2)
+            for p, update, expected in zip(self.params, updates, self.squares, strict=True):
+                squares.append(self.state[p].setdefault("squares", expected.clone()))
+                squares[-1].lerp_(update.square().sum(dim=1, keepdim=True), new)
+        scales = torch.cat(squares).clamp(min=1e-12).rsqrt() * torch.where(bad, 0.0, -lr)
+        for p, update, scale in zip(self.params, updates, scales.split(list(map(len, squares))), strict=True):
             p.addcmul_(update, scale)
 
     def orthogonalise(self, updates: list[Tensor]) -> None:
@@ -3298,12 +3313,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, with decay for matrices and embeddings only, and Muon for the block matrices if asked."""
+    """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if asked."""
     groups, muon, fused = defaultdict(list), {}, model.fused_rows()
     own_lr = {"wte.weight": t.embd_lr, "lm_head.weight": t.head_lr}
     for name, p in model.named_parameters():
         in_block = name.startswith("blocks.")
-        if t.optimizer == "muon" and in_block and p.dim() == 2 and p.requires_grad:
+        if t.optimizer != "adamw" and in_block and p.dim() == 2 and p.requires_grad:
             muon[own_shard(p)] = fused.get(name, [p.size(0)])
         elif p.requires_grad:
             decays = p.dim() >= 2 and (in_block or not model.new_tokens)
@@ -3313,7 +3328,8 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
     if muon:
         # many CPUs only emulate bfloat16, ten times slower: there the model is in float32
         dtype = model.compute_dtype if model.device.type == "cpu" else torch.bfloat16
-        optimizers.append(Muon(list(muon), list(muon.values()), t.muon_lr, 0.95, t.weight_decay, dtype))
+        beta2 = 0.95 if t.optimizer == "normuon" else 1.0
+        optimizers.append(Muon(list(muon), list(muon.values()), t.muon_lr, 0.95, t.weight_decay, beta2, dtype))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -3665,7 +3681,7 @@ class Run:
             group["lr"] = 0.0
         self.model.train()
         (batches, n_targets), n, begun = self.batches(0), -2, 0.0  # two to warm up
-        while n < 3 or time.perf_counter() - begun < 0.01 * 60 * minutes:
+        while n < 3 or time.perf_counter() - begun < 0.02 * 60 * minutes:
             if n == 0:
                 begun = time.perf_counter()
             torch.manual_seed(self.step * 4096 + rank())  # as fit does: some losses draw by it what they do
@@ -3676,7 +3692,7 @@ class Run:
             self.grad_norm.item()  # waits for a GPU
             n += 1
         step = (time.perf_counter() - begun) / n
-        total, evaluation = 0.97 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
+        total, evaluation = 0.96 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
         steps = torch.tensor(min(total / (1 + 1 / 12), total - 4 * evaluation), device=self.model.device)
         if world_size() > 1:
             torch.distributed.broadcast(steps, 0)
@@ -3743,7 +3759,7 @@ class Run:
                 "step": self.step, "tokens": self.step * t.batch_size * self.block_size,
                 "seconds": round(self.seconds, 2), **{name: total / max(n, 1) for name, (total, n) in totals.items()},
                 "lr": t.learning_rate * self.factor, "grad_norm": self.grad_norm.item(),
-                **({"muon_lr": t.muon_lr * self.factor} if t.optimizer == "muon" else {}),
+                **({"muon_lr": t.muon_lr * self.factor} if t.optimizer != "adamw" else {}),
                 "tokens_per_s": round((self.step - since) * t.batch_size * self.block_size / elapsed),
                 **bad, **(self.results if evaluated else {}),
             }  # fmt: skip
@@ -5068,7 +5084,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
     if variant:
         recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
         if a.recipe == "tuned":
-            recipe |= {**TUNED, "learning_rate": 3e-3 * (c.n_embd / 128) ** -0.5, **TUNED_VARIANTS.get(variant, {})}
+            recipe |= {**TUNED, "learning_rate": 3e-3 * (c.n_embd / 128) ** -0.5}
         recipe |= ARCH_RECIPES.get(c.arch, {})
         if c.arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
             recipe |= dict.fromkeys(("learning_rate", "head_lr"), 0.004 * (c.n_embd / 768) ** -0.5)
@@ -5780,7 +5796,7 @@ def variants(a: VariantsArgs) -> None:
 
     device = choose_device(a.device)
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
-    c, t = make_config(name, 50259, {}), TrainConfig(**TUNED, **TUNED_VARIANTS.get(name, {}))
+    c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
     model = set_precision(GPT(c).to(device), "auto", training=True).train()
     optimizers, square = make_optimizers(model, t), torch.ones(n, n, dtype=model.compute_dtype, device=device)
     idx = torch.randint(c.vocab_size, (t.batch_size, c.block_size), device=device)
@@ -5823,7 +5839,7 @@ def variants_table(flops_per_s: float = 0.0) -> str:
         c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
         rows.append({
             "variant": name, "arch": c.arch, "layers": c.n_layer, "heads (kv)": f"{c.n_head} ({c.n_kv_head})",
-            "width": c.n_embd, "block": c.block_size, "batch": TUNED_VARIANTS.get(name, {}).get("batch_size", batch),
+            "width": c.n_embd, "block": c.block_size, "batch": batch,
             "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.1f} GB",
             "FLOPs a token": f"{training_flops_per_token(c, n):.2e}",
         })  # fmt: skip

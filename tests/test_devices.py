@@ -86,7 +86,7 @@ RUNS = {  # command, tensors that a step sends to the device, how equal
     "gpt2": ((*TRAIN, "--dtype", "float32", "--grad_accum", 2), 4, 1e-5),
     "qwen3 in bfloat16": ((*TRAIN, "--arch", "qwen3", "--n_kv_head", 1, "--dtype", "bfloat16"), 2, 5e-3),
     "nanochat with muon": ((*TRAIN, "--arch", "nanochat", "--optimizer", "muon", "--dtype", "float32"), 2, 1e-4),
-    "float16 with muon": ((*TRAIN, "--arch", "llama", "--optimizer", "muon", "--dtype", "float16"), 2, 5e-3),
+    "float16 with normuon": ((*TRAIN, "--arch", "llama", "--optimizer", "normuon", "--dtype", "float16"), 2, 5e-3),
     "dropout recomputed": ((*TRAIN, *DROPOUT, *RECOMPUTED, "--dtype", "float32"), 4, 1e-5),
     "conversations": ((*FINETUNE, "--dtype", "float32", "--resid_pdrop", 0.1), 3, 1e-5),
     "lora in float16": ((*FINETUNE, "--dtype", "float16", "--lora_rank", 4, "--grad_accum", 2), 6, 5e-3),

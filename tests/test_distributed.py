@@ -87,19 +87,8 @@ def test_a_state_of_two_goes_on_in_three_and_in_one(cli, text_file):
     """Shares that do not come out even: 32, 96 and 320 rows among three. Muon's matrices travel to be orthogonalised;
     weights stay apart within a step, are recomputed, and gradients add up over micro-batches. Truth: one process, to
     float32's rounding, also in the optimizers' states."""
-    run = (
-        "train",
-        *BYTES,
-        *SIXTEEN,
-        "--batch_size",
-        12,
-        "--arch",
-        "qwen3",
-        "--optimizer",
-        "muon",
-        "--schedule",
-        "constant",
-    )
+    own = ("--batch_size", 12, "--arch", "qwen3", "--optimizer", "normuon", "--schedule", "constant")
+    run = ("train", *BYTES, *SIXTEEN, *own)
     cli(*run, "--name", "one").ok()
     apart = ("--fsdp", "--gradient_checkpointing", "--grad_accum", 2)
     Torchrun(*run, "--name", "three", "--max_iters", 3, *apart).result().ok()

@@ -624,6 +624,17 @@ def test_the_compiled_loss(monkeypatch):
     assert compiler.frame_count == 2
 
 
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_a_block_is_one_graph(arch):
+    """What torch.compile sees of a block in training has no break: fullgraph raises at one."""
+    gpt = random_gpt(tiny_config(arch)).train()
+    x, positions = torch.randn(2, 16, 32, requires_grad=True), slice(16)
+    rope = None if gpt.rope_cos is None else (gpt.rope_cos[positions], gpt.rope_sin[positions])
+    block = gpt.blocks[0]
+    compiled = torch.compile(block.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, rope, None, None), block(x, rope, None, None))
+
+
 def test_loss_where_nothing_is_a_target_is_zero():
     gpt, idx = random_gpt(tiny_config()), random_tokens(1, 8)
     loss = gpt.loss(idx, torch.full_like(idx, -1))

@@ -346,6 +346,30 @@ def test_muon_equals_pytorchs_on_unfused_matrices(weight_decay):
         assert expected.norm() > 0.1
 
 
+def test_normuon_by_hand():
+    """Truth: PyTorch's Newton-Schulz of each part, then the rows divided by the root of a running mean of their squared
+    norms, which begins where those of an orthogonal matrix are (arXiv 2510.05491, algorithm 1, but for its factor)."""
+    from torch.optim._muon import _zeropower_via_newtonschulz as orthogonalised
+
+    torch.manual_seed(0)
+    p, parts = torch.nn.Parameter(torch.randn(48, 16) * 0.1), [32, 16]
+    ours, w = model.Muon([p], [parts], lr=0.02, momentum=0.9, weight_decay=0.1, beta2=0.8), p.detach().clone()
+    momentum, squares = torch.zeros(48, 16), torch.tensor([0.5] * 32 + [1.0] * 16)[:, None]
+    for step in range(6):
+        p.grad = torch.randn(48, 16) * (1 if step != 2 else math.nan)
+        ours.found_inf = torch.tensor(float(step == 2))
+        ours.step()
+        if step == 2:  # leaves everything as it was
+            continue
+        momentum = 0.9 * momentum + 0.1 * p.grad
+        both = (0.1 * p.grad + 0.9 * momentum).split(parts)
+        update = torch.cat([orthogonalised(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float() for x in both])
+        squares = 0.8 * squares + 0.2 * update.square().sum(dim=1, keepdim=True)
+        w = w * (1 - 0.02 * 0.1) - 0.02 * update / squares.sqrt()
+        assert (p - w).norm() < 0.01 * 0.02 * update.norm()  # both work in bfloat16
+    assert squares.std() > 0.01  # rows differ
+
+
 def run_of(gpt: model.GPT, **settings) -> list[torch.optim.Optimizer]:
     return model.make_optimizers(gpt, model.TrainConfig(**settings))
 
@@ -542,7 +566,7 @@ def spoil(monkeypatch, first: int, last: int, bad: float) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_is_skipped(cli, text_file, monkeypatch, bad, optimizer, dtype):
     """By every optimizer alike, though only one of them sees what is wrong; and it is in the log, with its blocks."""
@@ -675,10 +699,10 @@ def test_recipes(cli, text_file):
     """The tuned one is the default; the published one is the variant's source's; flags override either."""
     short = ("train", *BYTES, *HERE, "--max_iters", 1, "--overwrite")
     for flags, arch, optimizer, batch_size in (
-        ((), "qwen3", "muon", 8),
+        ((), "qwen3", "normuon", 16),
         (("--recipe", "published"), "gpt2", "adamw", 16),
         (("--recipe", "published", "--arch", "llama", "--batch_size", 4), "llama", "adamw", 4),
-        (("--optimizer", "adamw"), "qwen3", "adamw", 8),
+        (("--optimizer", "adamw"), "qwen3", "adamw", 16),
     ):
         cli(*short, *flags).ok()
         c = checkpoint_of()
@@ -688,7 +712,7 @@ def test_recipes(cli, text_file):
     assert {c["train_config"]["schedule"]} == {"wsd"}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
 def test_a_run_of_so_many_minutes(cli, text_file, optimizer):
     """The steps that are measured leave no trace: it is the run of as many steps, to the last bit."""
     run = ("train", *BYTES, *TINY_RUN, "--optimizer", optimizer, "--resid_pdrop", 0.1, "--sample_interval", -1)
