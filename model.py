@@ -700,6 +700,8 @@ class GPT(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(padded_vocab_size, n_embd)"""
+        if isinstance(self.lm_head, Int8Linear):
+            return self.lm_head.weight * self.lm_head.scale[:, None]
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @torch.no_grad()
@@ -3240,23 +3242,68 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """What is needed here of torch.optim.Optimizer, the making of which imports torch._dynamo, a second of every start.
+    Its state_dict is the same. As in PyTorch's fused optimizers a found_inf of 1 skips a step, without a word to the
+    host."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups, self.params = param_groups, [p for group in param_groups for p in group["params"]]
+        self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self.params}
+        self.found_inf = torch.zeros((), device=self.params[0].device)
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        number = {p: i for i, p in enumerate(self.params)}
+        groups = [{**group, "params": [number[p] for p in group["params"]]} for group in self.param_groups]
+        return {"state": {number[p]: state for p, state in self.state.items() if state}, "param_groups": groups}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for group, kept in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.update({k: v for k, v in kept.items() if k != "params"})
+        for i, state in saved["state"].items():
+            self.state[self.params[i]] = {k: x.to(self.params[i].device) for k, x in state.items()}
+
+
+class AdamW(Optimizer):
+    """torch.optim.AdamW (arXiv 1711.05101, algorithm 2), by its fused kernel."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            steps, means, squares = ([self.state[p][k] for p in params] for k in ("step", "exp_avg", "exp_avg_sq"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                params, [p.grad for p in params], means, squares, [], steps, lr=group["lr"], beta1=group["betas"][0],
+                beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=1e-8, amsgrad=False, maximize=False,
+                found_inf=self.found_inf,
+            )  # fmt: skip
+            torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+
+
+class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices.
 
     The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
     matrix part by part: `rows` says how many rows each part has, for each parameter. With beta2 it is NorMuon (arXiv
     2510.05491): each row is divided by its norm, a running mean, where Muon divides by what that is for a matrix whose
-    singular values are 1. As in PyTorch's fused optimizers a found_inf of 1 skips the step, without a word to the host.
-    Processes that own some rows of every matrix send them to the one that orthogonalises it and get theirs back, so
-    that the work divides by their number."""
+    singular values are 1. Processes that own some rows of every matrix send them to the one that orthogonalises it and
+    get theirs back, so that the work divides by their number."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
         beta2: float = 1.0, dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.params, self.rows, self.beta2, self.dtype, device = params, rows, beta2, dtype, params[0].device
-        self.found_inf, n = torch.zeros((), device=device), world_size()
+        super().__init__([dict(params=params, lr=lr, momentum=momentum, weight_decay=weight_decay)])
+        self.rows, self.beta2, self.dtype, device, n = rows, beta2, dtype, params[0].device, world_size()
         self.squares = [  # of the norm of each row, (rows, 1)
             part_of_rows(torch.cat([torch.full((part, 1), min(1.0, p.size(1) / part)) for part in parts])).to(device)
             for p, parts in zip(params, rows, strict=True)
@@ -3269,7 +3316,7 @@ class Muon(torch.optim.Optimizer):
             min(self.work, key=lambda work: sum(cost[j] for j in work)).append(i)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         bad, (group,) = self.found_inf > 0, self.param_groups
         lr, momentum = group["lr"], group["momentum"]
         new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
@@ -3312,7 +3359,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_([updates[i] for work in self.work for i in work], list(itertools.chain(*arrived)))
 
 
-def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, t: TrainConfig) -> list[Optimizer]:
     """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if asked."""
     groups, muon, fused = defaultdict(list), {}, model.fused_rows()
     own_lr = {"wte.weight": t.embd_lr, "lm_head.weight": t.head_lr}
@@ -3323,8 +3370,9 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[torch.optim.Optimizer]:
         elif p.requires_grad:
             decays = p.dim() >= 2 and (in_block or not model.new_tokens)
             groups[own_lr.get(name) or t.learning_rate, t.weight_decay * decays].append(own_shard(p))
-    adamw = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
-    optimizers = [torch.optim.AdamW(adamw, betas=(t.beta1, t.beta2), fused=True)] if adamw else []
+    betas = t.beta1, t.beta2
+    adamw = [dict(params=params, lr=lr, weight_decay=decay, betas=betas) for (lr, decay), params in groups.items()]
+    optimizers: list[Optimizer] = [AdamW(adamw)] if adamw else []
     if muon:
         # many CPUs only emulate bfloat16, ten times slower: there the model is in float32
         dtype = model.compute_dtype if model.device.type == "cpu" else torch.bfloat16
@@ -3639,9 +3687,9 @@ class Run:
         if c.format_version < 3 and self.files.log.exists():
             self.records = [json.dumps(r) for r in read_log(self.files.log) if r["step"] <= self.step]
 
-    def of_each(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], change: Callable) -> dict[str, Any]:
+    def of_each(self, optimizer: Optimizer, state: dict[str, Any], change: Callable) -> dict[str, Any]:
         """The state of an optimizer with its tensors changed, each by change(tensor, its parameter)."""
-        params = [self.params[p] for group in optimizer.param_groups for p in group["params"]]
+        params = [self.params[p] for p in optimizer.params]
         changed = {i: {k: change(x, params[i]) for k, x in kept.items()} for i, kept in state["state"].items()}
         return {**state, "state": changed}
 
@@ -3718,7 +3766,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.found_inf = bad.float()  # of all, so that none of them goes ahead alone
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         self.scaler.update()
         self.step += 1
         row = (self.bad[0] + 1) * bad
@@ -5567,6 +5615,7 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     batch_size: int = setting(16, "of --tasks", ge=1)
     json: bool = setting(False, "print JSON")
     dtype: str = setting("float32", "of the computation", DTYPES)
+    quantize: str | None = setting(None, "int8 weights, on a CPU, as sample and chat have them", ("int8",))
 
 
 @command(
@@ -5578,10 +5627,14 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
 )
 def eval(a: EvalArgs) -> None:
     """measure a model: loss, perplexity, bits per byte, lm-eval's tasks"""
+    if a.quantize and a.tasks:
+        raise UserError("--tasks measures an export, which is not quantized: leave --quantize out")
     rows = []
     for spec in [None, *a.compare]:
         opened = open_named_model(a, choose_device(a.device), spec)
         model, name = set_precision(opened.model, a.dtype), str(opened.path)
+        if a.quantize:
+            prepare_generation(model, a.dtype, a.quantize)
         if a.tasks:
             rows += evaluate_tasks(opened, a.tasks.split(","), a)
             continue

@@ -281,6 +281,25 @@ def test_a_longer_context_is_transformers(evaluate, scaling):
     assert row["loss"] != pytest.approx(evaluate(*common)[0]["loss"], rel=1e-4)
 
 
+def test_int8_weights(score, cli, workdir):
+    """Truth: the model whose matrices are rounded by hand, the tied head apart from the embedding."""
+    gpt = byte_gpt("llama")
+    tensors, state = gpt.state_dict(), {"lm_head.weight": gpt.wte.weight.detach()}
+    for name, w in {**tensors, **state}.items():
+        if name.startswith("blocks.") and w.dim() == 2 or name == "lm_head.weight":
+            scale = w.abs().amax(dim=1, keepdim=True) / 127
+            state[name] = (w / scale).round() * scale
+        else:
+            state[name] = w.half().float() if w.dim() == 2 else w
+    rounded = byte_gpt("llama", tie_word_embeddings=False)
+    rounded.load_state_dict(state)
+    expected, exact = score(rounded, "text.txt"), score(gpt, "text.txt")
+    found = score(gpt, "text.txt", "--quantize", "int8")
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert abs(found["loss"] - exact["loss"]) > 1e-4
+    assert "--quantize" in cli("eval", "--tasks", "x", "--quantize", "int8").error
+
+
 def test_no_positions_have_no_end(score):
     """Truth: one plain pass over the whole text by a model that adds no positions at all."""
     gpt = byte_gpt(pos_embd="none")
