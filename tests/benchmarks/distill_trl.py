@@ -1,5 +1,5 @@
-"""A step of distillation beside TRL's (trl.experimental.gkd, its loss on both models' whole logits), on the same teacher,
-student, batch and vocabulary, with AdamW, in float32. Contenders take turns, each in a process of its own.
+"""A step of distillation beside TRL's (trl.experimental.gkd, its loss on both models' whole logits), with the same
+teacher, student, batch, vocabulary and AdamW, in float32. Contenders take turns, each in a process of its own.
 
 pip install trl transformers accelerate
 python tests/benchmarks/distill_trl.py --model DIR        a Hugging Face directory, whose student has every second layer
