@@ -18,7 +18,8 @@ SMALL = "[v.update(n_layer=2, n_head=4, n_embd=32, block_size=64, batch_size=4) 
 
 def commands() -> list[list[str]]:
     """The words of each command in the README's blocks, without what they install."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    blocks = [block for language, block in found if not language]
     text = "".join(block for block in blocks if "#!" not in block).replace("\\\n", " ")
     text = text.replace("pip install -r requirements.txt && ", "")
     lines = [re.sub(r"\(pip install .*\)$", "", line.strip()) for line in text.splitlines()]
