@@ -2881,7 +2881,7 @@ class Optimization(Settings):
 
     batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
     grad_accum: int = setting(1, "micro-batches of a batch: less memory, the same result", ge=1, le=1 << 20)
-    optimizer: str = setting("adamw", "(nor)muon is for the block matrices, AdamW then for the rest", OPTIMIZERS)
+    optimizer: str = setting("adamw", "muon and normuon: of the block matrices, with AdamW for the rest", OPTIMIZERS)
     learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
@@ -3274,7 +3274,7 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = group["params"]
             for p in params:
                 if not self.state[p]:
                     moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
@@ -3294,9 +3294,9 @@ class Muon(Optimizer):
 
     The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
     matrix part by part: `rows` says how many rows each part has, for each parameter. With beta2 it is NorMuon (arXiv
-    2510.05491): each row is divided by its norm, a running mean, where Muon divides by what that is for a matrix whose
-    singular values are 1. Processes that own some rows of every matrix send them to the one that orthogonalises it and
-    get theirs back, so that the work divides by their number."""
+    2510.05491): each row is divided by the root of a running mean of its squared norm, where Muon divides by what the
+    norm is in an orthogonal matrix. Processes that own some rows of every matrix send them to the one that
+    orthogonalises it and get theirs back, so that the work divides by their number."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
@@ -3304,7 +3304,7 @@ class Muon(Optimizer):
     ) -> None:  # fmt: skip
         super().__init__([dict(params=params, lr=lr, momentum=momentum, weight_decay=weight_decay)])
         self.rows, self.beta2, self.dtype, device, n = rows, beta2, dtype, params[0].device, world_size()
-        self.squares = [  # of the norm of each row, (rows, 1)
+        self.squares = [  # the squared norm of each row in an orthogonal matrix, (rows, 1)
             part_of_rows(torch.cat([torch.full((part, 1), min(1.0, p.size(1) / part)) for part in parts])).to(device)
             for p, parts in zip(params, rows, strict=True)
         ]
@@ -3320,7 +3320,7 @@ class Muon(Optimizer):
         bad, (group,) = self.found_inf > 0, self.param_groups
         lr, momentum = group["lr"], group["momentum"]
         new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
-        updates, squares = [], self.squares
+        updates, squares, sizes = [], self.squares, list(map(len, self.squares))
         for p in self.params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -3330,12 +3330,13 @@ class Muon(Optimizer):
             p.mul_(kept)
         self.orthogonalise(updates)
         if self.beta2 < 1:
-            squares, new = [], torch.where(bad, 0.0, 1 - self.beta2)
-            for p, update, expected in zip(self.params, updates, self.squares, strict=True):
-                squares.append(self.state[p].setdefault("squares", expected.clone()))
-                squares[-1].lerp_(update.square().sum(dim=1, keepdim=True), new)
+            firsts, new = zip(self.params, self.squares, strict=True), torch.where(bad, 0.0, 1 - self.beta2)
+            squares = [self.state[p].setdefault("squares", first.clone()) for p, first in firsts]
+            found = torch.cat([torch.linalg.vector_norm(update, dim=1, keepdim=True) for update in updates]).square()
+            torch._foreach_mul_(squares, 1 - new)
+            torch._foreach_add_(squares, (found * new).split(sizes))
         scales = torch.cat(squares).clamp(min=1e-12).rsqrt() * torch.where(bad, 0.0, -lr)
-        for p, update, scale in zip(self.params, updates, scales.split(list(map(len, squares))), strict=True):
+        for p, update, scale in zip(self.params, updates, scales.split(sizes), strict=True):
             p.addcmul_(update, scale)
 
     def orthogonalise(self, updates: list[Tensor]) -> None:
@@ -4915,13 +4916,13 @@ class DeviceArgs(Settings):
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the computation (auto on a CPU: float16 weights, float32 activations)", DTYPES)
+    quantize: str | None = setting(None, "int8 weights, on a CPU: a little less exact", ("int8",))
 
 
 @dataclass
 class UseArgs(DeviceArgs):
     """machine"""
 
-    quantize: str | None = setting(None, "int8 weights, on a CPU: faster, a little less exact", ("int8",))
     seed: int = setting(1337, "random seed", ge=0, lt=2**63)
 
 
@@ -5615,7 +5616,6 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     batch_size: int = setting(16, "of --tasks", ge=1)
     json: bool = setting(False, "print JSON")
     dtype: str = setting("float32", "of the computation", DTYPES)
-    quantize: str | None = setting(None, "int8 weights, on a CPU, as sample and chat have them", ("int8",))
 
 
 @command(
@@ -5632,9 +5632,11 @@ def eval(a: EvalArgs) -> None:
     rows = []
     for spec in [None, *a.compare]:
         opened = open_named_model(a, choose_device(a.device), spec)
-        model, name = set_precision(opened.model, a.dtype), str(opened.path)
+        model, name = opened.model, str(opened.path)
         if a.quantize:
             prepare_generation(model, a.dtype, a.quantize)
+        else:
+            set_precision(model, a.dtype)
         if a.tasks:
             rows += evaluate_tasks(opened, a.tasks.split(","), a)
             continue

@@ -370,7 +370,7 @@ def test_normuon_by_hand():
     assert squares.std() > 0.01  # rows differ
 
 
-def run_of(gpt: model.GPT, **settings) -> list[torch.optim.Optimizer]:
+def run_of(gpt: model.GPT, **settings) -> list[model.Optimizer]:
     return model.make_optimizers(gpt, model.TrainConfig(**settings))
 
 
