@@ -22,6 +22,7 @@ python model.py train --variant 26M --data shakespeare --max_iters 5000
 # distillation, evaluation, Hugging Face in and out, the commands, the parser; the appendix in C can be left out.
 
 import argparse
+import atexit
 import base64
 import codecs
 import ctypes
@@ -3115,8 +3116,20 @@ def processes() -> Iterator[None]:
         return
     with told_as("WORLD_SIZE is set, and the processes do not find each other: start them with torchrun"):
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **meet())
+    done = False
+
+    @atexit.register
+    def leave() -> None:
+        """End a run that is done before Python takes itself apart: now and then a thread of PyTorch's aborts there, and
+        torchrun would call the run failed. Registered first, so that it comes after reporters' exit functions."""
+        if done:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
     try:
         yield
+        done = True
     except (Exception, KeyboardInterrupt) as e:
         end_all(e)
     finally:
