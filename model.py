@@ -3121,7 +3121,7 @@ def processes() -> Iterator[None]:
     @atexit.register
     def leave() -> None:
         """End a run that is done before Python takes itself apart: now and then a thread of PyTorch's aborts there, and
-        torchrun would call the run failed. Registered first, so that it comes after reporters' exit functions."""
+        torchrun would call the run failed. Registered before reporters' exit functions, it runs after them."""
         if done:
             sys.stdout.flush()
             sys.stderr.flush()
