@@ -73,8 +73,8 @@ class Row:
         self.lines.append([work, ours, peer, f"{ratio:.2f}" if isinstance(ratio, float) else ratio, bar, aim])
 
     def limits_line(self, m: dict[str, float]) -> None:
-        peak = f"torch.mm {m['bfloat16_gflops']:.0f} GFLOP/s in bfloat16, {m['float32_gflops']:.0f} in float32"
-        self.line("limits of the machine", f"{peak}; memory {m['memory_gb_per_s']:.1f} GB/s", "")
+        peaks = " and ".join(f"{m[k]:.0f} GFLOP/s in {k.split('_')[0]}" for k in m if k.endswith("_gflops"))
+        self.line("limits of the machine", f"torch.mm {peaks}; memory {m['memory_gb_per_s']:.1f} GB/s", "")
 
 
 def note(text: str) -> None:
@@ -134,7 +134,8 @@ def train(row: Row) -> None:
         "transformers": ("train_transformers", steps),
     }
     m = row.in_turn({"limits": ("limits", {}), "ours": ("train_ours", steps), **peers})
-    ours, nano, peak = m["ours"], m["nanoGPT"], m["limits"]["bfloat16_gflops"] * 1e9
+    ours, nano, limits = m["ours"], m["nanoGPT"], m["limits"]
+    kind = "bfloat16" if "bfloat16_gflops" in limits else "float32"
     for label in peers:
         bar = ("2.5", "3.5") if label == "nanoGPT" else ("", "")
         ratio = m[label]["step_seconds"] / ours["step_seconds"]
@@ -143,8 +144,8 @@ def train(row: Row) -> None:
     memory = [f"{x['peak_mb']:,.0f} MB" for x in (ours, nano)]
     row.line("its peak memory", memory[0], f"nanoGPT {memory[1]}", ours["peak_mb"] / nano["peak_mb"], "<= 0.45", "0.35")
     flops = ours["flops_per_token"]
-    mfu = [x["tokens_per_s"] * flops / peak for x in (ours, nano)]
-    row.line("its share of bfloat16's peak", f"{mfu[0]:.0%}", f"nanoGPT {mfu[1]:.0%}", "", "45 %", "60 %")
+    mfu = [x["tokens_per_s"] * flops / (limits[f"{kind}_gflops"] * 1e9) for x in (ours, nano)]
+    row.line(f"its share of {kind}'s peak", f"{mfu[0]:.0%}", f"nanoGPT {mfu[1]:.0%}", "", "45 %", "60 %")
     row.limits_line(m["limits"])
 
 
@@ -263,6 +264,8 @@ def smollm2(row: Row) -> None:
     if row.args.text:
         row.data["quality"] = q = worker("quality", folder=folder, text=str(Path(row.args.text).resolve()))
         for label, name in (("auto", "float16"), ("int8", "int8"), ("bfloat16", "bfloat16")):
+            if f"{label}_loss" not in q:
+                continue
             ours = f"{name}: loss {q[f'{label}_loss']:.4f}, KL {q[f'{label}_kl']:.1e}"
             row.line("what precision costs, nats a token", ours, f"float32: loss {q['float32_loss']:.4f}")
     share = m["ours"]["tokens_per_s"] * m["ours"]["weight_bytes"] / 1e9 / m["limits"]["memory_gb_per_s"]
