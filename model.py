@@ -32,6 +32,7 @@ import glob
 import hashlib
 import html
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -1579,13 +1580,15 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
                     bar.update(len(block))
     except LookupError as e:
         raise UserError(f"--encoding: {e}") from None
-    except UnicodeDecodeError as e:
+    except UnicodeError as e:
+        if not isinstance(e, UnicodeDecodeError):  # of UTF-16 and UTF-32 without their mark, before Python 3.13
+            raise UserError(f"{path}: {e}: name the right --encoding (perhaps utf-16-le)") from None
         line, decoder = 1, codecs.getincrementaldecoder(encoding)()
         with open(path, "rb") as f, suppress(UnicodeDecodeError):
             for data in f:
                 line += decoder.decode(data).count("\n")
         wrong = f"{path}, line {line}: byte 0x{e.object[e.start]:02x} is not {e.encoding}"
-        raise UserError(f"{wrong}: name the right --encoding (perhaps latin-1), or use --errors replace") from None
+        raise UserError(f"{wrong}: tokenize it with its --encoding (perhaps latin-1), or --errors replace") from None
 
 
 def is_utf8(data: bytes) -> bool:
@@ -1693,7 +1696,7 @@ class DataWriter:
     def __exit__(self, kind: type | None, error: Exception | None, *traceback: Any) -> None:
         with suppress(OSError):  # of what could not be written
             self.close()
-        if kind is None or not self.key or issubclass(kind, UserError):
+        if kind is None or not (self.part / "progress.json").exists():  # else a later writer goes on from there
             shutil.rmtree(self.part, ignore_errors=True)
         if isinstance(error, OSError):
             raise naming(self.part, error) from None
@@ -1844,7 +1847,7 @@ class Split:
         windows: Any = range(0, n - block_size, block_size)
         if self.starts is not None:
             windows, begin = [], None
-            for start, end in zip(self.starts, np.append(self.starts[1:], n), strict=True):
+            for start, end in zip(self.starts, np.append(self.starts[1:], n), strict=False):  # there may be none
                 if begin is None or end - begin > block_size + 1:
                     begin = start
                     windows.append(start)
@@ -2210,7 +2213,8 @@ for line in sys.stdin:
 def renderer(pid: int) -> subprocess.Popen:
     """The renderer of the process pid."""
     command = [sys.executable, "-c", RENDERER]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    return subprocess.Popen(command, start_new_session=True, **pipes)  # a terminal's Ctrl-C is not for it
 
 
 def render_template(template: str, values: dict[str, Any], seconds: float = 10.0) -> str:
@@ -2356,7 +2360,7 @@ class Records(ChatFormat):
 
     def texts(self, limit: int = 100_000_000) -> Iterator[str]:
         """What a vocabulary is learned from: the first 100 MB."""
-        for record in self.open(streaming=True):
+        for record in readable(self.open(streaming=True), self.hf_dataset):
             content = self.content(record)
             for text in [content] if isinstance(content, str) else [m["content"] for m in content]:
                 yield text
@@ -2420,9 +2424,14 @@ def tokenize_records(
     bar = progress_bar(unit=" records", desc="tokenize")
     with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
+        first = None if r.streaming else next(readable(records, r.hf_dataset), None)
+        if first and isinstance(r.content(first), list):
+            # conversations often stand by subject, of which the last tenth, held out, would be others than the rest
+            records = records.shuffle(seed=0, keep_in_memory=True)
         if writer.state is not None:
             say(f"resuming after {writer.n_tokens:,} tokens")
             records.load_state_dict(writer.state)
+            kinds = {not writer.files["starts.bin"].tell()} if writer.n_tokens else set()
         if r.num_proc > 1 and not r.streaming:
             workers_end_with_program()
             kind = Features(ids=[Value("int64")], mask=[Value("uint8")], error=Value("string"))
@@ -2776,14 +2785,9 @@ def as_checkpoint(path: Path, content: Any, sealed: bool) -> Checkpoint:
     c = from_dict(Checkpoint, content, path)
     if c.format_version >= 3 and not sealed:
         raise UserError(f"{path} is damaged: it does not end in its digest")
-    parts = {
-        GPTConfig: [c.config],
-        TrainConfig: [c.train_config],
-        DistillConfig: [c.distill],
-        Source: [c.data, c.teacher],
-    }
-    for cls, contents in parts.items():
-        for part in filter(None, contents):
+    schemas = dict(config=GPTConfig, train_config=TrainConfig, distill=DistillConfig, data=Source, teacher=Source)
+    for name, cls in schemas.items():
+        if part := getattr(c, name):
             from_dict(cls, part, path)
     if c.format_version == 1:
         with told_as(f"{path} is damaged"):
@@ -3190,6 +3194,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     if not there.get(device.type, False):
         raise UserError(f"device {name} was asked for, and PyTorch sees none here: use --device cpu or auto")
+    if device.type == "cuda" and device.index is not None and device.index >= (n := torch.cuda.device_count()):
+        raise UserError(f"device {name} was asked for, and there are {n} GPUs here, from cuda:0 on: name another, or "
+                        "start fewer processes")  # fmt: skip
     return device
 
 
@@ -3454,8 +3461,10 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    previous = {number: signal.signal(number, handle) for number in numbers if number}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     finally:
@@ -3743,21 +3752,24 @@ class Run:
             group["lr"] = 0.0
         self.model.train()
         (batches, n_targets), n, begun = self.batches(0), -2, 0.0  # two to warm up
-        while n < 3 or time.perf_counter() - begun < 0.02 * 60 * minutes:
+
+        def goes_on() -> bool:
+            return n < 3 or time.perf_counter() - begun < 0.02 * 60 * minutes
+
+        while from_first(goes_on):  # by one clock: who made one step more would wait in it for the others
             if n == 0:
                 begun = time.perf_counter()
             torch.manual_seed(self.step * 4096 + rank())  # as fit does: some losses draw by it what they do
             sums = accumulate_gradients(
                 model=self.model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=self.scaler
             )
+            batches, n_targets = self.batches(self.step + 1)  # others: a teacher's answers to these are kept by now
             self.update(sums)
             self.grad_norm.item()  # waits for a GPU
             n += 1
         step = (time.perf_counter() - begun) / n
         total, evaluation = 0.96 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
-        steps = torch.tensor(min(total / (1 + 1 / 12), total - 4 * evaluation), device=self.model.device)
-        if world_size() > 1:
-            torch.distributed.broadcast(steps, 0)
+        steps = from_first(lambda: min(total / (1 + 1 / 12), total - 4 * evaluation))
         self.t, self.step, self.sums = replace(self.t, max_iters=max(10, int(steps)), max_minutes=0.0), 0, {}
         self.__post_init__()  # with optimizers that have seen nothing
 
@@ -4067,50 +4079,79 @@ def lump_tail(log_q: Tensor, index: Tensor) -> Tensor:
     return torch.cat((log_q.gather(1, index), tail), dim=1)
 
 
+def to_bits(x: np.ndarray, n: int) -> np.ndarray:
+    """Whole numbers (rows, m) as n bits each, (rows, m n), the highest first."""
+    return (x[..., None] >> np.arange(n)[::-1] & 1).astype(np.uint8).reshape(len(x), -1)
+
+
+def from_bits(bits: np.ndarray, n: int, m: int) -> np.ndarray:
+    return bits.reshape(len(bits), m, n) @ (1 << np.arange(n)[::-1])
+
+
 class TeacherCache:
     """A teacher's top K probabilities of each position of each training block, made the first time a block is read.
 
-    Beside the data, in teacher_cache/: ids.bin (uint32) and probs.bin (float16), (blocks, block_size, K); done.bin, a
-    byte a block; meta.json, which says for which teacher, data, temperature and shape.
+    Beside the data, in teacher_cache/: answers.bin, (blocks, block_size, bytes), the bits of each position; done.bin, a
+    byte a block; meta.json, which says for which teacher, data, temperature and shape. A position has its K ids in
+    ascending order as Elias and Fano write them, 2 + log2(n_vocab / K) bits each: the low bits, and the high ones in
+    unary. Then 7 bits an id, how far its log-probability lies below the likeliest's, in 127ths of the span; the span (6
+    bits, quarters of a nat); and the log-odds of all other tokens, the tail (7 bits, eighths of a nat from -12 on).
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int) -> None:
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int, n_vocab: int
+    ) -> None:
+        self.folder, self.K, self.n_low = folder, K, int(math.log2(n_vocab / K))
+        self.widths = [K * self.n_low, K + (n_vocab - 1 >> self.n_low), 7 * K, 6, 7]
         with locked(folder, wait=True):
-            self.create(folder, meta, n_blocks, block_size, K)
+            self.create(folder, meta, (n_blocks, block_size, math.ceil(sum(self.widths) / 8)))
 
-    def create(self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int) -> None:
-        there = read_json(folder / "meta.json", {})
+    def create(self, folder: Path, meta: dict[str, Any], shape: tuple[int, int, int]) -> None:
+        there, meta = read_json(folder / "meta.json", {}), {"format": 2, **meta}
         if wrong := next((k for k in meta if there and there.get(k) != meta[k]), None):
             raise UserError(f"{folder} was made for another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is "
                             f"{meta[wrong]}): delete it, or run without --cache_teacher")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         if not there:
-            say(f"teacher cache {folder}: {n_blocks * block_size * K * 6 / 1e6:,.1f} MB when full")
+            say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes a token")
             write_json(folder / "meta.json", meta)
 
-        def open_array(name: str, dtype: str, *shape: int) -> np.memmap:
+        def open_array(name: str, *shape: int) -> np.memmap:
             with open(folder / name, "ab") as f:  # leaves alone what another process has begun
-                size = math.prod(shape) * np.dtype(dtype).itemsize
                 if hasattr(os, "posix_fallocate"):  # a full disk shows now: a memory map would be killed by it
-                    os.posix_fallocate(f.fileno(), 0, size)
-                f.truncate(size)
-            return np.memmap(folder / name, dtype, "r+", shape=shape)
+                    os.posix_fallocate(f.fileno(), 0, math.prod(shape))
+                f.truncate(math.prod(shape))
+            return np.memmap(folder / name, "u1", "r+", shape=shape)
 
-        self.ids = open_array("ids.bin", "<u4", n_blocks, block_size, K)
-        self.probs = open_array("probs.bin", "<f2", n_blocks, block_size, K)
-        self.done = open_array("done.bin", "u1", n_blocks)
+        self.answers, self.done = open_array("answers.bin", *shape), open_array("done.bin", shape[0])
 
-    def write(self, block: int, ids: Tensor, probs: Tensor) -> None:
-        """ids and probs (block_size, K) of a block. The mark that it is done comes last."""
-        self.ids[block], self.probs[block] = ids.cpu().numpy(), probs.cpu().numpy()
+    def write(self, block: int, ids: Tensor, log_p: Tensor) -> None:
+        """ids and log-probabilities (block_size, K) of a block. The mark that it is done comes last."""
+        ids, log_p = ids.cpu().numpy(), log_p.cpu().numpy().astype(np.float64)
+        order, high = ids.argsort(axis=1), np.zeros((len(ids), self.widths[1]), np.uint8)
+        ids, log_p = np.take_along_axis(ids, order, 1), np.take_along_axis(log_p, order, 1)
+        np.put_along_axis(high, (ids >> self.n_low) + np.arange(self.K), 1, 1)
+        below = log_p.max(axis=1, keepdims=True) - log_p
+        span = np.ceil(4 * below.max(axis=1, keepdims=True)).clip(1, 64)
+        below, top = np.rint(below * 4 / span * 127).clip(max=127), np.exp(log_p).sum(axis=1, keepdims=True)
+        tail = np.rint(8 * (12 + np.log((1 - top).clip(1e-9) / top))).clip(0, 127)
+        numbers = zip((ids, below, span - 1, tail), (self.n_low, 7, 6, 7), strict=True)
+        low, *rest = (to_bits(x.astype(np.int64), n) for x, n in numbers)
+        self.answers[block] = np.packbits(np.concatenate((low, high, *rest), axis=1), axis=1)
         self.done[block] = 1
 
     def read(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
         """Token ids (rows, K) and log-probabilities (rows, K + 1), the last of them the tail's, of whole blocks."""
-        ids = torch.from_numpy(self.ids[blocks].astype(np.int64)).flatten(0, 1)
-        probs = torch.from_numpy(self.probs[blocks].astype(np.float32)).flatten(0, 1)
-        tail = (1 - probs.sum(dim=1, keepdim=True)).clamp(min=1e-6)
-        return ids, torch.cat((probs, tail), dim=1).clamp(min=1e-12).log().log_softmax(dim=1)
+        bits = np.unpackbits(self.answers[blocks].reshape(-1, self.answers.shape[2]), axis=1)
+        low, high, below, span, tail, _ = np.split(bits, np.cumsum(self.widths), axis=1)
+        if (high.sum(axis=1) != self.K).any():
+            raise UserError(f"{self.folder} is damaged: delete it, or run without --cache_teacher")
+        ids = high.nonzero()[1].reshape(-1, self.K) - np.arange(self.K) << self.n_low
+        ids += from_bits(low, self.n_low, self.K)
+        below = from_bits(below, 7, self.K) * ((1 + from_bits(span, 6, 1)) / (4 * 127))
+        tail = torch.from_numpy(from_bits(tail, 7, 1) / 8 - 12).float()
+        top = torch.from_numpy(-below).float().log_softmax(dim=1) + F.logsigmoid(-tail)
+        return torch.from_numpy(ids), torch.cat((top, F.logsigmoid(tail)), dim=1)
 
 
 @dataclass(eq=False)
@@ -4185,8 +4226,8 @@ class Distillation:
         if missing := [i for i, block in enumerate(blocks) if not self.cache.done[block]]:
             logp = self.live({k: v[missing] for k, v in batch.items()})
             for j, i in enumerate(missing):
-                log_p, ids = logp(slice(j * T, (j + 1) * T)).topk(self.cache.ids.shape[2])
-                self.cache.write(blocks[i], ids, log_p.exp())
+                log_p, ids = logp(slice(j * T, (j + 1) * T)).topk(self.cache.K)
+                self.cache.write(blocks[i], ids, log_p)
         ids, log_p = (send(x, batch["idx"].device) for x in self.cache.read(blocks))
         return lambda rows: (ids[rows], log_p[rows])
 
@@ -4879,7 +4920,7 @@ def optional(cls: type, *only: str, title: str = "") -> type:
     bases = []
     for base in cls.__mro__:
         flags = [(f.name, f.type | None, field(default=None, metadata={**f.metadata, "default": f.default}))
-                 for f in fields(cls) if f.name in base.__dict__.get("__annotations__", ())
+                 for f in fields(cls) if f.name in inspect.get_annotations(base)
                  and f.metadata["help"] and (not only or f.name in only)]  # fmt: skip
         if flags:
             namespace = {"__doc__": title or base.__doc__}
@@ -5003,6 +5044,8 @@ class HFTokenizeArgs(Records, DatasetArgs):
 )
 def hf_tokenize(a: HFTokenizeArgs) -> None:
     """turn a Hugging Face data set into a data folder"""
+    if not a.hf_dataset:
+        raise UserError("hf_tokenize needs --hf_dataset: a data set of the hub, or a local folder or file")
     tokenize_records(a.folder, a, a.tokenizer or "gpt2", a.vocab_size, a.overwrite)
 
 
@@ -5039,6 +5082,9 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
         with processes():
             device = choose_device(a.device or "auto")
             reporters_in(a.report_to)  # a mistake shows before data is made
+            lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
+            if len(lengths) > 1:
+                raise UserError(f"{' and '.join(lengths)} each say how long to train: give one of them")
             if distributed() and device.type == "mps":
                 raise UserError(
                     "several processes need GPUs of NVIDIA's, or --device cpu: on a Mac run one, without torchrun"
@@ -5139,9 +5185,6 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
     """TrainConfig of a variant: the recipe that is asked for, then its architecture's, then the user's settings."""
-    lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
-    if len(lengths) > 1:
-        raise UserError(f"{' and '.join(lengths)} each say how long to train: give one of them")
     names, recipe = {f.name for f in fields(TrainConfig)}, {}
     if variant:
         recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
@@ -5187,7 +5230,10 @@ def train(a: TrainArgs, start: Callable) -> None:
     config = make_config(a.variant, 50259, overrides, a.recipe)
     train_config(a, a.variant, config)  # a mistake shows before data is made
     data = open_all(a.data, a.tokenizer or "gpt2", a.vocab_size)
-    if a.tokenizer in ("gpt2", "byte", "bpe") and data.tokenizer.kind != a.tokenizer:
+    asked = (data.tokenizer.kind, a.tokenizer)
+    if a.tokenizer and a.tokenizer not in ("gpt2", "byte", "bpe"):
+        asked = (data.tokenizer.digest, load_tokenizer(a.tokenizer).digest)
+    if a.tokenizer and asked[0] != asked[1]:
         raise UserError(f"{data.path} was made with tokenizer {data.tokenizer.describe()}, and --tokenizer asks for "
                         f"{a.tokenizer}: leave it out, or tokenize the text under another name")  # fmt: skip
     config = make_config(a.variant, data.tokenizer.n_vocab, overrides, a.recipe)
@@ -5251,7 +5297,7 @@ class HFFinetuneArgs(Records, FinetuneArgs):
         return found_or_made(folder, find, lambda folder: tokenize_records(folder, self, tokenizer, overwrite=True))
 
 
-FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_decay=0.01)
+FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_decay=0.01, sample_interval=-1)
 
 
 @command(
@@ -5266,14 +5312,17 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     opened = open_named_model(a, choose_device(a.device or "auto"), **chosen(a, LoopArgs))
     model, tokenizer, new_tokens = opened.model, opened.tokenizer, []
     torch.manual_seed(1337 if a.seed is None else a.seed)
+    remedy = f"make the data with tokenize --tokenizer {opened.path}"
     if tokenizer.kind == "hf":
         tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
-    data, remedy = a.data_in(tokenizer), f"make the data with tokenize --tokenizer {opened.path}"
+    if new_tokens:  # no other command has this tokenizer
+        remedy = "give --data the file itself, for chat tokens have been added to the model's tokenizer"
+    data = a.data_in(tokenizer)
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, remedy)
     block_size = a.block_size or min(512, model.config.context)
     if block_size > model.config.context:
         raise UserError(f"--block_size {block_size} is more than the model's context of {model.config.context}")
-    recipe = {**FINETUNE_RECIPE, "learning_rate": 1e-3 if a.lora_rank else 1e-4, "sample_interval": -1}
+    recipe = {**FINETUNE_RECIPE, "learning_rate": 1e-3 if a.lora_rank else 1e-4}
     t, full, without = TrainConfig(**{**recipe, **chosen(a, TrainConfig)}), count_parameters(model.config), ""
     torch.manual_seed(t.seed)
     if a.lora_rank:
@@ -5336,7 +5385,7 @@ def distill(a: DistillArgs, start: Callable) -> None:
     d = DistillConfig(**chosen(a, DistillConfig))
     opened = open_teacher(a.teacher_model_path, a.teacher_variant, choose_device(a.device or "auto"))
     data = a.data_in(opened.tokenizer)
-    check_same_vocabulary(opened.tokenizer, data, a.teacher_model_path)
+    check_same_vocabulary(opened.tokenizer, data, opened.path)
     student = make_student(a, opened.model, data)
     t = train_config(a, a.student_variant, student.config)
     block_size = a.block_size or min(student.config.block_size, 1 << 24 if a.student_variant else 512)
@@ -5363,7 +5412,7 @@ def open_teacher(path: str, variant: str | None, device: torch.device) -> Opened
     return open_model(HF_ALIASES[variant], device)
 
 
-def check_same_vocabulary(teacher: Tokenizer, data: Data, path: str) -> None:
+def check_same_vocabulary(teacher: Tokenizer, data: Data, path: Path) -> None:
     """Raise UserError unless the data's ids mean the same tokens to the teacher: by content, not by size or name."""
     ours = data.tokenizer
     if teacher.digest == ours.digest:
@@ -5378,8 +5427,8 @@ def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
     """The student: from --student_checkpoint, or new, or new with the teacher's layers (--init_from_teacher)."""
     overrides = chosen(a, GPTConfig)
     if a.student_checkpoint:
-        asked = {"student_variant": a.student_variant, "init_from_teacher": a.init_from_teacher, **overrides}
-        if shape := next((k for k, v in asked.items() if v and k not in {*LOOP, "block_size"}), None):
+        asked = [*(k for k in ("student_variant", "init_from_teacher") if getattr(a, k)), *overrides]
+        if shape := next((k for k in asked if k not in {*LOOP, "block_size"}), None):
             raise UserError(f"--student_checkpoint brings its own shape: leave --{shape} out")
         opened = open_model(a.student_checkpoint, **chosen(a, LoopArgs))
         same_tokenizer(opened.tokenizer, "the student", data.tokenizer, data.path, "they must be the same")
@@ -5410,7 +5459,7 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
         meta = {"teacher": digest, "data": data.digest, "temperature": d.temperature, "block_size": block_size,
                 "top_k": K}  # fmt: skip
         n_blocks = len(data.splits["train"].windows(block_size))
-        cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K)
+        cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K, n_vocab)
     return Distillation(teacher, d, n_vocab, cache)
 
 
@@ -5512,15 +5561,14 @@ class ChatSession:
     def answer(self, text: str, on_text: Callable[[str], None]) -> str:
         """The assistant's next turn, streamed to on_text. The oldest turns are left out when the context is full."""
         context, parts, new = self.cache.max_length, [], []
-        self.messages.append({"role": "user", "content": text})
-        system = [m for m in self.messages[:1] if m["role"] == "system"]
-        for i in range(len(system), len(self.messages), 2):
-            rendered = render_chat(self.tokenizer, system + self.messages[i:], add_generation_prompt=True)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        system = [m for m in messages[:1] if m["role"] == "system"]
+        for i in range(len(system), len(messages), 2):
+            rendered = render_chat(self.tokenizer, system + messages[i:], add_generation_prompt=True)
             ids = self.tokenizer.encode_rendered(rendered)
             if len(ids) + min(self.length, context // 2) <= context:
                 break
         else:
-            self.messages.pop()
             raise UserError(f"the message has more tokens than the context of {context} has room for: shorten it")
         self.cache.length = n = min(common_prefix(ids, self.cached), len(ids) - 1)
 
@@ -5535,7 +5583,7 @@ class ChatSession:
                 on_text=lambda piece: (parts.append(piece), on_text(piece)), generator=self.generator,
             )  # fmt: skip
         self.cached = (ids + new)[: self.cache.length]
-        self.messages.append({"role": "assistant", "content": "".join(parts)})
+        self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
         return "".join(parts)
 
 
@@ -5586,7 +5634,8 @@ def export(a: ExportArgs) -> None:
             (scratch / "Modelfile").write_text(modelfile(opened.tokenizer, file.name), encoding="utf-8")
             done = f"{output / file.name}: {file.stat().st_size / 1e6:,.1f} MB"
         else:
-            difference = export_hf(opened, scratch, getattr(torch, a.dtype), a.max_shard_size, output.name)
+            name = a.push_to_hub or output.name
+            difference = export_hf(opened, scratch, getattr(torch, a.dtype), a.max_shard_size, name)
             done = f"{output}: {opened.model.config.arch}, {a.dtype}; read back, logits differ by <= {difference:.1e}"
         weights = (".safetensors", ".gguf")  # the rest is text, which may be edited
         written = {file.name: file_digest(file) if file.suffix in weights else "" for file in scratch.iterdir()}
@@ -5736,6 +5785,8 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
     for path, settings in zip(paths, differences(paths), strict=True):
         with told_as(f"{path} is not a log"):
             records = read_log(path)
+            if not records and path.suffix != ".jsonl":
+                raise ValueError("there is no record in it")
         known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
         train, val = ([(r[a.x], r[name]) for r in records if drawable(r, "x", a.x) and drawable(r, "y", name)]
                       for name in (a.y, f"val_{a.y}"))  # fmt: skip
@@ -5820,10 +5871,11 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
     figure.legend(
         loc="outside lower center", frameon=False, title="pale: as logged; strong: smoothed; marks: validation"
     )
-    with told_as(f"cannot write {a.out}", ValueError):
-        figure.savefig(a.out, dpi=120)
+    out = a.out if Path(a.out).suffix else f"{a.out}.png"
+    with told_as(f"cannot write {out}", ValueError):
+        figure.savefig(out, dpi=120)
     plt.close(figure)
-    say(f"wrote {a.out}")
+    say(f"wrote {out}")
 
 
 def draw_text(a: PlotArgs, runs: list) -> None:
@@ -5850,11 +5902,7 @@ def draw_text(a: PlotArgs, runs: list) -> None:
     print("\x1b[H\x1b[J" * a.follow + "\n".join([chart.rstrip("\n"), *legend]), flush=True)
 
 
-@dataclass
-class VariantsArgs(Settings):
-    """machine"""
-
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+VariantsArgs = optional(Machine, "device")
 
 
 @command("inspect", "variants")
@@ -5862,7 +5910,7 @@ def variants(a: VariantsArgs) -> None:
     """the variants: parameters, memory, and the time that training takes here"""
     import timeit
 
-    device = choose_device(a.device)
+    device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
     c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
     model = set_precision(GPT(c).to(device), "auto", training=True).train()
@@ -5965,7 +6013,7 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
                                           width=min(shutil.get_terminal_size().columns, 120)),
     )  # fmt: skip
     groups: dict[str, dict[str, Field]] = {}
-    home = {n: base for base in c.args.__mro__ for n in base.__dict__.get("__annotations__", ())}  # first declared in
+    home = {n: base for base in c.args.__mro__ for n in inspect.get_annotations(base)}  # first declared in
     for f in sorted(fields(c.args), key=lambda f: c.args.__mro__.index(home[f.name])):
         if f.metadata.get("help"):
             groups.setdefault(home[f.name].__doc__.split("\n")[0], {})[f.name] = f
@@ -6034,9 +6082,9 @@ def with_torch() -> types.ModuleType:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a ? for what it cannot
+            stream.reconfigure(errors="replace")  # what is not UTF-8 is read, and a terminal that is not shows it, as ?
     try:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
@@ -6085,7 +6133,6 @@ typedef struct {
 typedef __m512 vec;
 static vec load(const float *x) { return _mm512_loadu_ps(x); }
 static vec load_half(const void *w) { return _mm512_cvtph_ps(_mm256_loadu_si256(w)); }
-static vec load_int8(const void *w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(w))); }
 static float total(vec x) { return _mm512_reduce_add_ps(x); }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -6093,7 +6140,6 @@ static float total(vec x) { return _mm512_reduce_add_ps(x); }
 typedef __m256 vec;
 static vec load(const float *x) { return _mm256_loadu_ps(x); }
 static vec load_half(const void *w) { return _mm256_cvtph_ps(_mm_loadu_si128(w)); }
-static vec load_int8(const void *w) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(w))); }
 static float total(vec x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -6112,38 +6158,68 @@ static float from_half(uint16_t half) {
 static vec load_half(const uint16_t *w) {
     return (vec){from_half(w[0]), from_half(w[1]), from_half(w[2]), from_half(w[3])};
 }
-static vec load_int8(const int8_t *w) { return (vec){w[0], w[1], w[2], w[3]}; }
 static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
 #endif
 
-// w (n) times x (n). One running sum: with two or four, 16-bit weights came a quarter slower from memory.
+// w (n) times x (n). With one running sum each addition waits for the one before it; but with AVX-512 16-bit weights
+// came a quarter slower from memory with two or four.
+#define SUMS (LANES == 16 ? 1 : 2)
 #define DOT(NAME, TYPE, LOAD)                                                      \
     static float NAME(const TYPE *w, const float *x, long n) {                     \
-        vec sum = {0};                                                             \
+        vec sum[SUMS];                                                             \
+        memset(sum, 0, sizeof sum);                                                \
         long i = 0;                                                                \
-        for (; i + LANES <= n; i += LANES) sum += LOAD(w + i) * load(x + i);       \
+        for (; i + SUMS * LANES <= n; i += SUMS * LANES)                           \
+            for (long s = 0; s < SUMS; s++)                                        \
+                sum[s] += LOAD(w + i + s * LANES) * load(x + i + s * LANES);       \
+        for (; i + LANES <= n; i += LANES) sum[0] += LOAD(w + i) * load(x + i);    \
         if (i < n) {                                                               \
             TYPE w_rest[LANES] = {0};                                              \
             float x_rest[LANES] = {0};                                             \
             memcpy(w_rest, w + i, (n - i) * sizeof *w);                            \
             memcpy(x_rest, x + i, (n - i) * sizeof *x);                            \
-            sum += LOAD(w_rest) * load(x_rest);                                    \
+            sum[0] += LOAD(w_rest) * load(x_rest);                                 \
         }                                                                          \
-        return total(sum);                                                         \
+        for (long s = 1; s < SUMS; s++) sum[0] += sum[s];                          \
+        return total(sum[0]);                                                      \
     }
 DOT(dot, float, load)
 DOT(dot_half, uint16_t, load_half)
-DOT(dot_int8, int8_t, load_int8)
 
-// y (rows, out) = x (rows, in) times the matrix, plus its bias.
-static void product(Matrix m, long out, long in, const float *x, long rows, float *y) {
+// x (n) as whole numbers q of 15 bits, 128 times finer than int8 weights, times what is returned: NaN if x has one.
+static float quantise(const float *x, long n, int16_t *q) {
+    float max = 1e-30f, zero = 0;
+    #pragma omp simd reduction(max : max) reduction(+ : zero)
+    for (long i = 0; i < n; i++) {
+        max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+        zero += x[i] * 0;
+    }
+    for (long i = 0; i < n; i++) q[i] = (int)(x[i] * (16383 / max) + (x[i] < 0 ? -0.5f : 0.5f));
+    return max / 16383 + zero;
+}
+
+static float dot_int8(const int8_t *w, const int16_t *q, long n) {
+    float total = 0;
+    for (long begin = 0; begin < n; begin += 1024) {  // so many products of 7 and 14 bits fit into 31
+        long end = begin + 1024 < n ? begin + 1024 : n;
+        int32_t sum = 0;
+        for (long i = begin; i < end; i++) sum += w[i] * q[i];
+        total += sum;
+    }
+    return total;
+}
+
+// y (rows, out) = x (rows, in) times the matrix, plus its bias. q (rows, in): room for x, quantised.
+static void product(Matrix m, long out, long in, const float *x, long rows, float *y, int16_t *q) {
     const uint16_t *half = m.weight;
     const int8_t *int8 = m.weight;
+    float unit[rows];
+    for (long r = 0; r < rows && m.scale; r++) unit[r] = quantise(x + r * in, in, q + r * in);
     #pragma omp for
     for (long o = 0; o < out; o++)
         for (long r = 0; r < rows; r++) {
-            const float *row = x + r * in;
-            float sum = m.scale ? dot_int8(int8 + o * in, row, in) * m.scale[o] : dot_half(half + o * in, row, in);
+            float sum = m.scale ? dot_int8(int8 + o * in, q + r * in, in) * m.scale[o] * unit[r]
+                                : dot_half(half + o * in, x + r * in, in);
             y[r * out + o] = m.bias ? sum + m.bias[o] : sum;
         }
 }
@@ -6197,6 +6273,7 @@ static float activate(long kind, float x) {  // in the order of ACTIVATIONS
     }
 }
 
+static long larger(long a, long b) { return a > b ? a : b; }
 static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
 
 // x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
@@ -6206,6 +6283,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
     const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
     const long heads = n_q + 2 * n_kv, fan_out = c->n_inner * (1 + c->is_glu);
+    const long widest = larger(n, larger(n_q * d, c->n_inner));
     float *qkv = malloc(rows * (heads * d + n_q * d + n + fan_out + c->n_inner) * sizeof *qkv);  // shared
     float *attended = qkv + rows * heads * d, *delta = attended + rows * n_q * d;
     float *fan = delta + rows * n, *inner = fan + rows * fan_out;
@@ -6213,12 +6291,13 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
     #pragma omp parallel num_threads(threads)
     {
         float *mine = malloc((2 * rows * n + start + T) * sizeof *mine), *h = mine + rows * n, *p = h + rows * n;
+        int16_t *rounded = malloc(rows * widest * sizeof *rounded);
         memcpy(mine, x, rows * n * sizeof *x);
         for (long l = 0; l < c->n_layer; l++) {
             const Layer *layer = layers + l;
             float *cache = kv + l * batch * 2 * n_kv * max_length * d;
             normalise(layer->norm_1, c->layernorm, eps, mine, rows, n, h);
-            product(layer->qkv, heads * d, n, h, rows, qkv);
+            product(layer->qkv, heads * d, n, h, rows, qkv, rounded);
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
@@ -6240,22 +6319,23 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                 const float *q = qkv + (row * heads + head) * d, *v = k + n_kv * max_length * d;
                 attend(q, k, v, t + 1 - from, d, p, attended + i * d);
             }
-            product(layer->proj, n, n_q * d, attended, rows, delta);
+            product(layer->proj, n, n_q * d, attended, rows, delta, rounded);
             if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
             add(mine, delta, rows * n);
             if (!c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
-            product(layer->fc, fan_out, n, h, rows, fan);
+            product(layer->fc, fan_out, n, h, rows, fan, rounded);
             #pragma omp for
             for (long i = 0; i < rows * c->n_inner; i++) {
                 const float *y = fan + i / c->n_inner * fan_out + i % c->n_inner;
                 inner[i] = activate(c->activation, y[0]) * (c->is_glu ? y[c->n_inner] : 1);
             }
-            product(layer->mlp_proj, n, c->n_inner, inner, rows, delta);
+            product(layer->mlp_proj, n, c->n_inner, inner, rows, delta, rounded);
             add(mine, delta, rows * n);
         }
         #pragma omp single
         memcpy(x, mine, rows * n * sizeof *x);
         free(mine);
+        free(rounded);
     }
     free(qkv);
 }
@@ -6263,7 +6343,11 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
 // y (rows, out) = x (rows, in) times the matrix.
 void head(const Matrix *m, long out, long in, const float *x, long rows, float *y, int threads) {
     #pragma omp parallel num_threads(threads)
-    product(*m, out, in, x, rows, y);
+    {
+        int16_t *rounded = malloc(rows * in * sizeof *rounded);
+        product(*m, out, in, x, rows, y, rounded);
+        free(rounded);
+    }
 }
 """
 

@@ -60,9 +60,7 @@ def refused(cli):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What works
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What works
 
 
 def test_the_published_commands(cli, server, gpt2):  # noqa: F811
@@ -174,9 +172,7 @@ def test_debug_shows_the_traceback(run_files):
     assert run.returncode != 0 and "Traceback" in run.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Wrong text and data
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Wrong text and data
 
 
 def test_missing_files(refused):
@@ -253,10 +249,15 @@ def test_data_made_with_another_tokenizer(cli, refused, run_files):
     assert "bpe-300" in error and "byte" in error
 
 
-def test_asking_for_another_tokenizer_than_the_datas(refused, run_files):
+def test_asking_for_another_tokenizer_than_the_datas(cli, refused, run_files):
     """Not silently trained with the one that the data has."""
-    error = refused("train", "--data", "input", "--tokenizer", "gpt2", *TINY_RUN, "--max_iters", 1, "--name", "new")
-    assert "byte" in error and "gpt2" in error
+    Path("theirs").mkdir()
+    model.train_bpe(["some text"], 300).backend.save("theirs/tokenizer.json")
+    for name in ("gpt2", "theirs"):
+        error = refused("train", "--data", "input", "--tokenizer", name, *TINY_RUN, "--max_iters", 1, "--name", "new")
+        assert "byte" in error and name in error
+    assert "unknown tokenizer 'gtp2'" in refused("train", "--data", "input", "--tokenizer", "gtp2", "--name", "new")
+    cli("train", "--data", "input", "--tokenizer", "7M_model.pt", *TINY_RUN, "--max_iters", 1, "--name", "new").ok()
 
 
 def test_other_data_of_the_same_tokenizer(cli, refused, run_files):
@@ -265,9 +266,7 @@ def test_other_data_of_the_same_tokenizer(cli, refused, run_files):
     assert "contents differ" in refused("train", "--resume", "--max_iters", 9, "--data", "other")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Wrong settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Wrong settings
 
 WRONG = [
     ("--n_head 7", "n_head 7"), ("--n_head 0", "n_head"), ("--n_head 4 --n_kv_head 3", "n_kv_head 3"),
@@ -318,9 +317,7 @@ def test_a_device_that_is_not_there(refused, run_files, command):
         assert "mps" in refused(*command.split(), "--device", "mps", *new)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Checkpoints
 
 
 def test_a_run_in_the_way(cli, refused, run_files):
@@ -436,9 +433,7 @@ def test_the_wrong_variant(refused, run_files):
     assert "n_layer is 2" in error and "7M" in error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Sampling
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -469,8 +464,10 @@ def test_a_prompt_that_is_not_utf8(run_files, how):
     """Bytes that are no text, as a shell passes them on."""
     command = [sys.executable, str(ROOT / "model.py"), "sample", "--length", "3"]
     command += ["--prompt", b"a\xffb"] if how == "argument" else []
-    run = subprocess.run(command, input=b"a\xffb" if how == "input" else b"", capture_output=True, check=False)
-    assert b"Traceback" not in run.stderr, run.stderr.decode()
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales; C.UTF-8 takes any bytes
+    text = b"a\xffb" if how == "input" else b""
+    run = subprocess.run(command, input=text, capture_output=True, check=False, env=strict)
+    assert b"Traceback" not in run.stderr and run.returncode == 0, run.stderr.decode()
 
 
 def test_rope_scaling_needs_rope(cli, refused, text_file):
@@ -478,9 +475,7 @@ def test_rope_scaling_needs_rope(cli, refused, text_file):
     assert "learned" in refused("sample", "--prompt", "a", "--rope_scaling", "yarn", "--rope_factor", 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Places that cannot be written, a vocabulary that cannot be had
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Places that cannot be written, a vocabulary that cannot be had
 
 
 def test_no_permission_to_write(refused, text_file):

@@ -6,7 +6,6 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -137,14 +136,6 @@ def test_numbers_out_of_range(cli, command, flags):
     """Before anything is opened: none of the files that these commands would read is there."""
     error = cli(command, *flags.split()).error
     assert flags.split("--")[-1].split()[0] in error and "must be" in error
-
-
-def test_a_truncated_or_longer_data_bin(workdir):
-    shutil.copytree(OLD / "data/talks", "talks")
-    ids = np.fromfile("talks/data.bin", "<u2")
-    for changed in (ids[:-1], np.append(ids, 1), ids[:0]):
-        changed.astype("<u2").tofile("talks/data.bin")
-        assert not opens_or_is_told(lambda: model.Data(Path("talks")), "data.bin", str(len(changed)))
 
 
 def test_a_vocabulary_with_gaps():

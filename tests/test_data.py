@@ -21,7 +21,6 @@ from conftest import (
     TINY_RUN,
     all_tokens,
     program,
-    random_gpt,
     save_model,
     stdlib_source,
     text_of,
@@ -118,6 +117,11 @@ def test_the_line_of_a_byte_that_is_no_text(tokenize, before, bad, flags):
     assert words in error and "--encoding" in error and nothing_left()
     tokenize("--errors", "replace", *flags, content=content).ok()
     assert made().decode() == content.decode("utf-8" if flags else "utf-8-sig", "replace")
+
+
+def test_utf16_without_its_mark(tokenize):
+    error = tokenize("--encoding", "utf-16", content="naïve".encode("utf-16-le")).error
+    assert "in.txt" in error and "--encoding" in error
 
 
 @pytest.mark.parametrize("encoding", ["no-such", "hex", "rot13"])
@@ -459,18 +463,6 @@ def test_conversations_are_packed_whole(conversations):
     assert val["idx"][0, :3].tolist() == [70, 71, 72] and val["targets"][0].tolist() == [-1, 72] + [-1] * 6
 
 
-def test_the_loss_of_packed_conversations_is_that_of_each_alone(conversations):
-    """The whole way from starts.bin and mask.bin to the loss, against one conversation at a time."""
-    gpt = random_gpt(tiny_config("llama", vocab_size=259, block_size=16))
-    batch = every_window(conversations, "train", 16)
-    alone = 0.0
-    for ids, mask in CONVERSATIONS[:-1]:
-        targets = torch.tensor([[i if m else -1 for i, m in zip(ids, mask, strict=True)]])[:, 1:]
-        alone += gpt.loss(torch.tensor([ids])[:, :-1], targets)
-    packed = gpt.loss(batch["idx"], batch["targets"], batch["segments"])
-    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
-
-
 def test_random_conversations_are_all_seen_once(workdir):
     """Every wanted token of conversations that fit a window is a target exactly once, over all windows."""
     rng = np.random.default_rng(0)
@@ -488,6 +480,7 @@ def with_changes(**changes):
 @pytest.mark.parametrize("name, damage, words", [
     ("data.bin", lambda content: content[:-10], "truncated"),
     ("data.bin", lambda content: content[:-1], "truncated"),
+    ("data.bin", lambda content: content + b"\1\0", "truncated or replaced"),
     ("data.bin", lambda content: b"", "empty"),
     ("data.bin", None, "no such file"),
     ("meta.json", with_changes(format_version=model.FORMAT_VERSION + 1), "newer"),

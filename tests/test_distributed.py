@@ -173,9 +173,7 @@ def test_tokenize_under_torchrun_is_done_once(workdir):
     assert model.Data(Path("data/chats")).is_chat
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two machines, with disks of their own
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Two machines, with disks of their own
 
 
 def on_two_machines(*args, patch: str = "") -> list:

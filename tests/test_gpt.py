@@ -1,6 +1,9 @@
-"""The GPT against independent truths: transformers' own classes, plain PyTorch, numerical derivatives, closed forms."""
+"""The GPT against independent truths: transformers' RoPE (its logits: test_huggingface.py), plain PyTorch, numerical
+derivatives, closed forms."""
 
 import copy
+import ctypes
+import functools
 import math
 import os
 import platform
@@ -21,9 +24,7 @@ import model
 ARCHS = list(model.ARCHS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transformers: our weights in its classes give our logits
-# ---------------------------------------------------------------------------------------------------------------------
+# --- RoPE
 
 
 def rope_parameters(c: model.GPTConfig) -> dict:
@@ -46,164 +47,6 @@ def rope_parameters(c: model.GPTConfig) -> dict:
     return {"rope_theta": c.rope_theta, "partial_rotary_factor": c.rope_pct, **scaling}
 
 
-def their_config(c: model.GPTConfig) -> transformers.PreTrainedConfig:
-    activation = {"swiglu": "silu", "geglu": "gelu"}.get(c.activation, c.activation)
-    common = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_word_embeddings, "attn_implementation": "eager"}
-    if c.arch == "gpt2":
-        return transformers.GPT2Config(
-            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.n_inner,
-            activation_function=activation, layer_norm_epsilon=c.norm_eps, **common,
-        )  # fmt: skip
-    common |= {
-        "hidden_size": c.n_embd,
-        "intermediate_size": c.n_inner,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "max_position_embeddings": c.block_size if c.rope_scaling == "ntk" else c.context,
-        "rope_parameters": rope_parameters(c),
-        "hidden_act": activation,
-    }
-    if c.arch == "gpt_neox":
-        return transformers.GPTNeoXConfig(
-            layer_norm_eps=c.norm_eps, use_parallel_residual=c.parallel_residual, **common
-        )
-    common |= {"num_key_value_heads": c.n_kv_head, "rms_norm_eps": c.norm_eps, "head_dim": c.head_dim}
-    if c.arch == "llama":
-        return transformers.LlamaConfig(attention_bias=c.bias in ("attn", "all"), mlp_bias=c.bias == "all", **common)
-    if c.arch == "nanochat":
-        return transformers.NanoChatConfig(final_logit_softcapping=c.logit_softcap, **common)
-    return {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[c.arch](**common)
-
-
-def their_weights(gpt: model.GPT) -> dict[str, torch.Tensor]:
-    """Our parameters under transformers' names and in its layouts, written down from its modeling_*.py files."""
-    c, ours = gpt.config, {k: v.detach() for k, v in gpt.state_dict().items()}
-    head = ours["wte.weight"] if c.tie_word_embeddings else ours["lm_head.weight"]
-    theirs = {}
-
-    def put(name: str, key: str, change=lambda x: x) -> None:
-        for part in ("weight", "bias"):
-            if f"{key}.{part}" in ours:
-                theirs[f"{name}.{part}"] = change(ours[f"{key}.{part}"])
-
-    names = {
-        "gpt2": ("transformer", "wte", "h", "ln_1", "ln_2", "ln_f"),
-        "gpt_neox": (
-            "gpt_neox",
-            "embed_in",
-            "layers",
-            "input_layernorm",
-            "post_attention_layernorm",
-            "final_layer_norm",
-        ),
-    }
-    llama = ("model", "embed_tokens", "layers", "input_layernorm", "post_attention_layernorm", "norm")
-    root, embedding, layers, norm_1, norm_2, norm_f = names.get(c.arch, llama)
-    theirs[f"{root}.{embedding}.weight"] = ours["wte.weight"][: c.vocab_size]
-    theirs["lm_head.weight"] = head[: c.vocab_size]
-    put(f"{root}.{norm_f}", "norm_f")
-    if c.arch == "gpt2":
-        theirs["transformer.wpe.weight"] = ours["wpe.weight"]
-    transpose = lambda x: x.T if x.dim() == 2 else x  # noqa: E731  (GPT-2's Conv1D is (in, out))
-    q_rows, kv_rows = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    for i in range(c.n_layer):
-        block, layer = f"blocks.{i}", f"{root}.{layers}.{i}"
-        put(f"{layer}.{norm_1}", f"{block}.norm_1")
-        put(f"{layer}.{norm_2}", f"{block}.norm_2")
-        if c.arch == "gpt2":
-            put(f"{layer}.attn.c_attn", f"{block}.attn.qkv", transpose)
-            put(f"{layer}.attn.c_proj", f"{block}.attn.proj", transpose)
-            put(f"{layer}.mlp.c_fc", f"{block}.mlp.fc", transpose)
-            put(f"{layer}.mlp.c_proj", f"{block}.mlp.proj", transpose)
-            continue
-        if c.arch == "gpt_neox":  # query_key_value holds q, k and v of the first head, then of the second, ...
-            by_head = lambda x: x.unflatten(0, (3, c.n_head, c.head_dim)).transpose(0, 1).flatten(0, 2)  # noqa: E731
-            put(f"{layer}.attention.query_key_value", f"{block}.attn.qkv", by_head)
-            put(f"{layer}.attention.dense", f"{block}.attn.proj")
-            put(f"{layer}.mlp.dense_h_to_4h", f"{block}.mlp.fc")
-            put(f"{layer}.mlp.dense_4h_to_h", f"{block}.mlp.proj")
-            continue
-        for j, (name, rows) in enumerate({"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}.items()):
-            begin = (0, q_rows, q_rows + kv_rows)[j]
-
-            def part(x, begin=begin, rows=rows, name=name):
-                x = x[begin : begin + rows]
-                if c.arch == "nanochat" and name != "v_proj":  # rotates by -theta: the same with these rows negated
-                    x = x.unflatten(0, (-1, 2, c.head_dim // 2)) * torch.tensor([1.0, -1.0])[:, None, None]
-                    x = x.flatten(0, 2)
-                return x
-
-            put(f"{layer}.self_attn.{name}", f"{block}.attn.qkv", part)
-        put(f"{layer}.self_attn.o_proj", f"{block}.attn.proj")
-        if c.arch == "qwen3":
-            put(f"{layer}.self_attn.q_norm", f"{block}.attn.q_norm")
-            put(f"{layer}.self_attn.k_norm", f"{block}.attn.k_norm")
-        if c.arch == "nanochat":
-            put(f"{layer}.mlp.fc1", f"{block}.mlp.fc")
-            put(f"{layer}.mlp.fc2", f"{block}.mlp.proj")
-        else:
-            put(f"{layer}.mlp.gate_proj", f"{block}.mlp.fc", lambda x: x[: c.n_inner])
-            put(f"{layer}.mlp.up_proj", f"{block}.mlp.fc", lambda x: x[c.n_inner :])
-            put(f"{layer}.mlp.down_proj", f"{block}.mlp.proj")
-    return {k: v.clone() for k, v in theirs.items()}
-
-
-def in_transformers(gpt: model.GPT) -> transformers.PreTrainedModel:
-    theirs = transformers.AutoModelForCausalLM.from_config(their_config(gpt.config)).eval()
-    theirs.load_state_dict(their_weights(gpt), strict=True)
-    return theirs
-
-
-PARITY = {
-    "gpt2": ("gpt2", {}),
-    "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False)),
-    "gpt2 gelu": ("gpt2", dict(activation="gelu")),
-    "gpt2 relu": ("gpt2", dict(activation="relu")),
-    "gpt2 silu, n_inner 40, eps 1e-2": ("gpt2", dict(activation="silu", n_inner=40, norm_eps=1e-2)),
-    "gpt_neox": ("gpt_neox", {}),
-    "gpt_neox rope_pct 0.25": ("gpt_neox", dict(rope_pct=0.25)),
-    "gpt_neox rope_pct 0.5, theta 1e6": ("gpt_neox", dict(rope_pct=0.5, rope_theta=1e6)),
-    "gpt_neox parallel": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.25, activation="gelu")),
-    "gpt_neox untied": ("gpt_neox", dict(tie_word_embeddings=False)),
-    "gpt_neox yarn of rope_pct 0.5": ("gpt_neox", dict(rope_pct=0.5, rope_scaling="yarn", rope_factor=4.0)),
-    "llama MHA": ("llama", {}),
-    "llama GQA 2": ("llama", dict(n_kv_head=2)),
-    "llama MQA": ("llama", dict(n_kv_head=1)),
-    "llama untied, theta 1e6": ("llama", dict(tie_word_embeddings=False, rope_theta=1e6)),
-    "llama head_dim 16": ("llama", dict(head_dim=16, n_kv_head=2)),
-    "llama biases": ("llama", dict(bias="all")),
-    "llama attention biases": ("llama", dict(bias="attn")),
-    "llama geglu": ("llama", dict(activation="geglu")),
-    "llama linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
-    "llama ntk": ("llama", dict(rope_scaling="ntk", rope_factor=4.0)),
-    "llama yarn": ("llama", dict(rope_scaling="yarn", rope_factor=4.0, n_kv_head=2)),
-    "llama yarn, own factors": (
-        "llama",
-        dict(rope_scaling="yarn", rope_factor=4.0, rope_attention_factor=1.3, rope_beta_fast=4.0, rope_beta_slow=0.5),
-    ),
-    "llama llama3": ("llama", dict(rope_scaling="llama3", rope_factor=4.0, rope_theta=5e5)),
-    "qwen2 GQA 2": ("qwen2", dict(n_kv_head=2)),
-    "qwen2 untied": ("qwen2", dict(tie_word_embeddings=False)),
-    "qwen3 MHA": ("qwen3", {}),
-    "qwen3 GQA 2, yarn": ("qwen3", dict(n_kv_head=2, rope_scaling="yarn", rope_factor=2.0)),
-    "qwen3 MQA, untied, head_dim 16": ("qwen3", dict(n_kv_head=1, tie_word_embeddings=False, head_dim=16)),
-    "nanochat": ("nanochat", {}),
-    "nanochat GQA 2": ("nanochat", dict(n_kv_head=2)),
-    "nanochat yarn": ("nanochat", dict(rope_scaling="yarn", rope_factor=4.0)),  # rotates, then normalises
-    "nanochat MQA, linear": ("nanochat", dict(n_kv_head=1, rope_scaling="linear", rope_factor=2.0)),
-}
-
-
-@pytest.mark.parametrize("arch, overrides", PARITY.values(), ids=PARITY)
-def test_logits_equal_transformers(arch, overrides):
-    gpt = random_gpt(tiny_config(arch, **overrides))
-    idx = random_tokens(2, gpt.config.context)
-    with torch.no_grad():
-        ours, theirs = gpt(idx), in_transformers(gpt)(idx).logits
-    assert ours.std() > 0.5  # else any two models would agree
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-
-
 ROPE = {
     "linear": dict(rope_scaling="linear", rope_factor=8.0, rope_theta=1e4),
     "Qwen2.5's yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_theta=1e6, rope_original_block_size=32768),
@@ -221,7 +64,10 @@ ROPE = {
 def test_rope_frequencies_equal_transformers(overrides, rope_pct):
     """At the sizes of published models: head_dim 128, contexts of thousands."""
     c = tiny_config("llama", n_embd=512, block_size=2048, rope_pct=rope_pct, **overrides)
-    theirs = their_config(c)
+    theirs = transformers.LlamaConfig(
+        hidden_size=c.n_embd, num_attention_heads=c.n_head, head_dim=c.head_dim, rope_parameters=rope_parameters(c),
+        max_position_embeddings=c.block_size if c.rope_scaling == "ntk" else c.context,
+    )  # fmt: skip
     kind = theirs.rope_parameters["rope_type"]
     length = int(c.rope_factor * c.block_size) if kind == "dynamic" else None
     expected, attention_factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", seq_len=length)
@@ -230,20 +76,7 @@ def test_rope_frequencies_equal_transformers(overrides, rope_pct):
     assert factor == pytest.approx(attention_factor, rel=1e-12)
 
 
-def test_extending_the_context_equals_building_with_it():
-    """extend_context on a trained model = the same weights in a model built with that scaling."""
-    gpt = random_gpt(tiny_config("llama"))
-    longer = model.GPT(tiny_config("llama", rope_scaling="yarn", rope_factor=2.0)).eval()
-    longer.load_state_dict(gpt.state_dict())
-    idx = random_tokens(1, 64)
-    gpt.extend_context(rope_scaling="yarn", rope_factor=2.0)
-    assert gpt.config.context == 64
-    assert torch.equal(gpt(idx), longer(idx))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Single settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Single settings
 
 
 def test_post_norm_equals_pytorch_encoder_layers():
@@ -265,13 +98,6 @@ def test_post_norm_equals_pytorch_encoder_layers():
     torch.testing.assert_close(gpt(idx), x @ gpt.wte.weight[: c.vocab_size].T, atol=1e-4, rtol=0)
 
 
-def test_logit_softcap():
-    gpt, idx = random_gpt(tiny_config("llama")), random_tokens(2, 9)
-    plain = gpt(idx)
-    gpt.config.logit_softcap = 2.0
-    torch.testing.assert_close(gpt(idx), 2 * torch.tanh(plain / 2))
-
-
 def test_without_positions_the_order_of_the_past_is_unknown():
     """With one block, the last token of a model without positions sees a set; any other model sees a sequence."""
     idx = random_tokens(1, 12)
@@ -280,16 +106,6 @@ def test_without_positions_the_order_of_the_past_is_unknown():
         gpt = random_gpt(tiny_config("gpt2", pos_embd=pos_embd, n_layer=1))
         same = torch.allclose(gpt(idx)[:, -1], gpt(shuffled)[:, -1], atol=1e-4)
         assert same == (pos_embd == "none")
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_token_sees_the_future(arch):
-    gpt, idx = random_gpt(tiny_config(arch)), random_tokens(1, 20)
-    changed = idx.clone()
-    changed[:, 13:] = (changed[:, 13:] + 1) % 100
-    before, after = gpt(idx), gpt(changed)
-    torch.testing.assert_close(before[:, :13], after[:, :13], atol=1e-5, rtol=0)
-    assert (before[:, 13] - after[:, 13]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
@@ -309,9 +125,7 @@ def test_dropout_is_active_in_training_only(name, kernel):
     assert torch.equal(again, gpt(idx))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fast and plain agree: kernels, the cache, packing
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Fast and plain agree: kernels, the cache, packing
 
 
 def eager_and_sdpa(arch: str, **overrides) -> tuple[model.GPT, model.GPT]:
@@ -429,7 +243,24 @@ def test_the_decoder_equals_the_plain_pass(arch, overrides, quantize):
         logits = [gpt(idx[:rows, :prompt], cache)]
         logits += [gpt(idx[:rows, i : i + 1], cache) for i in range(prompt, 24)]
         assert cache.length == 24
-        torch.testing.assert_close(torch.cat(logits, dim=1), expected[:rows], atol=2e-4, rtol=1e-4)
+        atol = 2e-3 if quantize else 2e-4  # beside 8-bit weights the activations have 15 bits
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected[:rows], atol=atol, rtol=1e-4)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_int8_products_lose_no_sum_and_no_nan():
+    """Truth: float64. Rows of the largest weights and inputs, which in one 32-bit sum would overflow; and NaN stays."""
+    weight = torch.full((2, 3000), 127, dtype=torch.int8)
+    weight[1, ::2] = -127
+    scale, x, y = torch.tensor([0.5, 2.0]), torch.full((1, 3000), 3.0), torch.empty(1, 2)
+    matrix = (ctypes.c_void_p * 3)(weight.data_ptr(), scale.data_ptr(), None)
+    multiply = functools.partial(model.c_library().head, matrix, 2, 3000, x.data_ptr(), 1, y.data_ptr(), 2)
+    multiply()
+    torch.testing.assert_close(y.double(), (x.double() @ weight.double().T) * scale, rtol=1e-4, atol=0.1)
+    x[0, 5] = math.nan
+    multiply()
+    assert y.isnan().all()
 
 
 @needs_compiler
@@ -461,8 +292,9 @@ def test_the_decoder_on_other_processors_and_threads(march, quantize, monkeypatc
     gpt.engine.library = model.c_library(march)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     logits = gpt(idx, cache[1])
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(cache[1].kv, cache[0].kv, atol=1e-5, rtol=1e-5)
+    atol = 2e-3 if quantize else 1e-5  # a last bit may round an activation to the next of its 15 bits
+    torch.testing.assert_close(logits, expected, atol=atol, rtol=1e-5)
+    torch.testing.assert_close(cache[1].kv, cache[0].kv, atol=atol, rtol=1e-5)
 
 
 @pytest.fixture
@@ -498,17 +330,11 @@ def test_without_a_compiler(compiler, tmp_path, monkeypatch, capsys, fresh_libra
 
 @torch.no_grad()
 def test_int8_weights_round_to_a_127th_of_the_largest_in_a_row():
-    gpt, idx = random_gpt(tiny_config("llama")), random_tokens(1, 24)
     weight, bias, x = torch.tensor([[1.27, -0.5, 0.004], [100.0, 25.4, 0.0]]), torch.tensor([1.0, -1.0]), torch.eye(3)
     layer = torch.nn.Linear(3, 2)
     layer.weight.data, layer.bias.data = weight, bias
     rounded = torch.tensor([[1.27, -0.5, 0.0], [100.0, 32 * 100 / 127, 0.0]])  # 25.4 is 32.26 steps of 100 / 127
     torch.testing.assert_close(model.Int8Linear(layer)(x), rounded.T + bias)
-    plain = gpt(idx).log_softmax(dim=-1)
-    model.prepare_generation(gpt, "auto", "int8")
-    assert isinstance(gpt.blocks[0].mlp.fc, model.Int8Linear) and isinstance(gpt.lm_head, model.Int8Linear)
-    rounded = gpt(idx).log_softmax(dim=-1)
-    assert 0 < (plain.exp() * (plain - rounded)).sum(dim=-1).mean() < 0.01
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -524,9 +350,7 @@ def test_packed_documents_are_as_if_alone(arch):
             torch.testing.assert_close(packed[row, begin:end], alone, atol=1e-4, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Gradients
 
 
 @pytest.mark.parametrize("overrides", [{}, dict(logit_softcap=4.0, norm_position="post")])
@@ -657,9 +481,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(arch):
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes and initial weights
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Sizes and initial weights
 
 
 def built_size(c: model.GPTConfig) -> int:
@@ -691,12 +513,6 @@ def test_no_norm_is_none():
         block.mlp.proj.weight.zero_()
     weight = gpt.wte.weight
     torch.testing.assert_close(gpt(idx), (weight[idx] @ weight.T)[..., : gpt.config.vocab_size])
-
-
-def test_gpt2_small_has_the_known_size():
-    """124,439,808 parameters (openai-community/gpt2), here with 47 rows of padding on its 50,257."""
-    c = model.GPTConfig(**model.ARCHS["gpt2"], vocab_size=50257)
-    assert model.count_parameters(c) == built_size(c) == 124_439_808 + 47 * 768
 
 
 @settings(max_examples=150)

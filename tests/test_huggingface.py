@@ -36,15 +36,16 @@ MODELS = {
     "gpt2": ("gpt2", {}),
     "gpt2, untied, relu": ("gpt2", dict(tie_word_embeddings=False, activation="relu", norm_eps=1e-6)),
     "gpt2, exact gelu, wide MLP": ("gpt2", dict(activation="gelu", n_inner=96)),
+    "gpt2, silu, narrow MLP": ("gpt2", dict(activation="silu", n_inner=40, norm_eps=1e-2)),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox as Pythia": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.25, activation="gelu",
                                             tie_word_embeddings=False)),
-    "gpt_neox, linear": ("gpt_neox", dict(rope_pct=0.5, rope_scaling="linear", rope_factor=2.0)),
-    "gpt_neox, yarn": ("gpt_neox", dict(parallel_residual=True, **YARN)),
+    "gpt_neox, linear": ("gpt_neox", dict(rope_pct=0.5, rope_theta=1e6, rope_scaling="linear", rope_factor=2.0)),
+    "gpt_neox, yarn": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.5, **YARN)),
     "llama, GQA": ("llama", dict(n_kv_head=2)),
     "llama, MQA, untied, geglu": ("llama", dict(n_kv_head=1, tie_word_embeddings=False, activation="geglu")),
     "llama, attention biases": ("llama", dict(bias="attn", n_kv_head=2)),
-    "llama, all biases, wide heads": ("llama", dict(bias="all", head_dim=16)),
+    "llama, all biases, wide heads": ("llama", dict(bias="all", head_dim=16, n_kv_head=2)),
     "llama, theta": ("llama", dict(rope_theta=1e6, norm_eps=1e-4)),
     "llama, linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
     "llama, ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
@@ -56,7 +57,9 @@ MODELS = {
     "qwen2, untied, geglu, yarn": ("qwen2", dict(tie_word_embeddings=False, activation="geglu", **YARN)),
     "qwen3": ("qwen3", dict(n_kv_head=2)),
     "qwen3, untied, wide heads, llama3": ("qwen3", dict(tie_word_embeddings=False, head_dim=16, **LLAMA3)),
+    "qwen3, MQA, yarn": ("qwen3", dict(n_kv_head=1, **YARN)),
     "nanochat": ("nanochat", {}),
+    "nanochat, MQA, yarn": ("nanochat", dict(n_kv_head=1, **YARN)),  # rotates, then normalises
     "nanochat, GQA, tied, linear": ("nanochat", dict(n_kv_head=2, tie_word_embeddings=True, rope_scaling="linear",
                                                      rope_factor=2.0)),
     "nanochat, no soft-cap": ("nanochat", dict(logit_softcap=0.0, activation="gelu")),
@@ -139,6 +142,7 @@ def test_transformers_opens_an_export_as_its_own(cli, complaints, arch, override
     assert [type(theirs).__name__] == config_of(folder)["architectures"]
     assert theirs.config.model_type == arch and theirs.dtype == torch.float32
     assert_same_logits(gpt, theirs)
+    assert gpt(random_tokens(2, 100)).std() > 0.5  # else any two models would agree
     inputs = AutoTokenizer.from_pretrained(folder)("To be, or", return_tensors="pt")
     ids = theirs.generate(**inputs, max_new_tokens=50, do_sample=False)[0].tolist()
     new = [i for i in ids[inputs["input_ids"].shape[1] :] if i not in theirs.generation_config.eos_token_id]
@@ -620,6 +624,7 @@ def test_push_to_hub(cli, hub, flags, private):
     assert hub == [("me/tiny", {"private": private, "exist_ok": True}), ("me/tiny", files)]
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
     assert out.endswith("pushed to https://huggingface.co/me/tiny\n")
+    assert 'from_pretrained("me/tiny")' in Path("out/README.md").read_text()  # what others open
 
 
 def test_a_push_that_fails(cli, hub, monkeypatch):
@@ -942,6 +947,7 @@ def test_pickled_weights_are_refused(cli, llama):
 ], ids=["empty", "short", "cut header", "cut data", "longer", "huge header", "no JSON", "beyond the end", "zip",
         "unknown type", "overlapping"])  # fmt: skip
 def test_a_corrupt_safetensors_file(cli, llama, damage):
+    (llama / "export.json").unlink()  # whose digest would notice first
     file = llama / "model.safetensors"
     damaged = damage(file.read_bytes())
     assert damaged != file.read_bytes()

@@ -160,6 +160,9 @@ def test_mistakes(cli, monkeypatch):
     write_log("a")
     assert "did you mean val_loss?" in cli("plot", "--y", "val_los", "--out", "x.png").error
     assert "cannot write x.abc" in cli("plot", "--out", "x.abc").error
+    assert "wrote x.png" in cli("plot", "--out", "x").ok().out and Path("x.png").exists()
+    Path("no_log.pt").write_bytes(b"PK\x03\x04 and so on")
+    assert "no_log.pt is not a log: there is no record in it" in cli("plot", "no_log.pt", "--out", "y.png").error
     assert "no/such is not a log" in cli("plot", "no/such").error.replace("checkpoints/no/such_model.jsonl", "no/such")
     monkeypatch.setitem(sys.modules, "plotext", None)
     assert "pip install" in cli("plot").error

@@ -32,9 +32,7 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damage is noticed
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Damage is noticed
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +93,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_taken(cli, text_file):
     assert_same_run("whole", "parts")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving, keeping, resuming
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Saving, keeping, resuming
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -175,9 +171,7 @@ def test_an_error_of_a_save_in_the_background_is_told(cli, text_file, monkeypatc
     assert "checkpoints/x.pt" in cli(*RUN).error and not list(Path("checkpoints").glob("*.pt"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The old stays until the new exists
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The old stays until the new exists
 
 
 def test_overwriting_leaves_the_old_run_until_the_new_has_a_state(cli, text_file, monkeypatch):
@@ -276,9 +270,7 @@ def test_an_export_that_is_killed_is_told_apart_and_made_again(cli, monkeypatch)
     assert not [p for p in Path().iterdir() if p.name.startswith(".out")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two programs of one name
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Two programs of one name
 
 
 def test_the_second_program_is_told_who_holds_the_name(cli, text_file):
@@ -319,9 +311,7 @@ def test_a_lock_waits_where_it_should(workdir):
     assert order == ["first", "other"] and not list(Path().iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kills, and signals
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Kills, and signals
 
 
 def lines_until(run: subprocess.Popen, words: bytes) -> None:
@@ -457,9 +447,7 @@ def test_a_full_disk_for_data_and_exports(workdir, text_file, small_disk):
     assert not [p for p in disk.rglob("*") if p.is_file()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files from strangers
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Files from strangers
 
 ENDLESS_TEMPLATES = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

@@ -266,13 +266,6 @@ def test_rope_scaling_reaches_further():
         assert torch.equal(gpt(sequence[:, :-1])[:, 3:].argmax(dim=-1), tokens)
 
 
-def test_repetition_penalty_counts_prompt_and_text():
-    gpt, prompt = random_gpt(tiny_config("llama")), random_tokens(6).tolist()
-    s = SamplingSettings(temperature=0, repetition_penalty=1.5)
-    tokens = torch.stack(list(model.generate(gpt, [prompt], 20, s)), dim=1)
-    assert tokens.tolist() == recomputed(gpt, [prompt], 20, s) != recomputed(gpt, [prompt], 20)
-
-
 def test_padding_rows_are_never_drawn():
     """The 28 rows that pad 100 tokens to 128, made the most likely by far."""
     gpt = random_gpt(tiny_config("llama", tie_word_embeddings=False))
@@ -283,9 +276,7 @@ def test_padding_rows_are_never_drawn():
     assert tokens.max() < 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Text
 
 
 @pytest.fixture

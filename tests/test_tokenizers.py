@@ -267,12 +267,6 @@ def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
     assert ours.bos == [bos] and ours.prompt("hello") == [bos, *hello] and ours.eot == eos
 
 
-def test_named_chat_templates(corpus, tmp_path):
-    named = [{"name": n, "template": f"{n}: {{{{ messages }}}}"} for n in ("tool_use", "default", "rag")]
-    ours = saved(train_with_tokenizers(corpus, 300), tmp_path, chat_template=named)
-    assert ours.spec["chat_template"] == "default: {{ messages }}"
-
-
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2]", "not json", '{"model": {"type": "BPE"}}'])
 def test_a_file_that_is_no_tokenizer(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)

@@ -73,9 +73,7 @@ def assert_same_run(a: str, b: str) -> None:
     assert any("momentum" in k or "exp_avg" in k for k in tensors_of(checkpoint_of(a)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping and resuming
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Stopping and resuming
 
 INTERVALS = ("--max_iters", 13, "--log_interval", 3, "--eval_interval", 5)
 DROPOUT = ("--resid_pdrop", 0.1, "--embd_pdrop", 0.1, "--attn_pdrop", 0.1)
@@ -120,7 +118,7 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(cli, text_file, monkey
         at_each_step(patch, before=kill)
         assert cli(*run, "--name", "parts").code == 130
     assert checkpoint_of("parts")["step"] == 5 and log_of("parts")[-1]["step"] == 6
-    cli("train", "--name", "parts", "--resume").ok()
+    cli(*run, "--name", "parts", "--resume").ok()  # the natural thing to do: the command of before, and --resume
     assert_same_run("whole", "parts")
 
 
@@ -178,23 +176,6 @@ def test_nothing_printed_ends_a_run(text_file, workdir, env, after):
     assert checkpoint_of()["step"] == 6 and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_run_can_be_resumed_for_longer(cli, text_file):
-    cli("train", *BYTES, *TINY_RUN, "--max_iters", 4).ok()
-    out = cli("train", "--resume", "--max_iters", 9).ok().out
-    assert "resuming" in out and checkpoint_of()["step"] == 9
-    assert "nothing to resume" in cli("train", "--resume").error
-
-
-def test_resuming_with_the_same_command_line(cli, text_file, monkeypatch):
-    """The natural thing to do: the command of before, and --resume."""
-    run = ("train", *BYTES, *TINY_RUN, *INTERVALS, *DROPOUT)
-    cli(*run, "--name", "whole").ok()
-    stop_at(monkeypatch, 6)
-    assert cli(*run, "--name", "parts").code == 130
-    cli(*run, "--name", "parts", "--resume").ok()
-    assert_same_run("whole", "parts")
-
-
 def test_nanogpt_data_can_be_resumed(cli, text_file, monkeypatch):
     Path("nano").mkdir()
     for name, n in (("train", 3000), ("val", 500)):
@@ -229,9 +210,7 @@ def test_resuming_with_another_setting_is_refused(cli, text_file, flags, word):
     assert str(before) == str(tensors_of(checkpoint_of()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The fast path learns as the plain one
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The fast path learns as the plain one
 
 SHORT = ("--device", "cpu", "--max_iters", 60, "--learning_rate", 3e-3, "--eval_interval", 30, "--sample_interval", -1)
 
@@ -273,9 +252,7 @@ def test_a_compiled_model_learns_as_the_eager_one(cli, text_file, monkeypatch):
         assert b == pytest.approx(a, rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# However a batch is cut up
-# ---------------------------------------------------------------------------------------------------------------------
+# --- However a batch is cut up
 
 
 def close_runs(a: list[dict], b: list[dict], rel: float = 2e-4) -> None:
@@ -314,9 +291,7 @@ def test_accumulation_changes_nothing(cli, text_file, data, arch):
     close_runs(log_of("1"), log_of("16"), rel)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers and schedules
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Optimizers and schedules
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -479,9 +454,7 @@ def test_epochs(cli, text_file):
     assert checkpoint_of()["step"] == math.ceil(0.5 * 3374 / 40)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Evaluation
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
@@ -529,7 +502,8 @@ def test_the_best_model_is_kept(cli, text_file, monkeypatch):
     assert checkpoint_of(last=False)["step"] == 4 and checkpoint_of()["step"] == 6
     out = cli("train", "--resume", "--max_iters", 8).ok().out
     assert checkpoint_of(last=False)["step"] == 4 and checkpoint_of()["step"] == 8
-    assert "best val_loss 2.0000" in out
+    assert "resuming" in out and "best val_loss 2.0000" in out
+    assert "nothing to resume" in cli("train", "--resume").error
 
 
 def test_a_checkpoint_holds_what_the_design_says(cli, text_file):
@@ -546,9 +520,7 @@ def test_a_checkpoint_holds_what_the_design_says(cli, text_file):
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# When numbers go wrong, and short number types
-# ---------------------------------------------------------------------------------------------------------------------
+# --- When numbers go wrong, and short number types
 
 
 def spoil(monkeypatch, first: int, last: int, bad: float) -> dict[int, dict]:
@@ -579,6 +551,8 @@ def test_a_step_that_is_not_finite_is_skipped(cli, text_file, monkeypatch, bad, 
     assert not any(torch.equal(v, weights[11][k]) for k, v in weights[9].items() if v.dim() == 2)
     (state, *_) = checkpoint_of()["optimizer"][0]["state"].values()
     assert state["step"] == 10
+    if dtype == "float16":
+        assert checkpoint_of()["scaler"]["scale"] == 2**16 / 4  # halved in each of the two steps
     n_blocks = len(model.Data(Path("data/input")).splits["train"].windows(16))
     blocks = model.BlockSampler(n_blocks, 4, 1337)(7).tolist()
     told = [{k: r[k] for k in r if k.startswith("bad")} for r in log_of()]
@@ -630,26 +604,7 @@ def test_short_number_types_learn_as_float32_does(cli, text_file, arch, dtype):
     assert short[-1]["val_loss"] < 0.9 * math.log(259)
 
 
-def test_float16_skips_steps_that_overflow(cli, text_file, monkeypatch):
-    """An overflowing gradient: the weights stay, the scale is halved, and the run goes on."""
-    seen = []
-
-    def overflow(step: int, model: model.GPT, scaler: torch.amp.GradScaler, **step_arguments) -> None:
-        if step == 3:
-            model.wte.weight.grad[0, 0] = math.inf
-        seen.append((scaler.get_scale(), model.wte.weight.detach().clone()))
-
-    at_each_step(monkeypatch, after=overflow)
-    cli("train", *BYTES, *TINY_RUN, "--dtype", "float16", "--max_iters", 5).ok()
-    scales, weights = zip(*seen, strict=True)
-    assert scales[2] > 1 and scales[3] == scales[2] / 2
-    assert torch.equal(weights[3], weights[2]) and not torch.equal(weights[4], weights[3])
-    assert all(p.isfinite().all() for p in checkpoint_of()["model"].values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Learning
 
 
 @pytest.mark.parametrize("arch, flags", [
@@ -691,9 +646,7 @@ def test_architectures_learn(cli, shakespeare):
     assert losses["nanochat"] < losses["gpt2"] - 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes, and runs by the clock
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Recipes, and runs by the clock
 
 
 def test_recipes(cli, text_file):
@@ -731,3 +684,36 @@ def test_a_run_of_so_many_minutes(cli, text_file, optimizer):
 def test_one_length_at_a_time(cli, text_file):
     error = cli("train", *BYTES, "--max_minutes", 1, "--epochs", 2).error
     assert "--epochs and --max_minutes" in error
+    error = cli("finetune", "--data", "input.txt", "--finetune_iters", 5, "--epochs", 2).error
+    assert "--max_iters and --epochs" in error
+
+
+def test_the_steps_that_are_timed_read_other_blocks(cli, text_file, monkeypatch):
+    """As the run's steps do: with --cache_teacher the blocks of the first would be known after it."""
+    asked, batches = [], model.Run.batches
+    monkeypatch.setattr(model.Run, "batches", lambda run, step: asked.append(step) or batches(run, step))
+    cli("train", *BYTES, *TINY_RUN, "--max_minutes", 0.02, "--sample_interval", -1).ok()
+    run = max(i for i, step in enumerate(asked) if step == 0)  # the last step 0 is the run's first
+    assert run >= 5 and asked[:run] == list(range(run))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX signals")
+def test_nohup_outlives_its_terminal(monkeypatch):
+    """Truth: nohup starts a program with SIGHUP ignored, and so it stays."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with model.stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(model.UserError, match="there are 2 GPUs here"):
+        model.choose_device("cuda:7")
+    assert model.choose_device("cuda:1") == torch.device("cuda:1")
