@@ -43,6 +43,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -463,8 +464,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    """The flash-attn package. Its interface has no masks, so padded or packed batches go to PyTorch's kernel."""
-    if mask is not None:
+    """The flash-attn package. Its interface has no masks, and it takes 16-bit types on a GPU only: all else goes to
+    PyTorch's kernel."""
+    if mask is not None or q.device.type != "cuda" or q.dtype == torch.float32:
         return sdpa_attention(q, k, v, mask, dropout_p)
     from flash_attn import flash_attn_func
 
@@ -1099,7 +1101,7 @@ class Tokenizer:
         """The backend for text that continues other text: without the space that SentencePiece puts before a text."""
         import tokenizers
 
-        if '"Prepend"' not in self.fields.json and '"prepend_scheme"' not in self.fields.json:
+        if not re.search(r'"Prepend"|"prepend_scheme"|"add_prefix_space":\s*true', self.fields.json):
             return self.backend
         spec = json.loads(self.fields.json, object_hook=no_prefix)
         return as_text(tokenizers.Tokenizer.from_str(json.dumps(spec)))
@@ -1163,8 +1165,9 @@ class Tokenizer:
             return b""
         if self.is_ours:
             return self.tiktoken.decode_single_token_bytes(token)
-        if token in self.added:
-            return self.added[token].content.encode()
+        if added := self.added.get(token):
+            plain = self.byte_level or added.special
+            return (added.content if plain else added.content.replace("▁", " ")).encode()
         text, to_byte = self.backend.id_to_token(token) or "", unicode_to_byte()
         if self.byte_level:
             return bytes(to_byte[c] for c in text) if to_byte.keys() >= set(text) else b""
@@ -1204,8 +1207,10 @@ def no_prefix(node: dict[str, Any]) -> dict[str, Any] | None:
     """A node of a tokenizer.json without what puts a space before a text."""
     if node.get("type") == "Prepend":
         return None
-    node = {k: [x for x in v if x is not None] if k == "normalizers" else v for k, v in node.items()}
-    return {**node, "prepend_scheme": "never"} if "prepend_scheme" in node else node
+    if isinstance(normalizers := node.get("normalizers"), list):
+        node = {**node, "normalizers": [x for x in normalizers if x is not None]}
+    never = {"add_prefix_space": False, "prepend_scheme": "never"}
+    return {k: never.get(k, v) for k, v in node.items()} if node.get("type") in ("ByteLevel", "Metaspace") else node
 
 
 def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str) -> None:
@@ -1451,7 +1456,13 @@ def lock_file(f: io.TextIOWrapper, wait: bool) -> None:
         import msvcrt
 
         f.seek(1 << 20)  # beyond the holder's name, which others must be able to read
-        msvcrt.locking(f.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        while True:
+            try:
+                return msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            except PermissionError:
+                if not wait:
+                    raise
+                time.sleep(0.1)  # LK_LOCK would give up after ten seconds
     else:
         import fcntl
 
@@ -1550,7 +1561,9 @@ def text_files(sources: list[str], scratch: Path) -> list[Path]:
             visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
             found = [p for p in visible if p.is_file() and p.stat().st_size and not looks_binary(p)]
             if not found:
-                raise UserError(f"{source} is a directory without text files")
+                records = any(p.suffix in RECORD_FILES for p in path.rglob("*"))
+                hint = f": for its records, hf_tokenize --hf_dataset {source}" * records
+                raise UserError(f"{source} is a directory without text files{hint}")
             files += in_mixed_order(found, path)
             continue
         elif not path.exists():
@@ -1853,6 +1866,8 @@ class Split:
                     windows.append(start)
             windows = np.array(windows, np.int64)
         if not len(windows):
+            if not n:
+                raise UserError(f"the {self.name} is empty: tokenize again, with more text or a larger --val_fraction")
             short = f"the {self.name} has {n:,} tokens, fewer than a block of {block_size} and its target"
             raise UserError(f"{short}: use a smaller --block_size or more text")
         return windows
@@ -1915,7 +1930,7 @@ class Data:
         else:  # nanoGPT: train.bin and val.bin of uint16, GPT-2's ids unless said otherwise
             path = path / "train.bin" if path.is_dir() else path
             if not path.exists():
-                raise UserError(f"{self.path} has neither meta.json nor train.bin: make a data folder with tokenize")
+                raise UserError(f"{self.path} has neither meta.json nor train.bin: make it by tokenize or hf_tokenize")
             tokens = map_tokens(path, "uint16")
             self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
             if path.name == "train.bin" and path.with_name("val.bin").exists():
@@ -2268,12 +2283,12 @@ def encode_conversation(
         if not (before.startswith(rendered) and after.startswith(before)):
             raise UserError("this chat template changes earlier turns as the conversation grows: training on it is not "
                             "supported")  # fmt: skip
-        turn = tokenizer.encode_rendered(after[len(rendered) :])
-        n = common_prefix(tokenizer.encode_rendered(before[len(rendered) :]), turn)
-        end = max((k + 1 for k, token in enumerate(turn) if token in specials and k >= n), default=len(turn))
-        ids += turn
-        mask += [0] * n + [1] * (end - n) + [0] * (len(turn) - end)
-        rendered = after
+        whole = tokenizer.encode_rendered(after)  # a turn alone may get the space that begins a text
+        n = common_prefix(tokenizer.encode_rendered(before), whole)
+        k = min(common_prefix(ids, whole), n)  # a token may reach over the end of a turn
+        end = max((j + 1 for j, token in enumerate(whole) if token in specials and j >= n), default=len(whole))
+        mask = mask[:k] + [0] * (n - k) + [1] * (end - n) + [0] * (len(whole) - end)
+        ids, rendered = whole, after
     return np.array(ids, np.int64), np.array([1] * len(ids) if train_on_all else mask, np.uint8)
 
 
@@ -2316,6 +2331,8 @@ class Records(ChatFormat):
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         path, options = Path(self.hf_dataset), {"streaming": self.streaming if streaming is None else streaming}
+        if not path.exists() and path.suffix in (".txt", *RECORD_FILES):
+            raise UserError(f"{path}: no such file")
         suffixes = {path.suffix} if path.is_file() else {p.suffix for p in path.glob("*") if p.is_file()}
         if suffixes == {".txt"}:  # a file is a document
             options["sample_by"] = "document"
@@ -2348,7 +2365,8 @@ class Records(ChatFormat):
                 return messages
             column = "text"
         if column not in record:
-            raise UserError(f"no column {column!r}: the columns are {', '.join(record)}; name one by --hf_text_column")
+            columns = ", ".join(record)
+            raise UserError(f"no column {column!r}: the columns are {columns}; hf_tokenize --hf_text_column names one")
         value = record[column]
         if isinstance(value, list) and value and isinstance(value[0], (str, dict)):
             form = "utterances" if isinstance(value[0], str) else "messages" if "role" in value[0] else "sharegpt"
@@ -2604,7 +2622,7 @@ def generate_text(
     texts, done = [""] * num_samples, [False] * num_samples
     held = max((len(s) for s in stop), default=1) - 1  # characters that may turn out to be the start of a stop string
     shown = space = 0
-    if heal and tokens_from is None and len(prompt) > 1 and tokenizer.decode(prompt[-1:]) == " ":
+    if heal and tokens_from is None and len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" ":
         first = tokenizer.begins_with_space
         if first.sum() > 1:
             prompt, space = prompt[:-1], 1
@@ -2612,13 +2630,13 @@ def generate_text(
             tokens_from = functools.partial(generate, model, first=first)
     tokens_from = tokens_from or functools.partial(generate, model)
     with evaluating(model):
-        for tokens in tokens_from([prompt] * num_samples, length, settings, generator):
+        for step, tokens in enumerate(tokens_from([prompt] * num_samples, length, settings, generator)):
             for i, token in enumerate(tokens.tolist()):
                 if done[i]:
                     continue
                 done[i] = token in ends
                 piece = streams[i](None if done[i] else token)
-                texts[i] += piece.removeprefix(" ") if space and not texts[i] else piece
+                texts[i] += piece.removeprefix(" ") if space and step == 0 else piece
                 if found := [at for at in (texts[i].find(s) for s in stop) if at >= 0]:
                     texts[i], done[i] = texts[i][: min(found)], True
             safe = len(texts[0]) if done[0] else max(len(texts[0]) - held, shown)
@@ -2644,6 +2662,8 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
     c, on_cpu = model.config, model.device.type == "cpu"
     if quantize and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
+    if quantize and dtype not in ("auto", "float32"):
+        raise UserError(f"--quantize int8 computes in float32: leave --dtype {dtype} out")
     in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager"
     in_c = in_c and c.norm_position == "pre" and c.norm != "none" and c_library() is not None
     if not in_c and not quantize:
@@ -2804,8 +2824,9 @@ def find_checkpoint(spec: str | None) -> Path:
         found = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
         missing = f"there is no checkpoint under {CHECKPOINT_DIR}/ yet: train one, or name one with --model_checkpoint"
     else:
-        found = [p for p in (Path(spec), CHECKPOINT_DIR / spec) if p.exists()]
-        missing = f"no checkpoint at {spec} or {CHECKPOINT_DIR / spec}"
+        found = [p for p in (Path(spec), CHECKPOINT_DIR / spec, CHECKPOINT_DIR / f"{spec}_model.pt") if p.exists()]
+        near = nearest(spec, [p.name for p in CHECKPOINT_DIR.glob("*_model.pt")])
+        missing = f"no checkpoint at {spec} or {CHECKPOINT_DIR / spec}{near}"
     if not found:
         raise UserError(missing)
     return found[0]
@@ -2836,6 +2857,8 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
         opened = Opened(load_hf_model(path, device, **overrides), hf_tokenizer(path), path, name, None)
     else:
         c = load_checkpoint(path)
+        if c.config.get("attn_implementation") == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+            overrides = {"attn_implementation": "auto", **overrides}  # how it was trained, and not what it is
         model = build_model(GPTConfig(**{**c.config, **overrides}), c.model, path).float().to(device)
         c.model, c.optimizer = {}, None
         with told_as(str(path), UserError):
@@ -5139,8 +5162,9 @@ def start_run(
         say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens with {t.optimizer}, on {model.device} "
             f"in {dtype}")  # fmt: skip
         fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "\n")
-    say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python model.py sample "
-        f"--model_checkpoint {files.model.name}")  # fmt: skip
+    use = "chat" if data.is_chat else "sample"
+    say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python model.py {use} "
+        f"--model_checkpoint {shlex.quote(files.model.name)}")  # fmt: skip
 
 
 # What may change when a run is resumed: it does not change what is computed.
@@ -5334,8 +5358,10 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
         f"{(4 * full + 12 * trained) / 2**30:.2f} GB{without}")  # fmt: skip
     lengths = [np.diff(np.append(s.starts, len(s.tokens))) for s in data.splits.values() if s.starts is not None]
     if n := sum(int((x > block_size + 1).sum()) for x in lengths):
+        longest = f": this is the model's context{', --rope_scaling extends it' * (model.wpe is None)}"
+        remedy = longest if block_size == model.config.context else ": raise --block_size"
         say(f"{n:,} of {sum(map(len, lengths)):,} conversations are longer than a block of {block_size} and will be "
-            "cut: raise --block_size")  # fmt: skip
+            f"cut{remedy}")  # fmt: skip
     a.show_answer(model, data, "before")
     about = {"lora_rank": a.lora_rank or 0, "new_tokens": new_tokens if a.lora_rank else []}
     start(model, data, t, block_size, variant=a.variant or opened.name, **about)
@@ -5593,8 +5619,8 @@ class ExportArgs(ContextArgs, ModelArgs):
 
     output_dir: str = setting("", "the folder to make", required=True)
     format: str = setting("hf", "hf: for transformers and vLLM; gguf: for llama.cpp", ("hf", "gguf"))
-    dtype: str = setting("float32", "of --format hf", ("float32", "bfloat16", "float16"))
-    quantize: str = setting("f16", "of --format gguf", tuple(GGUF_TYPES))
+    dtype: str | None = setting(None, "of --format hf (default: float32)", ("float32", "bfloat16", "float16"))
+    quantize: str | None = setting(None, "of --format gguf (default: f16)", tuple(GGUF_TYPES))
     max_shard_size: str = setting("5GB", "a larger model becomes several files")
     overwrite: bool = setting(False, "replace an earlier export")
     push_to_hub: str | None = setting(None, "OWNER/NAME on the Hugging Face Hub, where it is put too")
@@ -5612,14 +5638,17 @@ def export(a: ExportArgs) -> None:
     """write a model for transformers, vLLM or llama.cpp"""
     from safetensors import SafetensorError
 
-    output, gguf = Path(a.output_dir), a.format == "gguf"
+    output, gguf, dtype, quantize = Path(a.output_dir), a.format == "gguf", a.dtype or "float32", a.quantize or "f16"
+    if a.dtype if gguf else a.quantize:
+        raise UserError(f"--{'dtype' if gguf else 'quantize'} is of the other --format: leave it out, or change that")
     there = {p.name for p in output.iterdir()} if output.is_dir() else {output.name} if output.exists() else set()
-    if there and not a.overwrite:
-        raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
     earlier = set(export_digests(output))
     if strangers := sorted(there - earlier):
-        raise UserError(f"{output} holds {strangers[0]}, which no export wrote: --overwrite only replaces an "
-                        "earlier export; choose another --output_dir")  # fmt: skip
+        holds = f"{output} holds {strangers[0]}" if output.is_dir() else f"{output} is a file"
+        raise UserError(f"{holds}, which no export wrote: choose another --output_dir (--overwrite only replaces an "
+                        "earlier export)")  # fmt: skip
+    if there and not a.overwrite:
+        raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
     if a.push_to_hub:
         import huggingface_hub
 
@@ -5629,14 +5658,14 @@ def export(a: ExportArgs) -> None:
     opened = open_named_model(a)
     with told_as(f"cannot write {output}", OSError, SafetensorError), scratch_folder(output) as scratch:
         if gguf:
-            file = scratch / f"{output.name}-{a.quantize}.gguf"
-            export_gguf(opened, file, a.quantize, output.name)
+            file = scratch / f"{output.name}-{quantize}.gguf"
+            export_gguf(opened, file, quantize, output.name)
             (scratch / "Modelfile").write_text(modelfile(opened.tokenizer, file.name), encoding="utf-8")
             done = f"{output / file.name}: {file.stat().st_size / 1e6:,.1f} MB"
         else:
             name = a.push_to_hub or output.name
-            difference = export_hf(opened, scratch, getattr(torch, a.dtype), a.max_shard_size, name)
-            done = f"{output}: {opened.model.config.arch}, {a.dtype}; read back, logits differ by <= {difference:.1e}"
+            difference = export_hf(opened, scratch, getattr(torch, dtype), a.max_shard_size, name)
+            done = f"{output}: {opened.model.config.arch}, {dtype}; read back, logits differ by <= {difference:.1e}"
         weights = (".safetensors", ".gguf")  # the rest is text, which may be edited
         written = {file.name: file_digest(file) if file.suffix in weights else "" for file in scratch.iterdir()}
         kept = export_digests(output) if gguf else {}  # quantizations lie side by side
@@ -5711,24 +5740,32 @@ def eval(a: EvalArgs) -> None:
             model.extend_context(block_size=context)
         if stride > context:
             raise UserError(f"--stride is {stride}: it must be between 1 and the context, {context}")
-        where, tokens = evaluation_tokens(a.data, opened)
-        measured = evaluate_text(model, opened.tokenizer, tokens, context, stride, where)
+        where, found = evaluation_data(a.data, opened)
+        if not isinstance(found, Data):
+            measured = evaluate_text(model, opened.tokenizer, found, context, stride, where)
+        elif a.stride:
+            raise UserError(f"--stride is for text, and {where} holds conversations: leave it out")
+        else:  # as training measures them: what the assistant says
+            m = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
+            names = {"loss": "val_loss", "perplexity": "val_ppl", "bits_per_byte": "val_bpb", "tokens": "val_tokens"}
+            measured = {name: m[theirs] for name, theirs in names.items()}
         rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
     print(json.dumps(rows) if a.json else table(rows))
 
 
-def evaluation_tokens(spec: str | None, opened: Opened) -> tuple[str, np.ndarray]:
-    """What eval runs on: a text file, in the model's own tokens, or the validation split of a data set."""
+def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray | Data]:
+    """What eval runs on, and its name: the tokens of a text file or of the validation split of a data set; or, where
+    it holds conversations, the data set."""
     path, tokenizer = Path(spec or ""), opened.tokenizer
-    if path.is_file() and path.suffix != ".bin":
+    if path.is_file() and path.suffix not in (".bin", *RECORD_FILES):
         ids = tokenizer.encode_array("".join(read_text(path, "utf-8-sig", "strict")))
         return str(path), np.append(np.array(tokenizer.bos, np.int64), ids)
-    data = open_data(spec)
+    data = open_data(spec, tokenizer) if path.suffix in RECORD_FILES else open_data(spec)
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, "give eval a text file")
     if not len(tokens := data.splits["val"].tokens):
         raise UserError(f"{data.path} has no validation split: give eval a text file")
     data.splits["val"].check(tokens)
-    return str(data.path), tokens
+    return str(data.path), data if data.is_chat else tokens
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -6041,7 +6078,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
         print(f"model.py: error: there is no command {name!r}{nearest(name, COMMANDS)}: {commands}", file=sys.stderr)
         sys.exit(2)
     cls, parser = COMMANDS[name].args, make_parser(name, words)
-    given, unknown = parser.parse_known_args(words)
+    given, unknown = parser.parse_known_intermixed_args(words)  # names of logs may stand between the flags
     if unknown:
         parser.error(f"unknown flag {unknown[0]}{nearest(unknown[0].partition('=')[0], parser._option_string_actions)}")
     values = vars(given)

@@ -429,6 +429,11 @@ def test_conversations_by_subject_are_mixed(cli):
     assert read("x")[0] == "<|endoftext|>".join(t["utterances"][1] for t in turns)
 
 
+def test_a_data_file_that_is_not_there(cli):
+    """Told at once, and not after asking the Hub for it."""
+    assert "nosuch.parquet: no such file" in hub(cli, "nosuch.parquet").error
+
+
 def test_no_data_set_is_named(cli):
     assert "needs --hf_dataset" in cli("hf_tokenize", "--dataset", "x", *BYTES).error
 
@@ -437,7 +442,7 @@ def test_no_data_set_is_named(cli):
 def test_a_split_without_conversations(cli, base, flags):
     write_jsonl("few.jsonl", [{"utterances": ["What?", "That."]}] * (20 if flags else 1))
     cli("tokenize", "--dataset", "few", "--txt", "few.jsonl", *BYTES, *flags).ok()
-    assert "fewer than a block" in finetune(cli, data="few").error
+    assert "split of data/few is empty: tokenize again" in finetune(cli, data="few").error
 
 
 def test_a_lost_connection_loses_nothing(cli, monkeypatch):
@@ -779,11 +784,22 @@ def test_conversations_longer_than_a_block_are_counted(cli, base):
     long = {"utterances": ["Why?", "Because " + "so " * 100]}
     write_jsonl("long.jsonl", [*TALKS[:40], long, long, *TALKS[:5]])
     out = finetune(cli, data="long.jsonl").ok().out
-    assert "2 of 47 conversations are longer than a block of 128 and will be cut: raise --block_size" in out
+    assert "2 of 47 conversations are longer than a block of 128 and will be cut: this is the model's context" in out
     out = finetune(cli, "--block_size", 64, "--overwrite", data="long.jsonl").ok().out
-    assert "longer than a block of 64" in out and "4 x 64 tokens" in out
+    assert "longer than a block of 64 and will be cut: raise --block_size" in out and "4 x 64 tokens" in out
     error = finetune(cli, "--block_size", 129, "--overwrite", data="long.jsonl").error
     assert "129" in error and "128" in error
+
+
+def test_eval_of_conversations_is_trainings(cli, base):
+    """Truth: the loss that finetuning reported of the model it kept; by the data set and by the file."""
+    out = finetune(cli, "--eval_tokens", 10**9, "--name", "a run", iters=3).ok().out
+    assert "try: python model.py chat --model_checkpoint 'a run_model.pt'" in out
+    for data in ("talks_byte", "talks.jsonl"):
+        line = ("eval", "--model_checkpoint", "a run", "--data", data, "--block_size", 128, "--json")
+        (row,) = json.loads(cli(*line).ok().out.splitlines()[-1])
+        assert row["loss"] == pytest.approx(val_losses(out)[-1], abs=1e-4)
+    assert "--stride is for text" in cli(*line, "--stride", 64).error
 
 
 @pytest.mark.parametrize("short", [0, 200], ids=["in no block", "in none of the evaluation's"])

@@ -9,12 +9,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import random_gpt, random_tokens, tiny_config
+from conftest import random_gpt, random_tokens, save_model, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -615,3 +617,18 @@ def test_half_precision_is_close_to_float32(arch, dtype):
     for (name, p), q in zip(gpt.named_parameters(), plain.parameters(), strict=True):
         assert p.grad.dtype == torch.float32, name
         assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+
+
+def test_flash_attention_where_it_cannot_be(monkeypatch, workdir):
+    """In float32 and on a CPU it is PyTorch's kernel; and what was trained with it opens where it is not installed."""
+    q, k, v = torch.randn(3, 2, 4, 10, 8).unbind()
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=None))
+    torch.testing.assert_close(
+        model.flash_attention_2(q, k, v, None, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
+    gpt = random_gpt(tiny_config("llama", vocab_size=259, attn_implementation="flash_attention_2"))
+    save_model("flash.pt", gpt)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    idx = random_tokens(1, 20)
+    torch.testing.assert_close(model.open_model("flash.pt").model.eval()(idx), gpt(idx))

@@ -253,8 +253,8 @@ def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text("precious")
     before, run = tree(), (*EXPORT, output, "--format", kind)
-    assert f"{output} is already there" in cli(*run).error
-    assert "no export wrote" in cli(*run, "--overwrite").error
+    for flags in ((), ("--overwrite",)):
+        assert "no export wrote" in (error := cli(*run, *flags).error) and "add --overwrite" not in error
     assert tree() == before and Path("../above.txt").exists()
 
 
@@ -594,6 +594,13 @@ def test_modelfile_leaves_other_templates_to_the_gguf(cli, foreign_folder):
     assert ("TEMPLATE" in model.modelfile(tokenizer, "x.gguf")) == (model.chat_template(tokenizer) == model.CHATML)
     tokenizer.fields.chat_template = "{{ messages }}"
     assert "TEMPLATE" not in model.modelfile(tokenizer, "x.gguf")
+
+
+@pytest.mark.parametrize("flags", [("--quantize", "q8_0"), ("--format", "gguf", "--dtype", "float32")], ids=str)
+def test_a_flag_of_the_other_format(cli, flags):
+    """No flag is silently ignored."""
+    save(small())
+    assert "is of the other --format" in cli(*EXPORT, "out", *flags).error and not Path("out").exists()
 
 
 # --- The hub, which is a fake

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -524,3 +525,21 @@ def is_running(pid: str) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     return False
+
+
+def test_waiting_for_a_lock_on_windows(monkeypatch, tmp_path):
+    """Truth: msvcrt as it is documented; LK_LOCK would give up after ten seconds."""
+    answers = iter([PermissionError(), PermissionError(), None])
+
+    def locking(descriptor: int, mode: str, n: int) -> None:
+        assert mode == "LK_NBLCK"
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK="LK_NBLCK"))
+    with open(tmp_path / "lock", "a+") as f, monkeypatch.context() as patch:
+        patch.setattr(model.os, "name", "nt")
+        with pytest.raises(PermissionError):
+            model.lock_file(f, wait=False)
+        model.lock_file(f, wait=True)
+    assert next(answers, "none left") == "none left"

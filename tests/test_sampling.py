@@ -348,3 +348,12 @@ def test_generation_leaves_the_model_as_it_was(byte_gpt):
         gpt.train(mode)
         text_of(byte_gpt, length=3)
         assert gpt.training == mode
+
+
+def test_healing_takes_no_space_but_its_own(gpt2, monkeypatch):
+    """GPT-2 writes two spaces before a comment as " " and " #": the second is text."""
+    gpt = random_gpt(tiny_config("gpt2", vocab_size=gpt2.n_vocab))
+    tokens = [gpt2.encode(" ")[0], gpt2.encode(" #")[0]]
+    monkeypatch.setattr(model, "generate", lambda *args, **kwargs: iter(torch.tensor(tokens)[:, None]))
+    prompt = gpt2.encode("x = 1 ")
+    assert model.generate_text(gpt, gpt2, prompt, 2, SamplingSettings(), heal=True) == [" #"]

@@ -288,3 +288,60 @@ def test_spec_is_plain_json(tokenizer):
     sample = stdlib_source("textwrap")
     assert again.encode(sample) == tokenizer.encode(sample)
     assert (again.n_vocab, again.special, again.digest) == (tokenizer.n_vocab, tokenizer.special, tokenizer.digest)
+
+
+# --- SentencePiece's ways, in a tokenizer.json
+
+
+def sentencepiece(added: tuple = (), **more) -> model.Tokenizer:
+    """As Llama 2's: a space is written "▁", and one is put before a text, also before what follows a special token."""
+    characters = ["<unk>", "</s>", "▁", "\n", *map(chr, range(33, 127)), "▁a"]
+    vocab = {c: i for i, c in enumerate(characters)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>"))
+    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    space, strip = tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Strip(" ", 1, 0)
+    backend.decoder = tokenizers.decoders.Sequence([space, tokenizers.decoders.Fuse(), strip])
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.add_tokens([tokenizers.AddedToken(t, normalized=True) for t in added])
+    return model.Tokenizer({"kind": "hf", "name": "sp", "json": backend.to_str(), "special": {model.EOT: 1}, **more})
+
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_later_turns_get_no_space_of_their_own():
+    """Truth: the ids of the whole conversation, as chat and apply_chat_template have them."""
+    tokenizer = sentencepiece(chat_template=ZEPHYR, eos_token="</s>")
+    said = (("user", "hi"), ("assistant", "ho"), ("user", "a b"), ("assistant", "b"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    ids, mask = model.encode_conversation(tokenizer, messages, False)
+    assert ids.tolist() == tokenizer.encode_rendered(model.render_chat(tokenizer, messages))
+    targets = [tokenizer.backend.id_to_token(i) for i, m in zip(ids, mask, strict=True) if m]
+    assert targets == ["h", "o", "</s>", "b", "</s>"]
+
+
+def test_spaces_that_are_added_tokens():
+    tokenizer = sentencepiece(added=("▁▁▁",))
+    (three,) = tokenizer.encode("   ", continues=True)
+    assert tokenizer.bytes_of(three) == b"   " and tokenizer.bytes_of(1) == b"</s>"
+
+
+@pytest.mark.parametrize("kind", ["Prepend", "ByteLevel", "Metaspace"])
+def test_what_continues_a_text_begins_without_a_space(kind):
+    """Truth: the ids of the whole text."""
+    tokenizer = sentencepiece()
+    if kind != "Prepend":
+        spec = json.loads(tokenizer.fields.json)
+        spec["normalizer"] = None
+        spec["pre_tokenizer"] = {"type": kind, "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
+        spec["decoder"] = {k: v for k, v in spec["pre_tokenizer"].items()}
+        if kind == "Metaspace":
+            spec["pre_tokenizer"] = spec["decoder"] = {"type": kind, "replacement": "▁", "prepend_scheme": "always"}
+        else:
+            spec["model"]["vocab"] |= {"Ġ": 200, "Ċ": 201, "normalizers": 202}
+        tokenizer = model.Tokenizer({**tokenizer.spec, "json": json.dumps(spec)})
+    assert tokenizer.encode("a b") + tokenizer.encode("\nb", continues=True) == tokenizer.encode("a b\nb")
