@@ -5698,7 +5698,7 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     """evaluation"""
 
     compare: list[str] = setting([], "more models for the same table")
-    data: str | None = setting(None, "a data set, for its validation split, or a text file (default: the newest)")
+    data: list[str] = setting([], "data sets, for their validation splits, or text files (default: the newest)")
     block_size: int | None = setting(None, "context of the evaluation (default: the model's)", ge=1, le=1 << 24)
     stride: int | None = setting(None, "tokens that a window moves on (default: the context; less sees more)", ge=1)
     tasks: str | None = setting(None, "tasks of lm-eval, by commas: hellaswag,piqa,winogrande,mmlu")
@@ -5740,16 +5740,16 @@ def eval(a: EvalArgs) -> None:
             model.extend_context(block_size=context)
         if stride > context:
             raise UserError(f"--stride is {stride}: it must be between 1 and the context, {context}")
-        where, found = evaluation_data(a.data, opened)
-        if not isinstance(found, Data):
-            measured = evaluate_text(model, opened.tokenizer, found, context, stride, where)
-        elif a.stride:
-            raise UserError(f"--stride is for text, and {where} holds conversations: leave it out")
-        else:  # as training measures them: what the assistant says
-            m = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
-            names = {"loss": "val_loss", "perplexity": "val_ppl", "bits_per_byte": "val_bpb", "tokens": "val_tokens"}
-            measured = {name: m[theirs] for name, theirs in names.items()}
-        rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
+        for data in a.data or [None]:
+            where, found = evaluation_data(data, opened)
+            if not isinstance(found, Data):
+                measured = evaluate_text(model, opened.tokenizer, found, context, stride, where)
+            elif a.stride:
+                raise UserError(f"--stride is for text, and {where} holds conversations: leave it out")
+            else:  # as training measures them: what the assistant says
+                m = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
+                measured = dict(zip(("loss", "perplexity", "bits_per_byte", "tokens"), m.values(), strict=True))
+            rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
     print(json.dumps(rows) if a.json else table(rows))
 
 

@@ -800,6 +800,9 @@ def test_eval_of_conversations_is_trainings(cli, base):
         (row,) = json.loads(cli(*line).ok().out.splitlines()[-1])
         assert row["loss"] == pytest.approx(val_losses(out)[-1], abs=1e-4)
     assert "--stride is for text" in cli(*line, "--stride", 64).error
+    Path("text.txt").write_text("some words " * 50)
+    rows = json.loads(cli(*line, "--data", "text.txt").ok().out.splitlines()[-1])  # both, not the last alone
+    assert [Path(r["data"]).name for r in rows] == ["talks_byte", "text.txt"]
 
 
 @pytest.mark.parametrize("short", [0, 200], ids=["in no block", "in none of the evaluation's"])
