@@ -120,10 +120,12 @@ def test_finetuning_on_real_conversations(cli, smollm2, conversations, opened, f
     """100 steps on chatterbot-corpus: what the assistant says becomes likelier on conversations that were held out, and
     plain text hardly less likely."""
     gpt, tokenizer = opened.model, opened.tokenizer
-    records = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()]
-    held_out = [model.messages_of(r) for r in records[int(0.92 * len(records)) :]][:60]  # of the last tenth: validation
+    lines = conversations.read_text(encoding="utf-8").splitlines()
+    cut = int(0.92 * len(lines))
+    Path("seen.jsonl").write_text("\n".join(lines[:cut]), encoding="utf-8")
+    held_out = [model.messages_of(json.loads(line)) for line in lines[cut:]][:60]
     before = assistant_loss(gpt, held_out, tokenizer), text_loss(gpt, tokenizer)
-    run = ("finetune", "--model_checkpoint", smollm2, "--data", conversations, "--finetune_iters", 100, *flags)
+    run = ("finetune", "--model_checkpoint", smollm2, "--data", "seen.jsonl", "--finetune_iters", 100, *flags)
     small_steps = ("--block_size", 128, "--batch_size", 2, "--eval_interval", 50, "--eval_tokens", 2048)
     out = cli(*run, *small_steps, "--prompt", "Are you a robot?", "--sample_length", 30, "--name", "tuned").ok().out
     tuned = model.open_model("tuned_model.pt").model
