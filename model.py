@@ -5254,10 +5254,11 @@ def train(a: TrainArgs, start: Callable) -> None:
     config = make_config(a.variant, 50259, overrides, a.recipe)
     train_config(a, a.variant, config)  # a mistake shows before data is made
     data = open_all(a.data, a.tokenizer or "gpt2", a.vocab_size)
-    asked = (data.tokenizer.kind, a.tokenizer)
-    if a.tokenizer and a.tokenizer not in ("gpt2", "byte", "bpe"):
-        asked = (data.tokenizer.digest, load_tokenizer(a.tokenizer).digest)
-    if a.tokenizer and asked[0] != asked[1]:
+    if a.tokenizer in ("gpt2", "byte", "bpe"):
+        same = data.tokenizer.kind == a.tokenizer
+    else:
+        same = not a.tokenizer or data.tokenizer.digest == load_tokenizer(a.tokenizer).digest
+    if not same:
         raise UserError(f"{data.path} was made with tokenizer {data.tokenizer.describe()}, and --tokenizer asks for "
                         f"{a.tokenizer}: leave it out, or tokenize the text under another name")  # fmt: skip
     config = make_config(a.variant, data.tokenizer.n_vocab, overrides, a.recipe)
@@ -5358,10 +5359,11 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
         f"{(4 * full + 12 * trained) / 2**30:.2f} GB{without}")  # fmt: skip
     lengths = [np.diff(np.append(s.starts, len(s.tokens))) for s in data.splits.values() if s.starts is not None]
     if n := sum(int((x > block_size + 1).sum()) for x in lengths):
-        longest = f": this is the model's context{', --rope_scaling extends it' * (model.wpe is None)}"
-        remedy = longest if block_size == model.config.context else ": raise --block_size"
+        advice = "raise --block_size"
+        if block_size == model.config.context:
+            advice = f"this is the model's context{', --rope_scaling extends it' * (model.wpe is None)}"
         say(f"{n:,} of {sum(map(len, lengths)):,} conversations are longer than a block of {block_size} and will be "
-            f"cut{remedy}")  # fmt: skip
+            f"cut: {advice}")  # fmt: skip
     a.show_answer(model, data, "before")
     about = {"lora_rank": a.lora_rank or 0, "new_tokens": new_tokens if a.lora_rank else []}
     start(model, data, t, block_size, variant=a.variant or opened.name, **about)
@@ -6170,6 +6172,7 @@ typedef struct {
 typedef __m512 vec;
 static vec load(const float *x) { return _mm512_loadu_ps(x); }
 static vec load_half(const void *w) { return _mm512_cvtph_ps(_mm256_loadu_si256(w)); }
+static vec load_int8(const void *w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(w))); }
 static float total(vec x) { return _mm512_reduce_add_ps(x); }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -6177,6 +6180,7 @@ static float total(vec x) { return _mm512_reduce_add_ps(x); }
 typedef __m256 vec;
 static vec load(const float *x) { return _mm256_loadu_ps(x); }
 static vec load_half(const void *w) { return _mm256_cvtph_ps(_mm_loadu_si128(w)); }
+static vec load_int8(const void *w) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(w))); }
 static float total(vec x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -6195,13 +6199,13 @@ static float from_half(uint16_t half) {
 static vec load_half(const uint16_t *w) {
     return (vec){from_half(w[0]), from_half(w[1]), from_half(w[2]), from_half(w[3])};
 }
+static vec load_int8(const int8_t *w) { return (vec){w[0], w[1], w[2], w[3]}; }
 static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
 #endif
 
-// w (n) times x (n). With one running sum each addition waits for the one before it; but with AVX-512 16-bit weights
-// came a quarter slower from memory with two or four.
-#define SUMS (LANES == 16 ? 1 : 2)
-#define DOT(NAME, TYPE, LOAD)                                                      \
+// w (n) times x (n), in so many running sums: with one, each addition waits for the one before it. But with AVX-512
+// 16-bit weights came a quarter slower from memory with two or four; its int8 was not measured with more than one.
+#define DOT(NAME, TYPE, LOAD, SUMS)                                                \
     static float NAME(const TYPE *w, const float *x, long n) {                     \
         vec sum[SUMS];                                                             \
         memset(sum, 0, sizeof sum);                                                \
@@ -6220,43 +6224,24 @@ static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
         for (long s = 1; s < SUMS; s++) sum[0] += sum[s];                          \
         return total(sum[0]);                                                      \
     }
-DOT(dot, float, load)
-DOT(dot_half, uint16_t, load_half)
+DOT(dot, float, load, 1)
+#if LANES == 16
+DOT(dot_half, uint16_t, load_half, 1)
+DOT(dot_int8, int8_t, load_int8, 1)
+#else
+DOT(dot_half, uint16_t, load_half, 2)
+DOT(dot_int8, int8_t, load_int8, 4)
+#endif
 
-// x (n) as whole numbers q of 15 bits, 128 times finer than int8 weights, times what is returned: NaN if x has one.
-static float quantise(const float *x, long n, int16_t *q) {
-    float max = 1e-30f, zero = 0;
-    #pragma omp simd reduction(max : max) reduction(+ : zero)
-    for (long i = 0; i < n; i++) {
-        max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
-        zero += x[i] * 0;
-    }
-    for (long i = 0; i < n; i++) q[i] = (int)(x[i] * (16383 / max) + (x[i] < 0 ? -0.5f : 0.5f));
-    return max / 16383 + zero;
-}
-
-static float dot_int8(const int8_t *w, const int16_t *q, long n) {
-    float total = 0;
-    for (long begin = 0; begin < n; begin += 1024) {  // so many products of 7 and 14 bits fit into 31
-        long end = begin + 1024 < n ? begin + 1024 : n;
-        int32_t sum = 0;
-        for (long i = begin; i < end; i++) sum += w[i] * q[i];
-        total += sum;
-    }
-    return total;
-}
-
-// y (rows, out) = x (rows, in) times the matrix, plus its bias. q (rows, in): room for x, quantised.
-static void product(Matrix m, long out, long in, const float *x, long rows, float *y, int16_t *q) {
+// y (rows, out) = x (rows, in) times the matrix, plus its bias.
+static void product(Matrix m, long out, long in, const float *x, long rows, float *y) {
     const uint16_t *half = m.weight;
     const int8_t *int8 = m.weight;
-    float unit[rows];
-    for (long r = 0; r < rows && m.scale; r++) unit[r] = quantise(x + r * in, in, q + r * in);
     #pragma omp for
     for (long o = 0; o < out; o++)
         for (long r = 0; r < rows; r++) {
-            float sum = m.scale ? dot_int8(int8 + o * in, q + r * in, in) * m.scale[o] * unit[r]
-                                : dot_half(half + o * in, x + r * in, in);
+            const float *row = x + r * in;
+            float sum = m.scale ? dot_int8(int8 + o * in, row, in) * m.scale[o] : dot_half(half + o * in, row, in);
             y[r * out + o] = m.bias ? sum + m.bias[o] : sum;
         }
 }
@@ -6310,7 +6295,6 @@ static float activate(long kind, float x) {  // in the order of ACTIVATIONS
     }
 }
 
-static long larger(long a, long b) { return a > b ? a : b; }
 static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
 
 // x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
@@ -6320,7 +6304,6 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
     const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
     const long heads = n_q + 2 * n_kv, fan_out = c->n_inner * (1 + c->is_glu);
-    const long widest = larger(n, larger(n_q * d, c->n_inner));
     float *qkv = malloc(rows * (heads * d + n_q * d + n + fan_out + c->n_inner) * sizeof *qkv);  // shared
     float *attended = qkv + rows * heads * d, *delta = attended + rows * n_q * d;
     float *fan = delta + rows * n, *inner = fan + rows * fan_out;
@@ -6328,13 +6311,12 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
     #pragma omp parallel num_threads(threads)
     {
         float *mine = malloc((2 * rows * n + start + T) * sizeof *mine), *h = mine + rows * n, *p = h + rows * n;
-        int16_t *rounded = malloc(rows * widest * sizeof *rounded);
         memcpy(mine, x, rows * n * sizeof *x);
         for (long l = 0; l < c->n_layer; l++) {
             const Layer *layer = layers + l;
             float *cache = kv + l * batch * 2 * n_kv * max_length * d;
             normalise(layer->norm_1, c->layernorm, eps, mine, rows, n, h);
-            product(layer->qkv, heads * d, n, h, rows, qkv, rounded);
+            product(layer->qkv, heads * d, n, h, rows, qkv);
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
@@ -6356,23 +6338,22 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                 const float *q = qkv + (row * heads + head) * d, *v = k + n_kv * max_length * d;
                 attend(q, k, v, t + 1 - from, d, p, attended + i * d);
             }
-            product(layer->proj, n, n_q * d, attended, rows, delta, rounded);
+            product(layer->proj, n, n_q * d, attended, rows, delta);
             if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
             add(mine, delta, rows * n);
             if (!c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
-            product(layer->fc, fan_out, n, h, rows, fan, rounded);
+            product(layer->fc, fan_out, n, h, rows, fan);
             #pragma omp for
             for (long i = 0; i < rows * c->n_inner; i++) {
                 const float *y = fan + i / c->n_inner * fan_out + i % c->n_inner;
                 inner[i] = activate(c->activation, y[0]) * (c->is_glu ? y[c->n_inner] : 1);
             }
-            product(layer->mlp_proj, n, c->n_inner, inner, rows, delta, rounded);
+            product(layer->mlp_proj, n, c->n_inner, inner, rows, delta);
             add(mine, delta, rows * n);
         }
         #pragma omp single
         memcpy(x, mine, rows * n * sizeof *x);
         free(mine);
-        free(rounded);
     }
     free(qkv);
 }
@@ -6380,11 +6361,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
 // y (rows, out) = x (rows, in) times the matrix.
 void head(const Matrix *m, long out, long in, const float *x, long rows, float *y, int threads) {
     #pragma omp parallel num_threads(threads)
-    {
-        int16_t *rounded = malloc(rows * in * sizeof *rounded);
-        product(*m, out, in, x, rows, y, rounded);
-        free(rounded);
-    }
+    product(*m, out, in, x, rows, y);
 }
 """
 

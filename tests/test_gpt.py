@@ -2,8 +2,6 @@
 derivatives, closed forms."""
 
 import copy
-import ctypes
-import functools
 import math
 import os
 import platform
@@ -245,24 +243,7 @@ def test_the_decoder_equals_the_plain_pass(arch, overrides, quantize):
         logits = [gpt(idx[:rows, :prompt], cache)]
         logits += [gpt(idx[:rows, i : i + 1], cache) for i in range(prompt, 24)]
         assert cache.length == 24
-        atol = 2e-3 if quantize else 2e-4  # beside 8-bit weights the activations have 15 bits
-        torch.testing.assert_close(torch.cat(logits, dim=1), expected[:rows], atol=atol, rtol=1e-4)
-
-
-@needs_compiler
-@torch.no_grad()
-def test_int8_products_lose_no_sum_and_no_nan():
-    """Truth: float64. Rows of the largest weights and inputs, which in one 32-bit sum would overflow; and NaN stays."""
-    weight = torch.full((2, 3000), 127, dtype=torch.int8)
-    weight[1, ::2] = -127
-    scale, x, y = torch.tensor([0.5, 2.0]), torch.full((1, 3000), 3.0), torch.empty(1, 2)
-    matrix = (ctypes.c_void_p * 3)(weight.data_ptr(), scale.data_ptr(), None)
-    multiply = functools.partial(model.c_library().head, matrix, 2, 3000, x.data_ptr(), 1, y.data_ptr(), 2)
-    multiply()
-    torch.testing.assert_close(y.double(), (x.double() @ weight.double().T) * scale, rtol=1e-4, atol=0.1)
-    x[0, 5] = math.nan
-    multiply()
-    assert y.isnan().all()
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected[:rows], atol=2e-4, rtol=1e-4)
 
 
 @needs_compiler
@@ -294,9 +275,8 @@ def test_the_decoder_on_other_processors_and_threads(march, quantize, monkeypatc
     gpt.engine.library = model.c_library(march)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     logits = gpt(idx, cache[1])
-    atol = 2e-3 if quantize else 1e-5  # a last bit may round an activation to the next of its 15 bits
-    torch.testing.assert_close(logits, expected, atol=atol, rtol=1e-5)
-    torch.testing.assert_close(cache[1].kv, cache[0].kv, atol=atol, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache[1].kv, cache[0].kv, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
