@@ -1209,8 +1209,9 @@ def no_prefix(node: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if isinstance(normalizers := node.get("normalizers"), list):
         node = {**node, "normalizers": [x for x in normalizers if x is not None]}
-    never = {"add_prefix_space": False, "prepend_scheme": "never"}
-    return {k: never.get(k, v) for k, v in node.items()} if node.get("type") in ("ByteLevel", "Metaspace") else node
+    never = {"add_prefix_space": False}
+    by_type = {"ByteLevel": never, "Metaspace": {**never, "prepend_scheme": "never"}}
+    return node | by_type.get(str(node.get("type")), {})
 
 
 def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str) -> None:

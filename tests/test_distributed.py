@@ -75,6 +75,16 @@ def test_two_processes_equal_one_and_a_restart_changes_nothing(one, cli):
     assert_same_weights(checkpoint_of("killed")["model"], checkpoint_of("two")["model"], atol=0)
 
 
+def test_two_processes_fit_their_steps_into_a_time(workdir):
+    """The first process's clock decides how long is measured, and the number of steps of both."""
+    conversation_data("chat")
+    late = "import time; clock = time.perf_counter; time.perf_counter = lambda: clock() * (1 + rank)"
+    Torchrun(
+        "train", "--data", "chat", *SIXTEEN[: SIXTEEN.index("--max_iters")], "--max_minutes", 0.02, patch=late
+    ).result().ok()
+    assert log_of("7M")[-1]["step"] == checkpoint_of("7M")["train_config"]["max_iters"] >= 10
+
+
 def test_two_processes_share_unequal_work(cli, workdir):
     """Conversations: losses divide by the targets of the whole batch, not of each process's part. What aborts while
     Python takes itself apart, after all exit functions, makes no failure of a run that is done."""

@@ -330,18 +330,18 @@ def test_spaces_that_are_added_tokens():
     assert tokenizer.bytes_of(three) == b"   " and tokenizer.bytes_of(1) == b"</s>"
 
 
-@pytest.mark.parametrize("kind", ["Prepend", "ByteLevel", "Metaspace"])
+@pytest.mark.parametrize("kind", ["Prepend", "ByteLevel", "old Metaspace", "Metaspace"])
 def test_what_continues_a_text_begins_without_a_space(kind):
     """Truth: the ids of the whole text."""
     tokenizer = sentencepiece()
     if kind != "Prepend":
         spec = json.loads(tokenizer.fields.json)
         spec["normalizer"] = None
-        spec["pre_tokenizer"] = {"type": kind, "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
-        spec["decoder"] = {k: v for k, v in spec["pre_tokenizer"].items()}
-        if kind == "Metaspace":
-            spec["pre_tokenizer"] = spec["decoder"] = {"type": kind, "replacement": "▁", "prepend_scheme": "always"}
-        else:
-            spec["model"]["vocab"] |= {"Ġ": 200, "Ċ": 201, "normalizers": 202}
+        spec["pre_tokenizer"] = spec["decoder"] = {
+            "ByteLevel": {"type": kind, "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
+            "Metaspace": {"type": kind, "replacement": "▁", "prepend_scheme": "always", "split": True},
+            "old Metaspace": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True},
+        }[kind]
+        spec["model"]["vocab"] |= {"Ġ": 200, "Ċ": 201, "normalizers": 202}
         tokenizer = model.Tokenizer({**tokenizer.spec, "json": json.dumps(spec)})
     assert tokenizer.encode("a b") + tokenizer.encode("\nb", continues=True) == tokenizer.encode("a b\nb")
