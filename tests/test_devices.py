@@ -35,9 +35,9 @@ def files(workdir, text_file) -> None:
 
 @pytest.fixture
 def plain(monkeypatch) -> None:
-    """The CPU computes as other devices do: attention by one kernel, Newton-Schulz in bfloat16, float32 losses."""
+    """The CPU computes as other devices do: by the plain operators, with Newton-Schulz in bfloat16."""
     monkeypatch.setattr(model, "make_optimizers", as_on_a_gpu(model.make_optimizers))
-    monkeypatch.setattr(model, "softmax_and_loss_bfloat16", softmax_and_loss)
+    monkeypatch.setattr(model, "training_library", lambda x: None)
 
 
 def as_on_a_gpu(make):
@@ -132,7 +132,7 @@ def test_a_run_goes_on_where_it_stopped_on_a_device(files, cli, monkeypatch, whe
 
 
 @pytest.mark.parametrize("where", DEVICES)
-def test_a_step_without_a_finite_loss_is_skipped_on_a_device(files, cli, monkeypatch, where):
+def test_a_step_without_a_finite_loss_is_skipped_on_a_device(files, plain, cli, monkeypatch, where):
     """MPS's fused AdamW does not ask whether to skip a step: weights stay finite all the same."""
     loss = model.language_modelling
 

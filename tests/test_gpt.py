@@ -279,6 +279,51 @@ def test_the_decoder_on_other_processors_and_threads(march, quantize, monkeypatc
     torch.testing.assert_close(cache[1].kv, cache[0].kv, atol=1e-5, rtol=1e-5)
 
 
+def loss_and_gradients(gpt: model.GPT, segments: torch.Tensor | None) -> list[torch.Tensor]:
+    idx = random_tokens(3, 25)
+    gpt.zero_grad()
+    loss = gpt.loss(idx[:, :-1], idx[:, 1:], segments) / idx[:, 1:].numel()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in gpt.parameters())]
+
+
+TRAINED = [
+    *((arch, {}) for arch in ARCHS),
+    ("qwen3", dict(n_kv_head=2, rope_pct=0.5, gradient_checkpointing=True)),
+    ("llama", dict(n_embd=36, n_head=3, head_dim=10, n_inner=50, rope_scaling="yarn", rope_factor=4.0)),
+    ("nanochat", dict(n_kv_head=1, norm_weight=True)),
+    ("gpt2", dict(norm="rmsnorm", norm_position="post", n_kv_head=2)),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("arch, overrides", TRAINED)
+def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, threads, monkeypatch):
+    gpt = random_gpt(tiny_config(arch, **overrides)).train()
+    segments = torch.arange(24).expand(3, 24) // 9 if packed else None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ours, again = loss_and_gradients(gpt, segments), loss_and_gradients(gpt, segments)
+    model.set_precision(gpt, "bfloat16", training=True)
+    short = loss_and_gradients(gpt, segments)
+    monkeypatch.setattr(model, "training_library", lambda x: None)
+    plain_short = loss_and_gradients(gpt, segments)
+    model.set_precision(gpt, "float32", training=True)
+    plain = loss_and_gradients(gpt, segments)
+    assert any(not torch.equal(a, b) for a, b in zip(ours, plain, strict=True))  # it was not the plain pass
+    for a, b, c in zip(ours, plain, again, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
+        assert torch.equal(a, c)  # the same sums in the same order
+    error, plain_error = (
+        torch.stack(
+            [torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) for a, b in zip(x, plain, strict=True)]
+        )
+        for x in (short, plain_short)
+    )
+    assert error.mean() <= 1.5 * plain_error.mean()
+
+
 @pytest.fixture
 def fresh_library():
     model.c_library.cache_clear()
