@@ -888,7 +888,7 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         targets = self.targets[rows]
-        if library := training_library(logits):
+        if logits.is_contiguous() and (library := training_library(logits)):
             losses, targets, shape = torch.empty(len(targets)), targets.contiguous(), (*logits.shape, with_grad)
             pointers = (x.data_ptr() for x in (targets, logits, losses))
             library.cross_entropy(*shape, *pointers, torch.get_num_threads())
@@ -6491,8 +6491,8 @@ void cross_entropy(long rows, long n, long with_grad, const int64_t *targets, re
     for (long r = 0; r < rows; r++) {
         real *x = logits + r * n;
         float max = -INFINITY, sum = 0;
-        losses[r] = 0;
-        if (targets[r] < 0) {
+        losses[r] = targets[r] < n ? 0 : NAN;
+        if (targets[r] < 0 || targets[r] >= n) {
             if (with_grad) memset(x, 0, n * sizeof *x);
             continue;
         }

@@ -159,6 +159,13 @@ def test_help_lists_the_variants_with_their_sizes(cli):
         assert f"{size / 1e6:.1f} M" in line and f" {shape['n_embd']} " in line and "GB" in line
 
 
+@pytest.mark.parametrize("shown, busy", [("0.0 0.0 0.0 1/77 5", False), ("0.0 0.0 0.0 3/77 5", True), ("", False)])
+def test_whether_other_programs_are_at_work(monkeypatch, shown, busy):
+    """The fourth word of Linux's /proc/loadavg begins with how many threads run now, the asking one among them."""
+    monkeypatch.setattr(model.Path, "read_text", lambda path: shown)
+    assert model.others_at_work() == busy
+
+
 def test_a_closed_pipe_is_no_error(run_files):
     """sample | head: no traceback, no complaint."""
     command = f'"{sys.executable}" "{ROOT / "model.py"}" sample --prompt abc --length 400 | head -c 2'
