@@ -324,6 +324,19 @@ def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, threa
     assert error.mean() <= 1.5 * plain_error.mean()
 
 
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs x86 hardware")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])  # AVX2; plain C
+def test_training_in_c_on_other_processors(march, monkeypatch):
+    gpt = random_gpt(tiny_config("qwen3", n_embd=72, n_head=4, n_kv_head=2, head_dim=18, n_inner=50)).train()
+    found = []
+    for library in (model.c_library(march), None):
+        monkeypatch.setattr(model, "training_library", lambda x, library=library: library)
+        found.append(loss_and_gradients(gpt, None))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-5)
+
+
 @pytest.fixture
 def fresh_library():
     model.c_library.cache_clear()
