@@ -42,7 +42,7 @@ OURS_FAST = dict(
     tokenizer="byte", variant="7M", n_layer=4, n_head=4, n_embd=128, n_inner=320, learning_rate=1e-2, seed=2,
     block_size=64, batch_size=16, max_iters=210, eval_tokens=10**9, eval_interval=10**9, sample_interval=-1,
 )  # fmt: skip
-OURS_LONG = dict(OURS_FAST, max_iters=1600)  # max_iters is fitted to nanoGPT's time
+OURS_LONG = dict(OURS_FAST, batch_size=32, muon_lr=0.012, max_iters=1150)  # max_iters is fitted to nanoGPT's time
 
 PROMPT = "The history of computing begins with"
 SMOLLM2_BARS = {  # of ours and a peer: bar and aim
