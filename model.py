@@ -888,10 +888,9 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         targets = self.targets[rows]
-        if logits.is_contiguous() and (library := training_library(logits)):
-            losses, targets, shape = torch.empty(len(targets)), targets.contiguous(), (*logits.shape, with_grad)
-            pointers = (x.data_ptr() for x in (targets, logits, losses))
-            library.cross_entropy(*shape, *pointers, torch.get_num_threads())
+        if logits.is_contiguous() and training_library(logits):
+            losses = torch.empty(len(targets))
+            run_in_c("cross_entropy", logits, *logits.shape, with_grad, targets.long().contiguous(), logits, losses)
             return losses.sum(), logits if with_grad else None
         counted, row = targets >= 0, torch.arange(len(targets), device=targets.device)
         targets = targets.clamp(min=0)
@@ -6117,7 +6116,7 @@ def others_at_work() -> bool:
     with suppress(OSError, IndexError, ValueError):
         for _ in range(5):
             running.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)  # without this one
-            time.sleep(0.004)
+            time.sleep(0.002)
     return bool(running) and sorted(running)[len(running) // 2] > 0
 
 
@@ -6625,34 +6624,36 @@ def training_library(x: Tensor) -> ctypes.CDLL | None:
     return c_library("native", *["-DBFLOAT16"] * (x.dtype == torch.bfloat16))
 
 
+def run_in_c(name: str, x: Tensor, *arguments: Any) -> None:
+    """Call the library for activations like x: of tensors it gets their addresses, and last the number of threads."""
+    given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    getattr(training_library(x), name)(*given, torch.get_num_threads())
+
+
 class HeadsInC(torch.autograd.Function):
     """Attention.heads: q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) of qkv (B, T, heads, head_dim).
-    What the norm has seen is counted again for the backward pass, so that nothing is kept but qkv."""
+    The backward pass works out again what the norms have seen, so that nothing is kept but qkv."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rope: Any, w_q: Tensor, w_k: Tensor, n_kv: int, qk_norm: str, eps: float):
+    def forward(
+        ctx: Any, qkv: Tensor, rope: Any, w_q: Tensor | None, w_k: Tensor | None, n_kv: int, qk_norm: str, eps: float
+    ) -> tuple[Tensor, ...]:
         B, T, n, d = qkv.shape
         cos, sin = (None, None) if rope is None else (x.float().contiguous() for x in rope)
         rope_dim, rows = (1, 1) if cos is None else (cos.size(-1), cos.numel() // cos.size(-1))
         shape = B, T, n - 2 * n_kv, n_kv, d, rope_dim, qk_norm == "before_rope", qk_norm == "after_rope", rows
         weights = (torch.ones(d) if w is None else w.float() for w in (w_q, w_q if w_k is None else w_k))
-        ctx.fixed = (ctypes.c_long * len(shape))(*shape), eps, cos, sin, *weights
+        ctx.fixed = (ctypes.c_long * len(shape))(*shape), cos, sin, *weights, eps
         ctx.save_for_backward(qkv := qkv.contiguous())
         parts = [qkv.new_empty(B, heads, T, d) for heads in (n - 2 * n_kv, n_kv, n_kv)]
-        HeadsInC.call(ctx.fixed, False, qkv, *parts, None, None)
+        run_in_c("heads", qkv, *ctx.fixed, False, qkv, *parts, None, None)
         return tuple(parts)
-
-    @staticmethod
-    def call(fixed: tuple, backward: bool, *tensors: Tensor | None) -> None:
-        shape, eps, *own = fixed
-        own, given = ([None if x is None else x.data_ptr() for x in xs] for xs in (own, tensors))
-        training_library(tensors[0]).heads(shape, *own, eps, backward, *given, torch.get_num_threads())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         (qkv,) = ctx.saved_tensors
         dqkv, dw = torch.empty_like(qkv), torch.zeros(torch.get_num_threads(), 2, qkv.size(-1))
-        HeadsInC.call(ctx.fixed, True, qkv, *(g.contiguous() for g in grads), dqkv, dw)
+        run_in_c("heads", qkv, *ctx.fixed, True, qkv, *(g.contiguous() for g in grads), dqkv, dw)
         d_q, d_k = (w if needed else None for w, needed in zip(dw.sum(dim=0), ctx.needs_input_grad[2:4], strict=True))
         return dqkv, None, d_q, d_k, None, None, None
 
@@ -6663,19 +6664,16 @@ class SwiGLUInC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x := x.contiguous())
-        y = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
-        SwiGLUInC.call(x, y, None)
+        n = x.size(-1) // 2
+        y = x.new_empty(*x.shape[:-1], n)
+        run_in_c("swiglu", x, y.numel() // n, n, False, x, y, None)
         return y
 
     @staticmethod
-    def call(x: Tensor, y: Tensor, dx: Tensor | None) -> None:
-        n, pointers = y.size(-1), (t if t is None else t.data_ptr() for t in (x, y, dx))
-        training_library(x).swiglu(y.numel() // n, n, dx is not None, *pointers, torch.get_num_threads())
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        SwiGLUInC.call(x, grad.contiguous(), dx := torch.empty_like(x))
+        (x,), n = ctx.saved_tensors, grad.size(-1)
+        dx = torch.empty_like(x)
+        run_in_c("swiglu", x, grad.numel() // n, n, True, x, grad.contiguous(), dx)
         return dx
 
 

@@ -329,12 +329,26 @@ def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, threa
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])  # AVX2; plain C
 def test_training_in_c_on_other_processors(march, monkeypatch):
     gpt = random_gpt(tiny_config("qwen3", n_embd=72, n_head=4, n_kv_head=2, head_dim=18, n_inner=50)).train()
-    found = []
-    for library in (model.c_library(march), None):
+    found, in_c = [], model.c_library(march)
+    assert in_c is not None
+    for library in (in_c, None):
         monkeypatch.setattr(model, "training_library", lambda x, library=library: library)
         found.append(loss_and_gradients(gpt, None))
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_in_c_hides_no_fault(dtype):
+    """What is not finite, and a target outside the vocabulary, give a loss that is not a number; -1 gives none."""
+    for target, logit, expected in ((1, 0.0, math.log(10)), (1, math.nan, math.nan), (1, math.inf, math.nan),
+                                    (10, 0.0, math.nan), (-1, math.nan, 0.0)):  # fmt: skip
+        logits = torch.zeros(1, 10, dtype=dtype)
+        logits[0, 3] = logit
+        loss, grad = model.CrossEntropy(torch.tensor([target]))(logits, slice(0, 1), True)
+        assert loss.item() == pytest.approx(expected, nan_ok=True)
+        assert grad is logits  # in their memory: it was the C
 
 
 @pytest.fixture
