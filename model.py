@@ -970,7 +970,11 @@ class FusedLinearLoss(torch.autograd.Function):
                 grad_w.addmm_(grad_logits.T, x)
             else:  # products of a chunk in the short type, their sum in the long one
                 product = torch.empty_like(w) if product is None else product
-                grad_w += torch.mm(grad_logits.T, x, out=product)
+                torch.mm(grad_logits.T, x, out=product)
+                if training_library(product):  # PyTorch would first copy it to the long type
+                    run_in_c("accumulate", product, product.numel(), product, grad_w)
+                else:
+                    grad_w += product
         ctx.gradients = grad_h, grad_w
         return loss
 
@@ -6486,24 +6490,37 @@ static inline float exponential(float x) {
 // become the gradient of their sum.
 void cross_entropy(long rows, long n, long with_grad, const int64_t *targets, real *logits, float *losses,
                    int threads) {
-    #pragma omp parallel for num_threads(threads)
-    for (long r = 0; r < rows; r++) {
-        real *x = logits + r * n;
-        float max = -INFINITY, sum = 0;
-        losses[r] = targets[r] < n ? 0 : NAN;
-        if (targets[r] < 0 || targets[r] >= n) {
-            if (with_grad) memset(x, 0, n * sizeof *x);
-            continue;
+    #pragma omp parallel num_threads(threads)
+    {
+        float *power = malloc(n * sizeof *power);
+        #pragma omp for
+        for (long r = 0; r < rows; r++) {
+            real *x = logits + r * n;
+            float max = -INFINITY, sum = 0;
+            losses[r] = targets[r] < n ? 0 : NAN;
+            if (targets[r] < 0 || targets[r] >= n) {
+                if (with_grad) memset(x, 0, n * sizeof *x);
+                continue;
+            }
+            #pragma omp simd reduction(max : max)
+            for (long i = 0; i < n; i++) max = get(x[i]) > max ? get(x[i]) : max;
+            #pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < n; i++) sum += power[i] = exponential(get(x[i]) - max);
+            float loss = losses[r] = max + logf(sum) - get(x[targets[r]]);
+            if (!with_grad) continue;
+            float share = 1 / sum;
+            #pragma omp simd
+            for (long i = 0; i < n; i++) x[i] = put(power[i] * share);
+            x[targets[r]] = put(expm1f(-loss));  // p - 1, without cancellation
         }
-        #pragma omp simd reduction(max : max)
-        for (long i = 0; i < n; i++) max = get(x[i]) > max ? get(x[i]) : max;
-        #pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < n; i++) sum += exponential(get(x[i]) - max);
-        float logsumexp = max + logf(sum), loss = losses[r] = logsumexp - get(x[targets[r]]);
-        if (!with_grad) continue;
-        for (long i = 0; i < n; i++) x[i] = put(exponential(get(x[i]) - logsumexp));
-        x[targets[r]] = put(expm1f(-loss));  // p - 1, without cancellation
+        free(power);
     }
+}
+
+// total (n) += x (n).
+void accumulate(long n, const real *x, float *total, int threads) {
+    #pragma omp parallel for simd num_threads(threads)
+    for (long i = 0; i < n; i++) total[i] += get(x[i]);
 }
 
 // y (rows, n) = SiLU(gate) * value of x (rows, 2 n), gate before value; backward: dx from the gradient y.
@@ -6562,6 +6579,7 @@ def c_library(march: str = "native", *options: str) -> ctypes.CDLL | None:
     library.head.argtypes = [pointer, long, long, pointer, long, pointer, ctypes.c_int]
     library.heads.argtypes = [pointer] * 5 + [ctypes.c_float, long] + [pointer] * 6 + [ctypes.c_int]
     library.cross_entropy.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
+    library.accumulate.argtypes = [long, pointer, pointer, ctypes.c_int]
     library.swiglu.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
     return library
 
