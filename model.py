@@ -4083,6 +4083,11 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
+def skew(kind: str, beta: float) -> float:
+    """The beta of a divergence, see there: forward and reverse KL are the ends of jsd."""
+    return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
+
+
 def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
     """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature.
 
@@ -4090,8 +4095,8 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
     Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv 2306.13649,
     equation 1), which at beta 0 is the forward and at beta 1 the reverse KL, as in TRL.
     """
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
-    if beta in (0.0, 1.0):
+    beta = skew(kind, beta)
+    if beta in (0, 1):
         return kl(log_q, log_p) if beta else kl(log_p, log_q)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
@@ -4206,15 +4211,19 @@ class Distillation:
             value = student.loss(idx, targets, segments)
             sums[1] = value.detach()
         else:
-            chunk_loss = self.chunk_loss(d, targets, self.teacher_logp(batch), sums)
-            value = student.loss(idx, targets, segments, chunk_loss, 8)
+            chunk_loss = self.chunk_loss(d, targets, self.teacher_answers(batch), sums)
+            value = student.loss(idx, targets, segments, chunk_loss, 3 if self.in_c(d, student.wte.weight) else 8)
         share = n_data / n.clamp(min=1)  # the caller divides by the number of targets in the data
         parts = torch.stack((sums, torch.stack((n * (d.alpha > 0), n * (d.alpha < 1)))), dim=1)
         return value * share, {"divergence": parts[0], "cross_entropy": parts[1]}
 
+    def in_c(self, d: DistillConfig, x: Tensor) -> bool:
+        """Whether C works out the divergence, for logits like x."""
+        return self.cache is None and skew(d.divergence, d.beta) in (0, 1) and training_library(x) is not None
+
     def chunk_loss(self, d: DistillConfig, targets: Tensor, teacher: Callable[[slice], Any], sums: Tensor) -> Callable:
-        """See linear_loss. teacher(rows) is its log-probabilities (rows, n_vocab), or what TeacherCache.read gives;
-        sums (2,) receives the divergence and the cross-entropy."""
+        """See linear_loss. teacher(rows) is its logits divided by the temperature (rows, n_vocab), or what
+        TeacherCache.read gives; sums (2,) receives the divergence and the cross-entropy."""
         counted = targets.flatten() >= 0
 
         def divergence_of(logits: Tensor, rows: slice) -> Tensor:
@@ -4223,12 +4232,21 @@ class Distillation:
             if isinstance(log_p, tuple):
                 index, log_p = log_p
                 if index.size(1) == self.n_vocab:  # no tail
-                    log_q, log_p = log_q.gather(1, index), log_p[:, :-1].log_softmax(dim=1)
+                    log_q, log_p = log_q.gather(1, index), log_p[:, :-1]
                 else:
                     log_q = lump_tail(log_q, index)
-            return (divergence(log_p, log_q, d.divergence, d.beta) * counted[rows]).sum()
+            return (divergence(log_p.log_softmax(dim=-1), log_q, d.divergence, d.beta) * counted[rows]).sum()
 
-        parts = [(d.alpha * d.temperature**2, by_autograd(divergence_of))]
+        def divergence_and_grad(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+            if not self.in_c(d, logits):
+                return by_autograd(divergence_of)(logits, rows, with_grad)
+            losses, grad = torch.empty(len(logits)), torch.empty_like(logits) if with_grad else None
+            given = targets.flatten()[rows].long(), teacher(rows).contiguous(), logits, grad, losses
+            sizes = len(logits), self.n_vocab, logits.size(1), skew(d.divergence, d.beta) == 1
+            run_in_c("kl_divergence", logits, *sizes, *given, d.temperature)
+            return losses.sum(), grad
+
+        parts = [(d.alpha * d.temperature**2, divergence_and_grad)]
         if d.alpha < 1:
             parts.append((1 - d.alpha, CrossEntropy(targets)))  # last, for it overwrites the logits
 
@@ -4245,15 +4263,15 @@ class Distillation:
         return chunk_loss
 
     @torch.no_grad()
-    def teacher_logp(self, batch: dict[str, Tensor]) -> Callable[[slice], Any]:
-        """The teacher's log-probabilities as a function of the rows wanted: live, or through the cache."""
+    def teacher_answers(self, batch: dict[str, Tensor]) -> Callable[[slice], Any]:
+        """What chunk_loss takes of the teacher: live, or through the cache."""
         if self.cache is None:
             return self.live(batch)
         blocks, T = batch["blocks"].tolist(), batch["idx"].size(1)
         if missing := [i for i, block in enumerate(blocks) if not self.cache.done[block]]:
-            logp = self.live({k: v[missing] for k, v in batch.items()})
+            live = self.live({k: v[missing] for k, v in batch.items()})
             for j, i in enumerate(missing):
-                log_p, ids = logp(slice(j * T, (j + 1) * T)).topk(self.cache.K)
+                log_p, ids = live(slice(j * T, (j + 1) * T)).log_softmax(dim=-1).topk(self.cache.K)
                 self.cache.write(blocks[i], ids, log_p)
         ids, log_p = (send(x, batch["idx"].device) for x in self.cache.read(blocks))
         return lambda rows: (ids[rows], log_p[rows])
@@ -4262,11 +4280,10 @@ class Distillation:
         hidden = self.teacher.hidden(batch["idx"], segments=batch.get("segments")).flatten(0, 1)
 
         @torch.no_grad()
-        def logp(rows: slice) -> Tensor:
-            logits = self.teacher.logits(hidden[rows])[:, : self.n_vocab]
-            return logits.div_(self.d.temperature).log_softmax(dim=-1)
+        def logits(rows: slice) -> Tensor:
+            return self.teacher.logits(hidden[rows])[:, : self.n_vocab].div_(self.d.temperature)
 
-        return logp
+        return logits
 
     @torch.no_grad()
     def student_writes(self, student: GPT, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -6486,6 +6503,15 @@ static inline float exponential(float x) {
     return x < -87 ? 0 : p * power;
 }
 
+static float log_sum_exp(const float *x, long n) {
+    float max = -INFINITY, sum = 0;
+    #pragma omp simd reduction(max : max)
+    for (long i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    #pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += exponential(x[i] - max);
+    return max + logf(sum);
+}
+
 // losses (rows): -log softmax of logits (rows, n) at the targets, of which -1 does not count; with_grad: the logits
 // become the gradient of their sum.
 void cross_entropy(long rows, long n, long with_grad, const int64_t *targets, real *logits, float *losses,
@@ -6514,6 +6540,45 @@ void cross_entropy(long rows, long n, long with_grad, const int64_t *targets, re
             x[targets[r]] = put(expm1f(-loss));  // p - 1, without cancellation
         }
         free(power);
+    }
+}
+
+// losses (rows): KL(p || q), or KL(q || p) if reverse, of a teacher's distribution p, the softmax of teacher (rows, n),
+// and a student's q, that of student / T (rows, n), whose rows lie `stride` apart; rows with a target below 0 do not
+// count. grad, unless NULL: the gradient by the student's logits, 0 from n to stride.
+void kl_divergence(long rows, long n, long stride, long reverse, const int64_t *targets, const float *teacher,
+                   const real *student, real *grad, float *losses, float T, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        float *a = malloc(2 * n * sizeof *a), *b = a + n;
+        #pragma omp for
+        for (long r = 0; r < rows; r++) {
+            const float *x = teacher + r * n;
+            const real *y = student + r * stride;
+            float loss = 0;
+            if (targets[r] >= 0) {
+                for (long i = 0; i < n; i++) b[i] = get(y[i]) * (1 / T);
+                float log_sum_p = log_sum_exp(x, n), log_sum_q = log_sum_exp(b, n);
+                #pragma omp simd reduction(+ : loss)
+                for (long i = 0; i < n; i++) {
+                    float log_p = x[i] - log_sum_p, log_q = b[i] - log_sum_q;
+                    float p = exponential(log_p), q = exponential(log_q), w = reverse ? log_q - log_p : log_p - log_q;
+                    float share = reverse ? q : p;
+                    loss += share == 0 ? 0 : share * w;
+                    a[i] = share;
+                    b[i] = reverse ? w : q;
+                }
+            }
+            losses[r] = loss;
+            if (!grad) continue;
+            real *g = grad + r * stride;
+            memset(g, 0, stride * sizeof *g);
+            if (targets[r] < 0) continue;
+            #pragma omp simd
+            for (long i = 0; i < n; i++)
+                g[i] = put((reverse ? a[i] == 0 ? 0 : a[i] * (b[i] - loss) : b[i] - a[i]) * (1 / T));
+        }
+        free(a);
     }
 }
 
@@ -6579,6 +6644,7 @@ def c_library(march: str = "native", *options: str) -> ctypes.CDLL | None:
     library.head.argtypes = [pointer, long, long, pointer, long, pointer, ctypes.c_int]
     library.heads.argtypes = [pointer] * 5 + [ctypes.c_float, long] + [pointer] * 6 + [ctypes.c_int]
     library.cross_entropy.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
+    library.kl_divergence.argtypes = [long] * 4 + [pointer] * 5 + [ctypes.c_float, ctypes.c_int]
     library.accumulate.argtypes = [long, pointer, pointer, ctypes.c_int]
     library.swiglu.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
     return library

@@ -71,7 +71,7 @@ def check_waits(device, copies: int, fills_cache: bool = False) -> None:
     """Between two records the host waits for nothing, but on MPS for its batches (see model.send), and for what the
     teacher's cache is to keep."""
     waits = device.waits["training"]
-    of_cache = sum(n for what, n in waits.items() if "Cache.write" in what or "teacher_logp" in what)
+    of_cache = sum(n for what, n in waits.items() if "Cache.write" in what or "teacher_answers" in what)
     assert bool(of_cache) == fills_cache
     assert sum(waits.values()) - of_cache == copies * (device.named.type == "mps"), waits
     assert copies == 0 or device.named.type == "cuda" or waits["copy to the device in send"] == copies
