@@ -351,6 +351,36 @@ def test_the_loss_in_c_hides_no_fault(dtype):
         assert grad is logits  # in their memory: it was the C
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("kind, march", [("forward_kl", "native"), ("reverse_kl", "native"), ("reverse_kl", "x86-64")])
+def test_the_divergence_in_c(kind, march, dtype, rtol, monkeypatch):
+    """Truth: torch's kl_div in float64 of the same numbers. A student of 100 tokens, padded to 128, 90 of them the
+    teacher's, of which one never comes; every third row does not count."""
+    if march != "native" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs x86 hardware")
+    library = model.c_library(march, *["-DBFLOAT16"] * (dtype == torch.bfloat16))
+    monkeypatch.setattr(model, "training_library", lambda x: library)
+    student, teacher, targets = 3 * torch.randn(40, 128), 3 * torch.randn(40, 90), random_tokens(40, vocab_size=90)
+    student[:, 100:], targets[::3] = -math.inf, -1
+    if kind == "forward_kl":
+        teacher[:, 7] = -math.inf
+    student = student.to(dtype)
+    objective = model.Distillation(torch.nn.Identity(), model.DistillConfig(2.0, 1.0, kind), 90)
+    chunk_loss = objective.chunk_loss(objective.d, targets, lambda rows: teacher[rows], torch.zeros(2))
+    monkeypatch.setattr(model, "by_autograd", lambda loss_of: pytest.fail("it was not the C"))
+    loss, grad = chunk_loss(student, slice(0, 40), True)
+    assert chunk_loss(student, slice(0, 40), False) == (loss, None)
+
+    logits = student.double().requires_grad_()
+    log_p, log_q = teacher.double().log_softmax(-1), (logits[:, :90] / 2).log_softmax(-1)
+    pair = (log_q, log_p.exp()) if kind == "forward_kl" else (log_p, log_q.exp())  # kl_div(log b, a) is KL(a || b)
+    plain = 4 * F.kl_div(*pair, reduction="none")[targets >= 0].sum()
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    torch.testing.assert_close(grad.double(), logits.grad, atol=1e-6, rtol=rtol)
+
+
 @pytest.fixture
 def fresh_library():
     model.c_library.cache_clear()
