@@ -1048,18 +1048,18 @@ class Tokenizer:
         if self.is_ours:
             import tiktoken
 
+            pattern = r"[\s\S]" if s.kind == "byte" else GPT2_PATTERN
             with told_as(f"tokenizer {s.name} has no valid ranks"):
                 tokens = [base64.b64decode(t) for t in s.ranks.split()] or [bytes([b]) for b in range(256)]
-                ranks, split = {token: rank for rank, token in enumerate(tokens)}, GPT2_PATTERN
-                split = r"[\s\S]" if s.kind == "byte" else split
-                options = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=s.special)
+                ranks = {token: rank for rank, token in enumerate(tokens)}
+                if {*ranks.values(), *s.special.values()} != set(range(len(ranks) + len(s.special))):
+                    raise ValueError("tokens without a number, or two of one")
+                options = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens=s.special)
                 self.tiktoken = tiktoken.Encoding(s.name, **options)
             self.n_vocab, self.control = self.tiktoken.n_vocab, s.special
         else:
-            self.control = {t.content: i for i, t in self.added.items() if t.special}
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
-        if self.is_ours and {*ranks.values(), *s.special.values()} != set(range(len(ranks) + len(s.special))):
-            raise UserError(f"tokenizer {s.name} has tokens without a number, or two of one")
+            self.control = {t.content: i for i, t in self.added.items() if t.special}
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
 
