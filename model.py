@@ -1272,18 +1272,16 @@ def bounded_words(texts: Iterable[str], longest: int = 4096) -> Iterator[str]:
         yield from [text] if whole else (text[i : i + longest] for i in range(0, len(text), longest))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of vocab_size tokens, special ones included, learned from texts with GPT-2's split pattern."""
     import tokenizers
 
     if vocab_size < 259:
         raise UserError(f"vocab_size is {vocab_size}: a bpe needs 256 bytes and 3 special tokens, so at least 259")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 3, initial_alphabet=alphabet, show_progress=progress, special_tokens=[]
-    )
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    options = dict(initial_alphabet=bpe.pre_tokenizer.alphabet(), show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 3, **options)
     bpe.train_from_iterator(bounded_words(texts), trainer)
     vocab = bpe.get_vocab()
     tokens = [bytes(UNICODE_TO_BYTE[c] for c in token) for token in sorted(vocab, key=vocab.get)]
