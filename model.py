@@ -1300,18 +1300,15 @@ class TokenizerConfig(Settings):
 
 
 def hf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, or a tokenizer.json itself with the tokenizer_config.json beside
-    it."""
+    """The tokenizer of a Hugging Face directory, or of a tokenizer.json with what stands beside it."""
     file = path / "tokenizer.json" if path.is_dir() else path
-    c, template = TokenizerConfig(), file.with_name("chat_template.jinja")
-    if file.with_name("tokenizer_config.json").exists():
-        c = read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"))
-    spec = {k: v.get("content") if k.endswith("_token") and isinstance(v, dict) else v for k, v in vars(c).items()}
-    if template.is_file():
+    config = read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"), {})
+    spec = {k: v.get("content") if isinstance(v, dict) else v for k, v in vars(config).items()}
+    if (template := file.with_name("chat_template.jinja")).is_file():
         spec["chat_template"] = read_file(template)
-    elif isinstance(c.chat_template, list):  # several by name
-        named = {t.get("name"): t.get("template") for t in c.chat_template}
-        spec["chat_template"] = named.get("default", next(iter(named.values()), None))
+    elif isinstance(several := config.chat_template, list):
+        default = next((t for t in several if t.get("name") == "default"), several[0] if several else {})
+        spec["chat_template"] = default.get("template")
     with told_as(f"{file} is not a Hugging Face tokenizer.json"):
         made = Tokenizer({**spec, "kind": "hf", "name": file.resolve().parent.name, "json": read_file(file)})
     eos = made.fields.eos_token or EOT
@@ -1364,9 +1361,9 @@ def read_json(path: Path, default: Any = None) -> Any:
         return json.loads(read_file(path))
 
 
-def read_schema(cls: type, path: Path) -> Any:
+def read_schema(cls: type, path: Path, default: Any = None) -> Any:
     """What a dataclass says is to be read of a JSON file that holds more."""
-    content = read_json(path)
+    content = read_json(path, default)
     if isinstance(content, dict):
         content = {f.name: content[f.name] for f in fields(cls) if f.name in content}
     return from_dict(cls, content, path)
