@@ -1320,8 +1320,10 @@ def hf_tokenizer(path: Path) -> Tokenizer:
     return made
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer by the name that --tokenizer takes, `bpe` aside, which must be trained."""
+def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
+    """A tokenizer, or the one of the name that --tokenizer takes, `bpe` aside, which must be trained."""
+    if isinstance(name, Tokenizer):
+        return name
     if name in ("gpt2", "byte"):
         return gpt2_tokenizer() if name == "gpt2" else byte_tokenizer()
     for path in (Path(name), CHECKPOINT_DIR / name):
@@ -1796,12 +1798,8 @@ def tokenize_text(
                     yield None
                 yield from document
 
-        if tokenizer == "bpe":
-            tokenizer = train_bpe(
-                evenly(itertools.chain.from_iterable(documents("learn vocabulary")), total), vocab_size
-            )
-        elif isinstance(tokenizer, str):
-            tokenizer = load_tokenizer(tokenizer)
+        sample = evenly(itertools.chain.from_iterable(documents("learn vocabulary")), total)
+        tokenizer = train_bpe(sample, vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
         with DataWriter(folder, tokenizer, overwrite) as writer:
             for ids in encode_pieces(tokenizer, pieces(), writer.dtype):
                 writer.write(ids)
@@ -1925,7 +1923,7 @@ class Data:
             if not path.exists():
                 raise UserError(f"{self.path} has neither meta.json nor train.bin: make it by tokenize or hf_tokenize")
             tokens = map_tokens(path, "uint16")
-            self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+            self.tokenizer = load_tokenizer(tokenizer)
             if path.name == "train.bin" and path.with_name("val.bin").exists():
                 val = map_tokens(path.with_name("val.bin"), "uint16")
             cut = len(tokens) - (min(len(tokens) // 10, 10_000_000) if val is None else 0)
@@ -2426,8 +2424,7 @@ def tokenize_records(
     """Make a data folder of a `datasets` data set. With streaming, an interrupted run goes on where it stopped."""
     from datasets import Features, Value
 
-    if isinstance(tokenizer, str):
-        tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
+    tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
     key = json.dumps([source, tokenizer.digest]) if r.streaming else None
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int64)
