@@ -1235,20 +1235,19 @@ def from_ranks(kind: str, tokens: list[bytes], name: str = "") -> Tokenizer:
 def from_tiktoken(tokenizer: Tokenizer) -> Any:
     """A tokenizers.Tokenizer that gives the ids of one of ours. tiktoken merges any two tokens whose bytes are a token,
     so all such pairs are listed."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     ranks, merges = tokenizer.tiktoken._mergeable_ranks, []
     text = {token: "".join(BYTE_TO_UNICODE[b] for b in token) for token in ranks}
-    for token in sorted(ranks, key=ranks.get):
+    for token in ranks:
         splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     vocab, pairs = {text[t]: rank for t, rank in ranks.items()}, [(text[a], text[b]) for a, b in merges]
     backend = Backend(models.BPE(vocab=vocab, merges=pairs))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.kind != "byte")
     backend.decoder, backend.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    special = sorted(tokenizer.special, key=tokenizer.special.get)
-    backend.add_special_tokens([AddedToken(t, special=True) for t in special])
+    backend.add_special_tokens(sorted(tokenizer.special, key=tokenizer.special.get))
     return backend
 
 
