@@ -1419,20 +1419,19 @@ def locked(target: Path, wait: bool = False, lock: str = "lock") -> Iterator[Non
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         f = open(path, "a+")
-        with suppress(OSError):  # of a file system without locks
-            try:
-                lock_file(f, wait=False)
-            except (BlockingIOError, PermissionError):
-                f.seek(0)
-                busy = f"{target} is being written by {f.read().strip() or 'another program'}"
-                if not wait:
-                    f.close()
-                    raise UserError(f"{busy}: wait for it, or choose another name") from None
-                say(f"{busy}: waiting for it")
-                lock_file(f, wait=True)
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):  # else its holder has just removed it
-                break
+        if lock_file(f):
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):  # else its holder has just removed it
+                    break
+        else:
+            f.seek(0)
+            busy = f"{target} is being written by {f.read().strip() or 'another program'}"
+            if not wait:
+                f.close()
+                raise UserError(f"{busy}: wait for it, or choose another name")
+            say(f"{busy}: waiting for it")
+            while not lock_file(f):
+                time.sleep(0.1)
         f.close()
     with f:
         f.truncate(0)
@@ -1445,22 +1444,21 @@ def locked(target: Path, wait: bool = False, lock: str = "lock") -> Iterator[Non
                 path.unlink()
 
 
-def lock_file(f: io.TextIOWrapper, wait: bool) -> None:
-    if os.name == "nt":
-        import msvcrt
+def lock_file(f: io.TextIOWrapper) -> bool:
+    """Lock a file, unless another program has it locked. On a file system without locks every program succeeds."""
+    try:
+        if os.name == "nt":
+            import msvcrt
 
-        f.seek(1 << 20)  # beyond the holder's name, which others must be able to read
-        while True:
-            try:
-                return msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-            except PermissionError:
-                if not wait:
-                    raise
-                time.sleep(0.1)  # LK_LOCK would give up after ten seconds
-    else:
-        import fcntl
+            f.seek(1 << 20)  # beyond the holder's name, which others must be able to read
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        return not isinstance(e, (BlockingIOError, PermissionError))
+    return True
 
 
 @contextmanager

@@ -529,17 +529,22 @@ def is_running(pid: str) -> bool:
 
 def test_waiting_for_a_lock_on_windows(monkeypatch, tmp_path):
     """Truth: msvcrt as it is documented; LK_LOCK would give up after ten seconds."""
-    answers = iter([PermissionError(), PermissionError(), None])
+    answers = iter([PermissionError(), PermissionError(), PermissionError(), None, None, "held"])
 
     def locking(descriptor: int, mode: str, n: int) -> None:
         assert mode == "LK_NBLCK"
         if (answer := next(answers)) is not None:
             raise answer
 
+    def on_windows(f) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(model.os, "name", "nt")
+            return lock_file(f)
+
+    lock_file = model.lock_file
     monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK="LK_NBLCK"))
-    with open(tmp_path / "lock", "a+") as f, monkeypatch.context() as patch:
-        patch.setattr(model.os, "name", "nt")
-        with pytest.raises(PermissionError):
-            model.lock_file(f, wait=False)
-        model.lock_file(f, wait=True)
-    assert next(answers, "none left") == "none left"
+    monkeypatch.setattr(model, "lock_file", on_windows)
+    with pytest.raises(model.UserError, match="is being written"), model.locked(tmp_path / "x"):
+        pass
+    with model.locked(tmp_path / "x", wait=True):
+        assert next(answers) == "held"
