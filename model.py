@@ -1633,16 +1633,18 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str | None], dtype: np.
     """Token ids of pieces, in order, tokenized on all cores (tiktoken and tokenizers release the GIL); None, the end of
     a document, becomes the end-of-text token."""
     end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
-    workers, continues, pending = os.cpu_count() or 1, False, []
+
+    def encode(piece: str | None, continues: bool) -> np.ndarray:
+        return end if piece is None else tokenizer.encode_array(piece, dtype, continues)
+
+    workers, pending = os.cpu_count() or 1, []
     with ThreadPoolExecutor(workers) as pool:
-        for piece in pieces:
-            pending.append(pool.submit(tokenizer.encode_array, piece, dtype, continues) if piece is not None else None)
-            continues = piece is not None
+        for previous, piece in itertools.pairwise(itertools.chain([None], pieces)):
+            pending.append(pool.submit(encode, piece, previous is not None))
             if len(pending) > workers:  # bounded: a corpus of any size passes through a few megabytes
-                first = pending.pop(0)
-                yield end if first is None else first.result()
+                yield pending.pop(0).result()
         for future in pending:
-            yield end if future is None else future.result()
+            yield future.result()
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
@@ -1676,7 +1678,7 @@ class DataWriter:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, overwrite: bool, key: str | None = None) -> None:
-        self.folder, self.part, self.key = folder, part_of(folder), key
+        self.folder, self.part, self.key = folder, beside(folder, "part"), key
         settle(folder)
         if (folder / "meta.json").exists() and not overwrite:
             raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
@@ -1740,8 +1742,8 @@ class DataWriter:
         written = [name for name, f in self.files.items() if f.tell()]
         self.close()
         digests = {name: file_digest(self.part / name) for name in written}
-        digest, spec = digests["data.bin"], self.tokenizer.spec
-        meta = Meta(self.dtype.name, self.n_tokens, val_start, digest, source, spec, digests)
+        spec = self.tokenizer.spec
+        meta = Meta(self.dtype.name, self.n_tokens, val_start, digests["data.bin"], source, spec, digests)
         write_json(self.part / "meta.json", asdict(meta))
         settle(self.folder)
         per_token = f", {n_bytes / self.n_tokens:.2f} bytes per token" if n_bytes else ""
@@ -1750,14 +1752,9 @@ class DataWriter:
         return meta
 
 
-def part_of(folder: Path) -> Path:
-    """Where a data folder is written before it stands under its name."""
-    return beside(folder, "part")
-
-
 def settle(folder: Path) -> None:
     """Put what was written for a data folder in its place, if it is whole: also what a killed program left so."""
-    part = part_of(folder)
+    part = beside(folder, "part")
     if not (part / "meta.json").exists():
         return
     wanted = read_schema(Meta, part / "meta.json").files
@@ -1894,7 +1891,7 @@ class Data:
     def __init__(self, path: Path, tokenizer: str | Tokenizer = "gpt2") -> None:
         self.path, self.folder, starts, mask, val = path, path if path.is_dir() else path.parent, None, None, None
         where = self.folder / "meta.json"
-        if path.is_dir() and part_of(path).exists():  # what is there may be whole, or being written
+        if path.is_dir() and beside(path, "part").exists():  # what is there may be whole, or being written
             with suppress(UserError, OSError), locked(path):
                 settle(path)
         if where.exists() and (path.is_dir() or path.name == "data.bin"):
