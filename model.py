@@ -1596,14 +1596,6 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
         raise UserError(f"{wrong}: tokenize it with its --encoding (perhaps latin-1), or --errors replace") from None
 
 
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def split_point(text: str) -> int:
     """Where text may be cut without changing its tokens: before the last white space that follows a letter or digit,
     which ends a piece in GPT-2's split pattern and in every other in common use. 0 if there is none near the end."""
@@ -2049,6 +2041,11 @@ def found_or_made(folder: Path, find: Callable[[], Data | None], make: Callable[
     return data
 
 
+def is_utf8(path: Path) -> bool:
+    content = path.read_bytes()
+    return content.decode(errors="ignore").encode() == content
+
+
 def tokenize_python_stdlib(folder: Path) -> None:
     """The data set of the quickstart: the source of Python's standard library, which every machine has."""
     import sysconfig
@@ -2057,7 +2054,7 @@ def tokenize_python_stdlib(folder: Path) -> None:
     say(f"no --data given: making {folder} from the source of Python's standard library in {root}")
     left_out = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other people's; tables, not programs
     files = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size]
-    files = in_mixed_order([p for p in files if is_utf8(p.read_bytes())], root)
+    files = in_mixed_order([p for p in files if is_utf8(p)], root)
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
     # a small vocabulary learns more in minutes, for its head takes less of a step (tests/benchmarks/README.md)
