@@ -1818,10 +1818,15 @@ class Split:
     (starts), and a byte a token, 1 where it is a target (mask)."""
 
     name: str
-    tokens: np.ndarray
     tokenizer: Tokenizer
+    tokens: np.ndarray
     starts: np.ndarray | None = None
     mask: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        for i in range(0, n, max(4096, n // 1000)):  # a sample, 8 MB of 17 GB; batches check their own
+            self.check(self.tokens[i : i + 4096])
 
     def check(self, ids: np.ndarray) -> None:
         """Raise UserError if the tokenizer lacks one of these ids: a GPU would end the program without a word."""
@@ -1878,55 +1883,59 @@ class Data:
     """A data folder, or a .bin file of nanoGPT's, opened for reading: splits["train"] and splits["val"]. Nothing is
     read before it is needed."""
 
+    source: Any = None  # of a data folder, as its meta.json has it
     parts: tuple = ()  # of a Mixture
 
     def __init__(self, path: Path, tokenizer: str | Tokenizer = "gpt2") -> None:
-        self.path, self.folder, starts, mask, val = path, path if path.is_dir() else path.parent, None, None, None
-        where = self.folder / "meta.json"
+        self.path, self.folder = path, path if path.is_dir() else path.parent
         if path.is_dir() and beside(path, "part").exists():  # what is there may be whole, or being written
             with suppress(UserError, OSError), locked(path):
                 settle(path)
-        if where.exists() and (path.is_dir() or path.name == "data.bin"):
-            content = read_json(where)
-            check_version(content, where)
-            meta = from_dict(Meta, content, where)
-            with told_as(str(where), UserError):
-                self.tokenizer = Tokenizer(meta.tokenizer)
-            tokens = map_tokens(self.folder / "data.bin", meta.dtype)
-            if len(tokens) != meta.n_tokens or meta.val_start > meta.n_tokens:
-                counts = f"{len(tokens):,} tokens and should have {meta.n_tokens:,}"
-                raise UserError(f"{self.folder / 'data.bin'} has {counts}: truncated or replaced; run tokenize again")
-            for name in DATA_FILES if prepares() else ():
-                known = {"data.bin": meta.digest, **meta.files}.get(name)
-                if known and file_digest(self.folder / name) != known:
-                    raise UserError(f"{self.folder / name} is damaged: its digest differs; run tokenize again")
-            if (self.folder / "starts.bin").exists():
-                starts = map_tokens(self.folder / "starts.bin", "uint64").astype(np.int64)
-                mask = map_tokens(self.folder / "mask.bin", "uint8")
-            self.digest, cut = meta.digest, meta.val_start
-        else:  # nanoGPT: train.bin and val.bin of uint16, GPT-2's ids unless said otherwise
-            path = path / "train.bin" if path.is_dir() else path
-            if not path.exists():
-                raise UserError(f"{self.path} has neither meta.json nor train.bin: make it by tokenize or hf_tokenize")
-            tokens = map_tokens(path, "uint16")
-            self.tokenizer = load_tokenizer(tokenizer)
-            if path.name == "train.bin" and path.with_name("val.bin").exists():
-                val = map_tokens(path.with_name("val.bin"), "uint16")
-            cut = len(tokens) - (min(len(tokens) // 10, 10_000_000) if val is None else 0)
-            self.digest = hashlib.blake2b(np.ascontiguousarray(tokens[:1_000_000]), digest_size=16).hexdigest()
-        self.splits: dict[str, Split] = {}
-        for name, words, low, high in (("train", "training", 0, cut), ("val", "validation", cut, len(tokens))):
-            own = None if starts is None else starts[(starts >= low) & (starts < high)] - low
-            part = val if name == "val" and val is not None else tokens[low:high]
-            own_mask = None if mask is None else mask[low:high]
-            self.splits[name] = split = Split(f"{words} split of {self.path}", part, self.tokenizer, own, own_mask)
-            for i in range(0, len(part), max(4096, len(part) // 1000)):  # 8 MB of 17 GB; batches check their own
-                split.check(part[i : i + 4096])
+        if (self.folder / "meta.json").exists() and (path.is_dir() or path.name == "data.bin"):
+            train, val = self.read_folder()
+        else:
+            train, val = self.read_nanogpt(path / "train.bin" if path.is_dir() else path, tokenizer)
+        self.splits = {
+            "train": Split(f"training split of {path}", self.tokenizer, *train),
+            "val": Split(f"validation split of {path}", self.tokenizer, *val),
+        }
+        self.is_chat = self.splits["train"].starts is not None  # whether it holds conversations
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether it holds conversations."""
-        return self.splits["train"].starts is not None
+    def read_folder(self) -> list[tuple[np.ndarray, ...]]:
+        """The tokens of each split; for conversations also their starts and mask."""
+        where = self.folder / "meta.json"
+        content = read_json(where)
+        check_version(content, where)
+        meta = from_dict(Meta, content, where)
+        with told_as(str(where), UserError):
+            self.tokenizer = Tokenizer(meta.tokenizer)
+        self.digest, self.source = meta.digest, meta.source
+        tokens = map_tokens(self.folder / "data.bin", meta.dtype)
+        if len(tokens) != meta.n_tokens or meta.val_start > meta.n_tokens:
+            counts = f"{len(tokens):,} tokens and should have {meta.n_tokens:,}"
+            raise UserError(f"{self.folder / 'data.bin'} has {counts}: truncated or replaced; run tokenize again")
+        for name in DATA_FILES if prepares() else ():
+            known = {"data.bin": meta.digest, **meta.files}.get(name)
+            if known and file_digest(self.folder / name) != known:
+                raise UserError(f"{self.folder / name} is damaged: its digest differs; run tokenize again")
+        bounds = (0, meta.val_start), (meta.val_start, meta.n_tokens)
+        if not (self.folder / "starts.bin").exists():
+            return [(tokens[a:b],) for a, b in bounds]
+        starts = map_tokens(self.folder / "starts.bin", "uint64").astype(np.int64)
+        mask = map_tokens(self.folder / "mask.bin", "uint8")
+        return [(tokens[a:b], starts[(starts >= a) & (starts < b)] - a, mask[a:b]) for a, b in bounds]
+
+    def read_nanogpt(self, file: Path, tokenizer: str | Tokenizer) -> list[tuple[np.ndarray]]:
+        """train.bin and the val.bin beside it, or another file's first nine tenths and the rest: uint16, of GPT-2's ids
+        unless said otherwise."""
+        if not file.exists():
+            raise UserError(f"{self.path} has neither meta.json nor train.bin: make it by tokenize or hf_tokenize")
+        tokens, val = map_tokens(file, "uint16"), file.with_name("val.bin")
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.digest = hashlib.blake2b(np.ascontiguousarray(tokens[:1_000_000]), digest_size=16).hexdigest()
+        if file.name == "train.bin" and val.exists():
+            return [(tokens,), (map_tokens(val, "uint16"),)]
+        return [(part,) for part in np.split(tokens, [len(tokens) - min(len(tokens) // 10, 10_000_000)])]
 
 
 class MixedSplit:
@@ -1954,8 +1963,8 @@ class MixedSplit:
         return {k: torch.cat([row[k] for row in rows]) for k in rows[0]} | {"blocks": torch.from_numpy(blocks)}
 
 
-class Mixture:
-    """Several data sets of one tokenizer, as one: what Data has, and in `parts` what names them again."""
+class Mixture(Data):
+    """Several data sets of one tokenizer, as one; `parts` names them again."""
 
     def __init__(self, data: list[Data], weights: list[float]) -> None:
         for other in data[1:]:
@@ -2083,7 +2092,7 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
     raise UserError(f"no data at {spec} or {DATA_DIR / spec}; {there}")
 
 
-def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data | Mixture:
+def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
     """One data set or none, as open_data has it; or a mixture of several, each NAME or NAME:WEIGHT."""
     if len(specs) < 2:
         return open_data(specs[0] if specs else None, tokenizer, vocab_size)
@@ -5080,7 +5089,7 @@ class DataArgs(Settings):
     data: list[str] = setting([], "a name under data/, a folder, .bin, text or conversations (default: the newest); a "
                               "mixture of several: NAME:WEIGHT NAME:WEIGHT ...")  # fmt: skip
 
-    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data | Mixture:
+    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data:
         """The data that the command line names, in a tokenizer's ids; if it names none, some other."""
         return open_all(self.data or otherwise or [], tokenizer)
 
