@@ -2038,13 +2038,15 @@ def permuted(places: np.ndarray, n: int, key: tuple[int, int]) -> np.ndarray:
 STDLIB_DATA = "python_stdlib"
 
 
-def found_or_made(folder: Path, find: Callable[[], Data | None], make: Callable[[Path], Any]) -> Data:
+def existing_data(folder: Path) -> Data | None:
+    return Data(folder) if (folder / "meta.json").exists() else None
+
+
+def found_or_made(folder: Path, find: Callable[[Path], Data | None], make: Callable[[Path], Any]) -> Data:
     """Data that is there, or else is made in a folder by one program, for which others, on other machines too, wait."""
-    data = find()
-    if data is None:
+    if (data := find(folder)) is None:
         with locked(folder, wait=True, lock="opening"):
-            data = find()
-            if data is None:
+            if (data := find(folder)) is None:
                 make(folder)
                 data = Data(folder)
     return data
@@ -2078,10 +2080,7 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
         say(f"no --data given: using {made[-1].parent}", file=sys.stderr)
         return Data(made[-1].parent)
     if spec is None:
-        folder = DATA_DIR / STDLIB_DATA
-        return found_or_made(
-            folder, lambda: Data(folder) if (folder / "meta.json").exists() else None, tokenize_python_stdlib
-        )
+        return found_or_made(DATA_DIR / STDLIB_DATA, existing_data, tokenize_python_stdlib)
     spec = re.sub(r"^_data_(\w+)_(?=/|$)", rf"{DATA_DIR}/\1", spec)  # as the published commands write it
     for path in (Path(spec), DATA_DIR / spec):
         if path.is_dir() or path.suffix == ".bin" and path.is_file():
@@ -2108,19 +2107,15 @@ def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: 
 
 def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Data:
     """The data folder of one file of text or of records, made if it is not there yet."""
-    first = folder = DATA_DIR / path.stem
-    if isinstance(tokenizer, Tokenizer):
-        folder = DATA_DIR / f"{path.stem}_{tokenizer.name}"
+    name = path.stem if isinstance(tokenizer, str) else f"{path.stem}_{tokenizer.name}"
 
-    def find() -> Data | None:
-        for there in (first, folder):
-            if not (there / "meta.json").exists():
-                continue
-            data, source = Data(there), read_schema(Meta, there / "meta.json").source
-            same = (source.get("files") if isinstance(source, dict) else source) == describe_sources([str(path)])
-            if same and (isinstance(tokenizer, str) or data.tokenizer.digest == tokenizer.digest):
+    def find(folder: Path) -> Data | None:
+        for data in filter(None, map(existing_data, (DATA_DIR / path.stem, folder))):
+            source = data.source.get("files") if isinstance(data.source, dict) else data.source
+            same = isinstance(tokenizer, str) or data.tokenizer.digest == tokenizer.digest
+            if same and source == describe_sources([str(path)]):
                 return data
-            if there == folder:
+            if data.folder == folder:
                 raise UserError(f"{folder} was made from something else than {path}: tokenize that under another name")
 
     def make(folder: Path) -> None:
@@ -2129,7 +2124,7 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Dat
         else:
             tokenize_text(folder, [str(path)], tokenizer, vocab_size)
 
-    return found_or_made(folder, find, make)
+    return found_or_made(DATA_DIR / name, find, make)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5317,12 +5312,12 @@ class HFFinetuneArgs(Records, FinetuneArgs):
     def default_name(self) -> str:
         return f"hf_{super().default_name}"
 
-    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data | Mixture:
+    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data:
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{self.hf_split}_{tokenizer.name}"
 
-        def find() -> Data | None:
+        def find(folder: Path) -> Data | None:
             made = read_schema(Meta, folder / "meta.json").source if (folder / "meta.json").exists() else None
             return Data(folder) if made == json.loads(json.dumps(self.describe())) else None
 
