@@ -1773,21 +1773,17 @@ def tokenize_text(
         files = text_files(sources, scratch)
         total = sum(p.stat().st_size for p in files)
 
-        def documents(desc: str) -> Iterator[Iterator[str]]:
+        def pieces(desc: str) -> Iterator[str | None]:
             with progress_bar(total=total, unit="B", unit_scale=True, desc=desc) as bar:
-                for path in files:
-                    yield text_pieces(read_text(path, encoding, errors, bar))
+                for i, path in enumerate(files):
+                    if i:
+                        yield None  # between two documents
+                    yield from text_pieces(read_text(path, encoding, errors, bar))
 
-        def pieces() -> Iterator[str | None]:
-            for i, document in enumerate(documents("tokenize")):
-                if i:
-                    yield None
-                yield from document
-
-        sample = evenly(itertools.chain.from_iterable(documents("learn vocabulary")), total)
+        sample = evenly(filter(None, pieces("learn vocabulary")), total)
         tokenizer = train_bpe(sample, vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
         with DataWriter(folder, tokenizer, overwrite) as writer:
-            for ids in encode_pieces(tokenizer, pieces(), writer.dtype):
+            for ids in encode_pieces(tokenizer, pieces("tokenize"), writer.dtype):
                 writer.write(ids)
             return writer.finish(val_fraction, source or describe_sources(sources), total)
 
