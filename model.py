@@ -1059,7 +1059,9 @@ class Tokenizer:
             self.n_vocab, self.control = self.tiktoken.n_vocab, s.special
         else:
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
+            self.added = self.backend.get_added_tokens_decoder()
             self.control = {t.content: i for i, t in self.added.items() if t.special}
+        self.byte_level = self.is_ours or '"ByteLevel"' in s.json
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
 
@@ -1080,7 +1082,7 @@ class Tokenizer:
 
     @functools.cached_property
     def backend(self) -> Any:
-        """The tokenizers.Tokenizer that gives the same ids; with it come vocab and added, its added tokens."""
+        """The tokenizers.Tokenizer that gives the same ids."""
         import tokenizers
 
         if self.is_ours:
@@ -1106,14 +1108,6 @@ class Tokenizer:
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
         return self.backend.get_vocab()
-
-    @functools.cached_property
-    def added(self) -> dict[int, Any]:
-        return self.backend.get_added_tokens_decoder()
-
-    @functools.cached_property
-    def byte_level(self) -> bool:
-        return self.is_ours or '"ByteLevel"' in self.fields.json
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of a text; if it continues another, without what a tokenizer may put before the first word."""
