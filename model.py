@@ -2072,7 +2072,10 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
     if spec is None:
         return found_or_made(DATA_DIR / STDLIB_DATA, existing_data, tokenize_python_stdlib)
     spec = re.sub(r"^_data_(\w+)_(?=/|$)", rf"{DATA_DIR}/\1", spec)  # as the published commands write it
-    for path in (Path(spec), DATA_DIR / spec):
+    places = [Path(spec), DATA_DIR / spec]
+    if all(path.is_dir() for path in places):  # a folder of text may have the name of the data made of it
+        places.sort(key=lambda path: not any((path / name).exists() for name in ("meta.json", "train.bin")))
+    for path in places:
         if path.is_dir() or path.suffix == ".bin" and path.is_file():
             return Data(path, tokenizer)
         if path.is_file():

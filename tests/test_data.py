@@ -91,6 +91,16 @@ def test_a_folder_gives_every_text_file_below_it(tokenize):
     assert sorted(made().split(b"|")) == [b"alpha", b"beta", b"gamma"]
 
 
+def test_data_of_the_name_of_its_text(tokenize):
+    """The folder of text is not the data made of it; a folder of data in its place is."""
+    Path("d").mkdir()
+    Path("d/a.txt").write_text("alpha " * 9)
+    tokenize("d").ok()
+    assert text_of(model.open_data("d")) == "alpha " * 9 == text_of(model.open_data("data/d"))
+    np.zeros(1000, "<u2").tofile("d/train.bin")
+    assert model.open_data("d", "byte").folder == Path("d")
+
+
 def test_standard_input(tokenize, workdir):
     tokenize("-", stdin="é from a pipe".encode()).ok()
     assert made().decode() == "é from a pipe"
