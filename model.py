@@ -2090,7 +2090,7 @@ def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: 
         return open_data(specs[0] if specs else None, tokenizer, vocab_size)
     data, weights = [], []
     for spec in specs:
-        name, weight = re.fullmatch(r"(.+?)(?::(\d+|\d*\.\d+))?", spec).groups()
+        name, weight = re.fullmatch(r"(.*?)(?::(\d+|\d*\.\d+))?", spec, re.DOTALL).groups()
         if weight and not float(weight):
             raise UserError(f"--data {spec} has no weight: leave it out, or give it one above 0")
         data.append(open_data(name, data[0].tokenizer if data else tokenizer, vocab_size))

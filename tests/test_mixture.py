@@ -108,3 +108,4 @@ def test_mistakes(cli, texts):
     assert "data/low" in error and "data/other" in error and "one for all" in error
     assert "above 0" in cli(*RUN, "--data", "low:0", "high").error
     assert "no data at hig" in cli(*RUN, "--data", "low", "hig").error
+    assert "neither meta.json nor train.bin" in cli(*RUN, "--data", "low", "").error  # as of a variable that is not set
