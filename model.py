@@ -1132,7 +1132,7 @@ class Tokenizer:
         if self.is_ours:
             return self.tiktoken.encode(valid(text), allowed_special="all")
         self.backend.encode_special_tokens = False
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.backend.encode(valid(text), add_special_tokens=False).ids
         self.backend.encode_special_tokens = True
         return ids
 
@@ -1839,7 +1839,7 @@ class Split:
             windows = np.array(windows, np.int64)
         if not len(windows):
             if not n:
-                raise UserError(f"the {self.name} is empty: tokenize again, with more text or a larger --val_fraction")
+                raise UserError(f"the {self.name} is empty: tokenize again, with more text or another --val_fraction")
             short = f"the {self.name} has {n:,} tokens, fewer than a block of {block_size} and its target"
             raise UserError(f"{short}: use a smaller --block_size or more text")
         return windows

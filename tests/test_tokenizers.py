@@ -169,7 +169,8 @@ def test_special_tokens_padding_and_stray_bytes(tokenizer):
         assert token_bytes(tokenizer)[i] == 0 and tokenizer.decode([i]) == name
     assert len(token_bytes(tokenizer)) == tokenizer.n_vocab
     assert tokenizer.decode([*tokenizer.encode("ab"), tokenizer.n_vocab, tokenizer.n_vocab + 40]) == "ab"
-    assert tokenizer.decode(tokenizer.encode("a\udcffb")).encode("utf-8")
+    for encode in (tokenizer.encode, tokenizer.encode_rendered, tokenizer.encode_array):
+        assert tokenizer.decode(list(encode("a\udcffb"))).encode("utf-8")
 
 
 PASSAGES = {
