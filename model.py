@@ -1470,10 +1470,9 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 def file_digest(path: Path) -> str:
     """BLAKE2b of a file, 16 bytes in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as f, progress_bar(
-        total=path.stat().st_size, unit="B", unit_scale=True, desc=f"check {path.name}", delay=2
-    ) as bar:  # fmt: skip
+    digest, total = hashlib.blake2b(digest_size=16), path.stat().st_size
+    bar = progress_bar(total=total, unit="B", unit_scale=True, desc=f"check {path.name}", delay=2)
+    with open(path, "rb") as f, bar:
         while block := f.read(1 << 24):
             digest.update(block)
             bar.update(len(block))
@@ -1940,16 +1939,17 @@ class MixedSplit:
     def windows(self, block_size: int) -> np.ndarray:
         parts = [np.asarray(split.windows(block_size)) for split in self.splits]
         n_blocks = max(len(part) / share for part, share in zip(parts, self.shares, strict=True))
-        repeated = [np.resize(part, round(share * n_blocks)) for part, share in zip(parts, self.shares, strict=True)]
-        return np.concatenate([part + begin for part, begin in zip(repeated, self.begins, strict=False)])
+        shared = zip(parts, self.shares, self.begins[:-1], strict=True)
+        return np.concatenate([begin + np.resize(part, round(share * n_blocks)) for part, share, begin in shared])
 
     def batch(self, windows: np.ndarray, blocks: Iterable[int], block_size: int) -> dict[str, Tensor]:
         """As Split.batch. Beside conversations a block of text is one document."""
         rows, chat = [], any(split.starts is not None for split in self.splits)
         for begin in windows[blocks := np.asarray(blocks)]:
             i = int(np.searchsorted(self.begins, begin, side="right")) - 1
-            row = self.splits[i].batch([begin - self.begins[i]], [0], block_size)
-            rows.append({**({"segments": torch.zeros_like(row["idx"])} if chat else {}), **row})
+            rows.append(self.splits[i].batch([begin - self.begins[i]], [0], block_size))
+            if chat:
+                rows[-1].setdefault("segments", torch.zeros_like(rows[-1]["idx"]))
         return {k: torch.cat([row[k] for row in rows]) for k in rows[0]} | {"blocks": torch.from_numpy(blocks)}
 
 
