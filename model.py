@@ -1364,6 +1364,13 @@ def read_schema(cls: type, path: Path, default: Any = None) -> Any:
     return from_dict(cls, content, path)
 
 
+def check_version(content: Any, where: Any) -> None:
+    """Raise UserError for what a later model.py wrote."""
+    version = content.get("format_version", 0) if isinstance(content, dict) else 0
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(f"{where} has format version {version}, made by a newer model.py: update this one")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
     """Write a file atomically: it appears under its name when it is whole and on the disk, or not at all. What a kill
@@ -1801,6 +1808,15 @@ def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
     return [describe(Path(s)) if Path(s).is_file() else {"path": s} for s in sources]
 
 
+def map_tokens(path: Path, dtype: str) -> np.ndarray:
+    kind, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size if path.is_file() else -1
+    if size <= 0:
+        raise UserError(f"{path} is empty" if size == 0 else f"{path}: no such file")
+    if size % kind.itemsize:
+        raise UserError(f"{path} has {size:,} bytes, no whole number of {dtype} token ids: truncated, or no .bin file")
+    return np.memmap(path, kind, "r")
+
+
 @dataclass
 class Split:
     """A part of a data set: token ids, in a memory map; for conversations also the index of the first token of each
@@ -1965,22 +1981,6 @@ class Mixture(Data):
         self.digest = hashlib.blake2b(repr([weights, [d.digest for d in data]]).encode(), digest_size=16).hexdigest()
         shares = [w / sum(weights) for w in weights]
         self.splits = {name: MixedSplit([d.splits[name] for d in data], shares) for name in ("train", "val")}
-
-
-def check_version(content: Any, where: Any) -> None:
-    """Raise UserError for what a later model.py wrote."""
-    version = content.get("format_version", 0) if isinstance(content, dict) else 0
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UserError(f"{where} has format version {version}, made by a newer model.py: update this one")
-
-
-def map_tokens(path: Path, dtype: str) -> np.ndarray:
-    kind, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size if path.is_file() else -1
-    if size <= 0:
-        raise UserError(f"{path} is empty" if size == 0 else f"{path}: no such file")
-    if size % kind.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, no whole number of {dtype} token ids: truncated, or no .bin file")
-    return np.memmap(path, kind, "r")
 
 
 class BlockSampler:
