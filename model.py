@@ -2065,7 +2065,7 @@ def tokenize_python_stdlib(folder: Path) -> None:
 def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
     """Open what --data names: a name under data/, a folder, a .bin file, or a file of text or records, which is
     tokenized first. Without a name: the newest data set under data/, or Python's standard library."""
-    made = sorted(DATA_DIR.glob("*/meta.json"), key=lambda p: p.stat().st_mtime)
+    made = sorted(DATA_DIR.glob("[!.]*/meta.json"), key=lambda p: p.stat().st_mtime)  # none that is being written
     if spec is None and made:
         say(f"no --data given: using {made[-1].parent}", file=sys.stderr)
         return Data(made[-1].parent)

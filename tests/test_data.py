@@ -6,6 +6,7 @@ import http.server
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -426,6 +427,14 @@ def test_text_in_data_is_made_once_and_found_again(workdir, text_file):
     text_file.write_text("something else " * 100)
     with pytest.raises(model.UserError, match="something else"):
         model.open_data("input.txt", "byte")
+
+
+def test_the_newest_data_is_none_that_is_being_written(workdir):
+    """A kill just before the files go into place leaves all of them beside the folder."""
+    text_data(Path("data/d"), 5000)
+    shutil.copytree("data/d", "data/.e.part")
+    Path("data/.e.part/meta.json").touch()
+    assert model.open_data(None).folder == Path("data/d")
 
 
 @pytest.mark.parametrize("spec", ["_data_d_/data.bin", "_data_d_", "_data_two_words_/data.bin"])
