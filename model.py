@@ -1808,12 +1808,16 @@ def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
     return [describe(Path(s)) if Path(s).is_file() else {"path": s} for s in sources]
 
 
-def map_tokens(path: Path, dtype: str) -> np.ndarray:
+def map_tokens(path: Path, dtype: str, n: int | None = None) -> np.ndarray:
+    """A file of numbers, n of them if that is known, as an array that is read when it is used."""
     kind, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size if path.is_file() else -1
     if size <= 0:
         raise UserError(f"{path} is empty" if size == 0 else f"{path}: no such file")
     if size % kind.itemsize:
         raise UserError(f"{path} has {size:,} bytes, no whole number of {dtype} token ids: truncated, or no .bin file")
+    if n is not None and size != n * kind.itemsize:
+        counts = f"{size // kind.itemsize:,} tokens and should have {n:,}"
+        raise UserError(f"{path} has {counts}: truncated or replaced; run tokenize again")
     return np.memmap(path, kind, "r")
 
 
@@ -1915,10 +1919,9 @@ class Data:
         with told_as(str(where), UserError):
             self.tokenizer = Tokenizer(meta.tokenizer)
         self.digest, self.source = meta.digest, meta.source
-        tokens = map_tokens(self.folder / "data.bin", meta.dtype)
-        if len(tokens) != meta.n_tokens or meta.val_start > meta.n_tokens:
-            counts = f"{len(tokens):,} tokens and should have {meta.n_tokens:,}"
-            raise UserError(f"{self.folder / 'data.bin'} has {counts}: truncated or replaced; run tokenize again")
+        tokens = map_tokens(self.folder / "data.bin", meta.dtype, meta.n_tokens)
+        if meta.val_start > meta.n_tokens:
+            raise UserError(f"{where} is damaged: validation begins at token {meta.val_start:,} of {meta.n_tokens:,}")
         for name in DATA_FILES if prepares() else ():
             known = {"data.bin": meta.digest, **meta.files}.get(name)
             if known and file_digest(self.folder / name) != known:
@@ -1927,7 +1930,7 @@ class Data:
         if not (self.folder / "starts.bin").exists():
             return [(tokens[a:b],) for a, b in bounds]
         starts = map_tokens(self.folder / "starts.bin", "uint64").astype(np.int64)
-        mask = map_tokens(self.folder / "mask.bin", "uint8")
+        mask = map_tokens(self.folder / "mask.bin", "uint8", meta.n_tokens)
         return [(tokens[a:b], starts[(starts >= a) & (starts < b)] - a, mask[a:b]) for a, b in bounds]
 
     def read_nanogpt(self, file: Path, tokenizer: str | Tokenizer) -> list[tuple[np.ndarray]]:

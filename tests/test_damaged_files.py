@@ -89,6 +89,15 @@ def test_meta_json(workdir):
     model.Data(Path("text"))
 
 
+def test_a_mask_of_another_length(workdir):
+    """Folders of format 1 have no digest of it."""
+    shutil.copytree(OLD / "data/talks", "talks")
+    mask = Path("talks/mask.bin")
+    mask.write_bytes(mask.read_bytes()[:-300])
+    with pytest.raises(model.UserError, match="mask.bin has .* truncated or replaced"):
+        model.Data(Path("talks"))
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_files_of_an_export(workdir, file):
     shutil.copytree(OLD / "exported", "exported")
