@@ -1391,6 +1391,11 @@ def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as f:
+        f.write((json.dumps(content, indent=2) + "\n").encode())
+
+
 def naming(path: Path, e: OSError) -> OSError:
     """An error with the name of the file: that of a full disk has none."""
     return e if e.filename or not e.errno else OSError(e.errno, e.strerror, str(path))
@@ -1484,11 +1489,6 @@ def file_digest(path: Path) -> str:
             digest.update(block)
             bar.update(len(block))
     return digest.hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as f:
-        f.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 MAX_DOWNLOAD = 100e9  # bytes
