@@ -103,6 +103,9 @@ def test_files_of_an_export(workdir, file):
     shutil.copytree(OLD / "exported", "exported")
     path, good = Path("exported") / file, json.loads((OLD / "exported" / file).read_text())
     cases = changes(good)
+    if file == "tokenizer_config.json":  # which holds the template where no file of its own does
+        Path("exported/chat_template.jinja").unlink()
+        cases += [("a template's name", {**good, "chat_template": [{"name": [], "template": "x"}]})]
     if file == "tokenizer.json":
         cases += [(w, {**good, "model": m}) for w, m in changes(good["model"])]
     write = lambda content: path.write_text(json.dumps(content))  # noqa: E731
