@@ -1322,6 +1322,8 @@ def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
     for path in (Path(name), CHECKPOINT_DIR / name):
         if path.exists():
             return Tokenizer(load_checkpoint(path).tokenizer) if path.suffix == ".pt" else hf_tokenizer(path)
+    if name == "bpe":
+        raise UserError("a bpe is learned from text, and here are ids already: name the tokenizer that made them")
     raise UserError(f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, or a folder with a tokenizer.json")
 
 

@@ -385,6 +385,8 @@ def test_nanogpt_files(workdir):
         assert train["targets"][10].tolist() == list(range(161, 177))
     np.full(1000, 7, "<u2").tofile("alone.bin")
     assert len(model.open_data("alone.bin", "byte").splits["train"].tokens) == 900
+    with pytest.raises(model.UserError, match="learned from text"):
+        model.open_data("alone.bin", "bpe")
 
 
 def test_ids_that_the_tokenizer_lacks(cli, monkeypatch):
