@@ -2993,8 +2993,7 @@ def shard_model(model: GPT, fsdp: bool) -> None:
     for tensor in model.state_dict().values():  # so that nothing rests on equal random numbers
         torch.distributed.broadcast(tensor, 0)
     mesh = torch.distributed.init_device_mesh(model.device.type, (world_size(),))
-    short = None if model.compute_dtype == torch.float32 else model.compute_dtype
-    policy = MixedPrecisionPolicy(short, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     model.sharded, model.fsdp = [*model.blocks, model], fsdp
     for part in model.sharded:
         fully_shard(part, mesh=mesh, reshard_after_forward=fsdp, mp_policy=policy)
@@ -3012,14 +3011,10 @@ def own_shard(p: Tensor) -> Tensor:
     return getattr(p, "shard", p)
 
 
-def rows_of(process: int, n: int) -> slice:
-    """Which of n rows a process owns, as FSDP2 parts them: chunks of one size, the last ones smaller or empty."""
-    size = -(-n // world_size())
-    return slice(min(process * size, n), min((process + 1) * size, n))
-
-
-def part_of_rows(whole: Tensor, process: int | None = None) -> Tensor:
-    return whole[rows_of(rank() if process is None else process, len(whole))]
+def part_of_rows(whole: Tensor, process: int) -> Tensor:
+    """The rows that a process owns, as FSDP2 parts them: chunks of one size, the last ones smaller or empty."""
+    size = math.ceil(len(whole) / world_size())
+    return whole[process * size : (process + 1) * size]
 
 
 def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
@@ -3027,7 +3022,7 @@ def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
     others."""
     if world_size() == 1 or not is_by_rows(shard, own_shard(p)):
         return shard
-    size = rows_of(0, len(p)).stop
+    size = math.ceil(len(p) / world_size())  # the largest part
     padded = F.pad(shard, (0, 0) * (shard.dim() - 1) + (0, size - len(shard)))
     whole = padded.new_empty(size * world_size(), *shard.shape[1:])
     torch.distributed.all_gather_single(whole, padded)
@@ -3046,7 +3041,7 @@ def scattered(whole: Tensor, p: Tensor) -> Tensor:
     device = own_shard(p).device
     whole = whole.to(device) if rank() == 0 else torch.empty_like(whole, device=device)
     torch.distributed.broadcast(whole, 0)
-    return part_of_rows(whole).clone() if is_by_rows(whole, p) else whole
+    return part_of_rows(whole, rank()).clone() if is_by_rows(whole, p) else whole
 
 
 def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]]) -> list[list[Tensor]]:
@@ -3329,11 +3324,12 @@ class Muon(Optimizer):
         beta2: float = 1.0, dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         super().__init__([dict(params=params, lr=lr, momentum=momentum, weight_decay=weight_decay)])
-        self.rows, self.beta2, self.dtype, device, n = rows, beta2, dtype, params[0].device, world_size()
-        self.squares = [  # the squared norm of each row in an orthogonal matrix, (rows, 1)
-            part_of_rows(torch.cat([torch.full((part, 1), min(1.0, p.size(1) / part)) for part in parts])).to(device)
+        self.rows, self.beta2, self.dtype, n = rows, beta2, dtype, world_size()
+        squares = [  # the squared norm of each row in an orthogonal matrix, (rows, 1)
+            torch.cat([torch.full((part, 1), min(1.0, p.size(1) / part)) for part in parts])
             for p, parts in zip(params, rows, strict=True)
         ]
+        self.squares = [part_of_rows(x, rank()).to(params[0].device) for x in squares]
         whole = [torch.empty(sum(parts), p.size(1), device="meta") for p, parts in zip(params, rows, strict=True)]
         self.shapes = [[part_of_rows(x, process).shape for x in whole] for process in range(n)]  # of shards
         cost = [p.size(1) * sum(x) * min(p.size(1), max(x)) for p, x in zip(params, rows, strict=True)]
@@ -3690,7 +3686,7 @@ class Run:
         for p in {model.wte.weight, model.head_weight} if model.new_tokens else ():
             rows = torch.zeros(len(p), 1)
             rows[model.new_tokens] = 1
-            self.trained_rows[own_shard(p)] = part_of_rows(rows).to(model.device)
+            self.trained_rows[own_shard(p)] = part_of_rows(rows, rank()).to(model.device)
         # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
         # an evaluation costs a third of a step on as many tokens: a twelfth of the run, unless it is short
