@@ -3044,16 +3044,15 @@ def scattered(whole: Tensor, p: Tensor) -> Tensor:
     return part_of_rows(whole, rank()).clone() if is_by_rows(whole, p) else whole
 
 
-def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]]) -> list[list[Tensor]]:
-    """Send a list of tensors to each process; what arrives, by sender, has these shapes."""
-    sent = [torch.cat([x.flatten() for x in [*xs, outgoing[0][0][:0]]]) for xs in outgoing]
-    sizes = [sum(map(math.prod, those)) for those in shapes]
-    received = sent[0].new_empty(sum(sizes))
-    torch.distributed.all_to_all_single(received, torch.cat(sent), sizes, list(map(len, sent)))
-    return [
-        [x.view(shape) for x, shape in zip(xs.split(list(map(math.prod, those))), those, strict=True)]
-        for xs, those in zip(received.split(sizes), shapes, strict=True)
-    ]
+def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none: Tensor) -> list[list[Tensor]]:
+    """Send a list of tensors to each process; what arrives, by sender, has these shapes. Lists may be empty, so `none`,
+    a tensor without elements, says of which kind they are."""
+    sent = torch.cat([none, *(x.flatten() for xs in outgoing for x in xs)])
+    sizes = [sum(shape.numel() for shape in those) for those in shapes]
+    received = none.new_empty(sum(sizes))
+    torch.distributed.all_to_all_single(received, sent, sizes, [sum(x.numel() for x in xs) for xs in outgoing])
+    arrived = iter(received.split([shape.numel() for those in shapes for shape in those]))
+    return [[next(arrived).view(shape) for shape in those] for those in shapes]
 
 
 # One process of each machine prepares what is needed there, models, data, caches; the others follow when it is there.
@@ -3363,12 +3362,11 @@ class Muon(Optimizer):
 
     def orthogonalise(self, updates: list[Tensor]) -> None:
         """In place. Each is this process's rows of a matrix."""
-        n, me = world_size(), rank()
-        mine = self.work[me]
-        matrices = [updates[i] for i in mine]
+        n, mine = world_size(), self.work[rank()]
+        matrices, none = [updates[i] for i in mine], updates[0].new_empty(0, dtype=self.dtype)
         if n > 1:
-            shapes = [[self.shapes[process][i] for i in mine] for process in range(n)]
-            arrived = exchange([[updates[i].to(self.dtype) for i in work] for work in self.work], shapes)
+            shapes = [[those[i] for i in mine] for those in self.shapes]
+            arrived = exchange([[updates[i].to(self.dtype) for i in work] for work in self.work], shapes, none)
             matrices = [torch.cat(pieces) for pieces in zip(*arrived, strict=True)]
         by_shape = defaultdict(list)
         for i, matrix in zip(mine, matrices, strict=True):
@@ -3377,8 +3375,8 @@ class Muon(Optimizer):
         for parts in by_shape.values():
             torch._foreach_copy_(parts, list(newton_schulz(torch.stack(parts), self.dtype)))
         if n > 1:
-            shapes = [[self.shapes[me][i] for i in work] for work in self.work]
-            arrived = exchange([[part_of_rows(m, process) for m in matrices] for process in range(n)], shapes)
+            shapes = [[updates[i].shape for i in work] for work in self.work]
+            arrived = exchange([[part_of_rows(m, process) for m in matrices] for process in range(n)], shapes, none)
             torch._foreach_copy_([updates[i] for work in self.work for i in work], list(itertools.chain(*arrived)))
 
 

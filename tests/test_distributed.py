@@ -145,6 +145,22 @@ def test_adapters_by_muon_in_two_processes(cli, workdir):
     assert_same_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"], atol=1e-5)
 
 
+def test_a_process_without_a_matrix_to_orthogonalise(cli, text_file):
+    """There are more processes than matrices: each has a Muon of its own."""
+    apart = """
+make = model.make_optimizers
+def make_optimizers(gpt, t):
+    adamw, muon = make(gpt, t)
+    of_one = lambda p, rows: model.Muon([p], [rows], t.muon_lr, weight_decay=t.weight_decay, dtype=muon.dtype)
+    return [adamw, *map(of_one, muon.params, muon.rows)]
+model.make_optimizers = make_optimizers
+"""
+    run = ("train", *BYTES, *SIXTEEN, "--optimizer", "muon", "--n_layer", 1)
+    cli(*run, "--name", "one").ok()
+    Torchrun(*run, "--name", "two", patch=apart).result().ok()
+    close_runs(log_of("one"), log_of("two"))
+
+
 def test_a_signal_to_torchrun_stops_all_at_one_step(one, cli):
     """In slow steps, and long before the next record of the log."""
     signalled = """
