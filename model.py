@@ -3264,11 +3264,12 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Optimizer:
     """What is needed here of torch.optim.Optimizer, the making of which imports torch._dynamo, a second of every start.
-    Its state_dict is the same. As in PyTorch's fused optimizers a found_inf of 1 skips a step, without a word to the
-    host."""
+    Its state_dict is the same. The rates it is made with are the peaks of a schedule. As in PyTorch's fused optimizers
+    a found_inf of 1 skips a step, without a word to the host."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
-        self.param_groups, self.params = param_groups, [p for group in param_groups for p in group["params"]]
+        self.param_groups = [{**group, "peak_lr": group["lr"]} for group in param_groups]
+        self.params = [p for group in param_groups for p in group["params"]]
         self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self.params}
         self.found_inf = torch.zeros((), device=self.params[0].device)
 
@@ -3399,8 +3400,6 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[Optimizer]:
         dtype = model.compute_dtype if model.device.type == "cpu" else torch.bfloat16
         beta2 = 0.95 if t.optimizer == "normuon" else 1.0
         optimizers.append(Muon(list(muon), list(muon.values()), t.muon_lr, 0.95, t.weight_decay, beta2, dtype))
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -3739,17 +3738,16 @@ class Run:
         """From here on steps are timed; reports are not."""
         self.timed = self.step, time.perf_counter()
 
-    def set_rates(self) -> None:
-        """The learning rates of this step."""
-        self.factor = lr_factor(self.step, self.t)
+    def set_rates(self, factor: float) -> None:
+        """The learning rates of a step, as a fraction of their peaks."""
+        self.factor = factor
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * self.factor
+            group["lr"] = group["peak_lr"] * factor
 
     def fit_into(self, minutes: float, loss_fn: Callable) -> None:
         """Fix the number of steps, so that the run takes about so long here: the time of a step is measured on some
         that change nothing, for their rates are 0."""
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = 0.0
+        self.set_rates(0.0)
         self.model.train()
         (batches, n_targets), n, begun = self.batches(0), -2, 0.0  # two to warm up
 
@@ -4007,7 +4005,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
     batches, n_targets = run.batches(run.step)
     with stop_signals() as stop, progress_bar(total=t.max_iters, initial=run.step, unit="step", desc="train") as bar:
         while run.step < t.max_iters:
-            run.set_rates()
+            run.set_rates(lr_factor(run.step, t))
             torch.manual_seed((t.seed * 1_000_003 + run.step) * 4096 + rank())  # dropout; see also Distillation
             sums = accumulate_gradients(
                 model=model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=run.scaler
