@@ -3895,13 +3895,8 @@ class Run:
         if rank() > 0 or self.replaces:
             return
         try:
-            lines = "".join(record + "\n" for record in self.records[self.written :])
-            if self.written:
-                with open(self.files.log, "a", encoding="utf-8") as f:
-                    f.write(lines)
-            else:
-                with atomic_write(self.files.log) as f:
-                    f.write(lines.encode())
+            with open(self.files.log, "ab") if self.written else atomic_write(self.files.log) as f:
+                f.write("".join(record + "\n" for record in self.records[self.written :]).encode())
             self.written = len(self.records)
         except OSError as e:
             say(f"{self.files.log}: {e.strerror}; going on without it", sys.stderr)
@@ -3936,43 +3931,40 @@ class Run:
         if rank() > 0:
             return
         self.wait_for_save()
-        files, contents = self.files, [self.checkpoint(state, sums, optimizers)]
+        files, contents = self.files, {self.files.last: self.checkpoint(state, sums, optimizers)}
         if best:
-            contents.append(self.checkpoint(merged(state), sums))
+            contents[files.model] = self.checkpoint(merged(state), sums)
 
         def write() -> None:
-            stale = [*files.states(), files.model] if self.replaces else []
-            save_checkpoint(files.last, contents[0], lambda: None if stale else files.rotate(self.t.keep))
-            if best:
-                save_checkpoint(files.model, contents[1])
-            for path in set(stale) - {files.last, *([files.model] if best else [])}:
-                path.unlink(missing_ok=True)
-            self.replaces = False
-
-        def try_to_write() -> None:
             try:
-                write()
+                stale = {*files.states(), files.model} if self.replaces else set()
+                save_checkpoint(files.last, contents[files.last], lambda: None if stale else files.rotate(self.t.keep))
+                if best:
+                    save_checkpoint(files.model, contents[files.model])
+                for path in stale - contents.keys():
+                    path.unlink(missing_ok=True)
+                self.replaces = False
             except Exception as e:
                 self.failed = e
 
         n_bytes = 4 * sum(p.numel() for p in self.params.values())
         if n_bytes >= OVERLAPPED_SAVE_BYTES and available_memory() > 6 * n_bytes:
             contents = copied_to(contents, "cpu")
-            self.saving = threading.Thread(target=try_to_write, daemon=True)
+            self.saving = threading.Thread(target=write, daemon=True)
             self.saving.start()
         else:
-            try_to_write()
+            write()
             self.wait_for_save()
         self.saved_at = time.monotonic()
 
     def wait_for_save(self) -> None:
-        if self.saving is not None:
+        if self.saving:
             self.saving.join()
         self.saving, error, self.failed = None, self.failed, None
         if isinstance(error, OSError):
             whole = next((f"; {p} is whole: make room, and go on with --resume" for p in self.files.states()), "")
             raise UserError(f"cannot save {error.filename} at step {self.step}: {error.strerror}{whole}") from error
-        if error is not None:
+        if error:
             raise error
         self.write_log()
 

@@ -377,7 +377,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_a_run(cli, text_file, monkey
     original, full = open, []
 
     def opening(path, mode="r", *args, **kwargs):
-        if str(path).endswith("parts_model.jsonl") and mode == "a" and full:
+        if str(path).endswith("parts_model.jsonl") and mode == "ab" and full:
             raise OSError(28, "No space left on device", str(path))
         return original(path, mode, *args, **kwargs)
 
