@@ -2771,23 +2771,24 @@ def is_sealed(path: Path) -> bool:
         return True
 
 
-def read_archive(path: Path) -> tuple[Any, bool]:
-    """What is in a checkpoint, and whether it is known to be whole. Only tensors and plain containers are unpickled, so
-    a file that would run code is refused."""
+def read_archive(path: Path) -> Any:
+    """What is in a checkpoint, which is known to be whole from format 3 on. Only tensors and plain containers are
+    unpickled, so a file that would run code is refused."""
     with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
-        sealed = is_sealed(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), sealed
+        sealed, content = is_sealed(path), torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if not sealed and version in range(3, FORMAT_VERSION + 1):
+            raise ValueError("it does not end in its digest")
+        return content
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    return as_checkpoint(path, *read_archive(path))
+    return as_checkpoint(path, read_archive(path))
 
 
-def as_checkpoint(path: Path, content: Any, sealed: bool) -> Checkpoint:
+def as_checkpoint(path: Path, content: Any) -> Checkpoint:
     check_version(content, path)
     c = from_dict(Checkpoint, content, path)
-    if c.format_version >= 3 and not sealed:
-        raise UserError(f"{path} is damaged: it does not end in its digest")
     schemas = dict(config=GPTConfig, train_config=TrainConfig, distill=DistillConfig, data=Source, teacher=Source)
     for name, cls in schemas.items():
         if part := getattr(c, name):
@@ -3529,7 +3530,7 @@ class RunFiles:
         """The newest whole state."""
         for path in self.states():
             try:
-                found = read_archive(path)
+                content = read_archive(path)
             except UserError as e:
                 if path == self.states()[-1]:
                     raise
@@ -3537,7 +3538,7 @@ class RunFiles:
                 say(f"{e}; it is now {aside.name}, and the state before it is taken", sys.stderr)
                 os.replace(path, aside)
             else:
-                return path, as_checkpoint(path, *found)
+                return path, as_checkpoint(path, content)
         raise UserError(f"nothing to resume: there is no {self.last}")
 
     def rotate(self, keep: int) -> None:

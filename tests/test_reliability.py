@@ -83,14 +83,16 @@ def test_a_checkpoint_is_a_zip_archive_that_others_open(made):
     assert torch.load(path, weights_only=True)["step"] <= 12
 
 
-def test_a_damaged_state_is_set_aside_and_the_one_before_taken(cli, text_file):
+@pytest.mark.parametrize("position, words", [(5000, "digest differs"), (-70, "does not end in its digest")])
+def test_a_damaged_state_is_set_aside_and_the_one_before_taken(cli, text_file, position, words):
+    """Also where the damage is in the seal itself."""
     cli(*RUN, "--name", "whole").ok()
     cli(*RUN, "--name", "parts").ok()
     assert checkpoint_of("parts")["step"] == 12
     assert torch.load("checkpoints/parts_model_last.2.pt", weights_only=True)["step"] == 9
-    flip(Path("checkpoints/parts_model_last.pt"), 5000)
+    flip(Path("checkpoints/parts_model_last.pt"), position)
     done = cli("train", "--name", "parts", "--resume", "auto").ok()
-    assert "digest differs" in done.err and "parts_model_last.damaged" in done.err and "at step 9" in done.out
+    assert words in done.err and "parts_model_last.damaged" in done.err and "at step 9" in done.out
     assert_same_run("whole", "parts")
 
 
