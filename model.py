@@ -3721,9 +3721,11 @@ class Run:
         if rank() > 0:
             return
         self.write_log()
-        best = self.files.model
-        if self.best_step == self.step and not (best.exists() and load_checkpoint(best).step == self.step):
-            save_checkpoint(best, self.checkpoint(merged(c.model), c.metrics["sums"]))
+        if self.best_step == self.step:
+            with suppress(UserError):  # it is missing, or damaged
+                if load_checkpoint(self.files.model).step == self.step:
+                    return
+            save_checkpoint(self.files.model, self.checkpoint(merged(c.model), c.metrics["sums"]))
 
     def batches(self, step: int) -> tuple[list[dict[str, Tensor]], Tensor]:
         """This process's share of a step, on its way to the device, and the number of targets in the whole batch."""

@@ -96,6 +96,16 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_taken(cli, text_file, p
     assert_same_run("whole", "parts")
 
 
+def test_a_damaged_best_model_is_written_again(cli, text_file):
+    """By a run that goes on from a state that is the best."""
+    cli(*RUN, "--name", "whole").ok()
+    cli(*RUN, "--name", "parts").ok()
+    assert checkpoint_of("parts", last=False)["step"] == 12
+    flip(Path("checkpoints/parts_model.pt"), 5000)
+    cli("train", "--name", "parts", "--resume", "auto").ok()
+    assert_same_run("whole", "parts")
+
+
 # --- Saving, keeping, resuming
 
 
