@@ -4013,7 +4013,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             due = run.due()
             if due - {"sample"}:  # a sample is shown with a report, never alone
                 run.report(due, bar, prompt)
-            if "stop" in due:
+            if "stop" in due and run.step < t.max_iters:  # else it is done
                 bar.close()
                 from_first(run.wait_for_save)  # when one process has ended, torchrun ends the others
                 say(f"stopped at step {run.step}: saved {run.files.last}; go on with --resume")

@@ -134,6 +134,13 @@ def test_other_signals_save_and_leave(cli, text_file, monkeypatch, number):
         signal.signal(number, before)
 
 
+def test_a_signal_in_the_last_step_is_too_late_to_stop_the_run(cli, text_file, monkeypatch):
+    """There is nothing to go on with."""
+    stop_at(monkeypatch, 3)
+    out = cli("train", *BYTES, *TINY_RUN, "--max_iters", 3).ok().out
+    assert "done in" in out and "stopped" not in out and checkpoint_of()["step"] == 3
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_in_a_real_program(cli, text_file, workdir):
     """The program itself, stopped whenever the signal happens to arrive, then resumed."""
