@@ -5142,7 +5142,7 @@ def start_run(
         say(f"{about['variant']}: {count_parameters(c):,} parameters ({c.arch}, vocabulary of {c.vocab_size:,})")
         say(f"data {data.path}: {train:,} tokens to train on, {val:,} held out for validation")
         dtype = str(model.compute_dtype).removeprefix("torch.")
-        compile_model(model, t, block_size)
+        compile_model(model, run.t, block_size)
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} minutes")
             run.fit_into(t.max_minutes, loss_fn)
