@@ -2955,7 +2955,7 @@ class TrainConfig(Optimization, Schedule, Reporting, Machine):
 
 
 def distributed() -> bool:
-    return "WORLD_SIZE" in os.environ and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch is not later and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def rank() -> int:
