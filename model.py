@@ -2976,6 +2976,17 @@ def from_first(make: Callable[[], Any]) -> Any:
     return found if rank() == 0 else sent[0]
 
 
+def copied_to(x: Any, device: str) -> Any:
+    """A copy of containers of tensors on another device. On "meta" it is only their shapes."""
+    if isinstance(x, Checkpoint):
+        return replace(x, **copied_to(vars(x), device))
+    if isinstance(x, dict):
+        return {k: copied_to(v, device) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(copied_to(v, device) for v in x)
+    return x.detach().to(device, copy=True) if isinstance(x, Tensor) else x
+
+
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over all processes, in place."""
     if world_size() > 1:
@@ -3545,7 +3556,7 @@ class RunFiles:
         """Make room for a new state, of which `keep` in all are kept."""
         for path in self.states()[max(keep - 1, 1) :]:
             path.unlink()
-        for i in range(len(self.states()) if keep > 1 else 0, 0, -1):
+        for i in range(keep - 1, 0, -1):
             if self.state(i).exists():
                 os.replace(self.state(i), self.state(i + 1))
 
@@ -3652,7 +3663,7 @@ class Run:
     t: TrainConfig
     files: RunFiles
     block_size: int
-    extra: dict[str, Any]  # of its checkpoints
+    about: dict[str, Any]  # goes into its checkpoints
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf  # validation loss
@@ -3661,7 +3672,6 @@ class Run:
     sums: dict[str, Tensor] = field(default_factory=dict)  # since the last record, (sum, count) by name
     records: list[str] = field(default_factory=list)  # of the log
     written: int = 0  # how many of them the log's file has
-    reporters: dict[str, Callable | None] = field(default_factory=dict)  # None: not open yet
     saving: threading.Thread | None = None
     failed: Exception | None = None  # what became of it
 
@@ -3674,7 +3684,7 @@ class Run:
         micro_batch = t.batch_size // (t.grad_accum * world_size())
         self.evaluate = Evaluator(self.data, self.block_size, micro_batch, t.eval_tokens)
         self.optimizers = make_optimizers(model, t)
-        self.reporters = dict.fromkeys(reporters_in(t.report_to) if rank() == 0 else ())
+        self.reporters = dict.fromkeys(reporters_in(t.report_to) if rank() == 0 else ())  # None: not open yet
         scaler = torch.amp.GradScaler
         if world_size() > 1:  # whose scale all processes change together
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
@@ -3884,7 +3894,7 @@ class Run:
             try:
                 if self.reporters[kind] is None:
                     first = hashlib.blake2b("".join(self.records[:1]).encode(), digest_size=4).hexdigest()
-                    settings = {**self.extra, "data": str(self.data.path)}
+                    settings = {**self.about, "data": str(self.data.path)}
                     settings |= {**asdict(self.model.config), **asdict(self.t)}
                     self.reporters[kind] = reporter(kind, f"{self.files.run.name}-{first}", settings, self.step)
                 self.reporters[kind](values, self.step)
@@ -3912,7 +3922,7 @@ class Run:
         model, data = self.model, self.data
         metrics = {"seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step}
         return {
-            **self.extra,
+            **self.about,
             "config": asdict(model.config),
             "model": state,
             "tokenizer": data.tokenizer.spec,
@@ -3970,17 +3980,6 @@ class Run:
         if error:
             raise error
         self.write_log()
-
-
-def copied_to(x: Any, device: str) -> Any:
-    """A copy of containers of tensors on another device. On "meta" it is only their shapes."""
-    if isinstance(x, Checkpoint):
-        return replace(x, **copied_to(vars(x), device))
-    if isinstance(x, dict):
-        return {k: copied_to(v, device) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(copied_to(v, device) for v in x)
-    return x.detach().to(device, copy=True) if isinstance(x, Tensor) else x
 
 
 def available_memory() -> int:
