@@ -3355,17 +3355,17 @@ class Muon(Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         new, kept = torch.where(bad, 0.0, 1 - momentum), torch.where(bad, 1.0, 1 - lr * group["weight_decay"])
         updates, squares, sizes = [], self.squares, list(map(len, self.squares))
-        for p in self.params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        for p, first in zip(self.params, self.squares, strict=True):
+            if not self.state[p]:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+                self.state[p] |= {"squares": first.clone()} if self.beta2 < 1 else {}
             buffer, grad = self.state[p]["momentum_buffer"], p.grad.masked_fill(bad, 0.0)
             buffer.lerp_(grad, new)
             updates.append(grad.lerp(buffer, momentum))  # Nesterov
             p.mul_(kept)
         self.orthogonalise(updates)
         if self.beta2 < 1:
-            firsts, new = zip(self.params, self.squares, strict=True), torch.where(bad, 0.0, 1 - self.beta2)
-            squares = [self.state[p].setdefault("squares", first.clone()) for p, first in firsts]
+            squares, new = [self.state[p]["squares"] for p in self.params], torch.where(bad, 0.0, 1 - self.beta2)
             found = torch.cat([torch.linalg.vector_norm(update, dim=1, keepdim=True) for update in updates]).square()
             torch._foreach_mul_(squares, 1 - new)
             torch._foreach_add_(squares, (found * new).split(sizes))
