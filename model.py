@@ -3890,7 +3890,7 @@ class Run:
     def publish(self, values: dict[str, float | str]) -> None:
         """Hand numbers or a text of this step to what --report_to names; one that fails is no reason to stop. A run is
         known by its name and its first record, when it is resumed too, and is another when it is overwritten."""
-        for kind in list(self.reporters):
+        for kind in list(self.reporters) if self.records else ():
             try:
                 if self.reporters[kind] is None:
                     first = hashlib.blake2b("".join(self.records[:1]).encode(), digest_size=4).hexdigest()
@@ -4010,7 +4010,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             run.update(sums)
             bar.update()
             due = run.due()
-            if due - {"sample"}:  # a sample is shown with a report, never alone
+            if due:
                 run.report(due, bar, prompt)
             if "stop" in due and run.step < t.max_iters:  # else it is done
                 bar.close()

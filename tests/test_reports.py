@@ -56,6 +56,13 @@ def test_samples_are_shown_as_they_are(cli, text_file):
     assert shown == [sample.removeprefix("    ").replace("\n    ", "\n") for sample in text(read_events(), "sample")]
 
 
+def test_runs_are_told_apart_though_a_sample_comes_first(cli, text_file):
+    """Their first records say which is which: the sample before them is shown on the screen alone."""
+    for seed in (1, 2):
+        cli(*RUN, "--report_to", "tensorboard", "--sample_interval", 1, "--overwrite", "--seed", seed).ok()
+    assert len(list(Path("checkpoints/tensorboard").iterdir())) == 2
+
+
 def test_off_unless_asked_for(cli, text_file, monkeypatch):
     monkeypatch.setattr(model, "reporter", None)
     cli(*RUN).ok()

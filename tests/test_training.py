@@ -441,6 +441,17 @@ def test_the_log(cli, text_file):
     assert losses[0] == pytest.approx(math.log(259), abs=0.2)
 
 
+def test_samples_are_shown_when_they_are_asked_for(cli, text_file):
+    """Also between two records of the log, which they leave as it would be without."""
+    flags = ("--max_iters", 5, "--log_interval", 3, "--eval_interval", 100)
+    out = cli("train", *BYTES, *TINY_RUN, *flags, "--sample_interval", 2, "--name", "shown").ok().out
+    assert [line for line in out.splitlines() if "sample at" in line] == [
+        f"--- sample at step {step} ---" for step in (2, 4, 5)
+    ]
+    cli("train", *BYTES, *TINY_RUN, *flags, "--sample_interval", -1, "--name", "silent").ok()
+    assert_same_run("shown", "silent")
+
+
 def test_the_loss_of_conversations_is_the_mean_over_their_targets(cli, workdir):
     """By hand from the definition: the first batch, the initial weights, F.cross_entropy over what the mask wants."""
     conversation_data("chat")
