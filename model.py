@@ -3530,15 +3530,10 @@ class RunFiles:
             go_on = "go on with --resume, " if states else "it has no state to resume from; "
             raise UserError(f"{there} is already there: {go_on}--overwrite it, or choose a --name")
 
-    def goes_on(self, resume: str) -> bool:
-        """Whether a run goes on from a state; else it begins, for which its name must be free."""
-        if resume == "true" or resume == "auto" and self.states():
-            return True
-        self.check_free()
-        return False
-
-    def latest(self) -> tuple[Path, "Checkpoint"]:
-        """The newest whole state."""
+    def latest(self, resume: str) -> tuple[Path, Checkpoint] | None:
+        """The newest whole state to go on from; None where a run begins, for which its name must be free."""
+        if resume == "false" or resume == "auto" and not self.states():
+            return self.check_free()
         for path in self.states():
             try:
                 content = read_archive(path)
@@ -5101,7 +5096,7 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
             files = RunFiles(a.name or a.default_name, a.overwrite)
-            state = from_first(lambda: files.goes_on(a.resume) and files.latest())
+            state = from_first(lambda: files.latest(a.resume))
             if not prepares():
                 wait_for(f"prepared on {MACHINE}")
             if state:
