@@ -18,8 +18,9 @@ python model.py tokenize --dataset shakespeare --txt input.txt         text, fol
 python model.py train --variant 26M --data shakespeare --max_iters 5000
 """
 
-# Read from top to bottom: settings, the GPT, tokenizers, data, conversations, generation, checkpoints, training,
-# distillation, evaluation, Hugging Face in and out, the commands, the parser; the appendix in C can be left out.
+# Read from top to bottom: settings, the GPT, tokenizers, data, conversations, generation, checkpoints, processes and
+# devices, training, distillation, evaluation, Hugging Face in and out, the commands, the parser; the appendix in C can
+# be left out.
 
 import argparse
 import atexit
@@ -2880,78 +2881,8 @@ def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path, lora_ra
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training: one loop for train, distill and finetune
+# Processes, devices, precision
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-OPTIMIZERS = ("adamw", "muon", "normuon")
-
-
-@dataclass
-class Optimization(Settings):
-    """optimizer"""
-
-    batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
-    grad_accum: int = setting(1, "micro-batches of a batch: less memory, the same result", ge=1, le=1 << 20)
-    optimizer: str = setting("adamw", "muon and normuon: of the block matrices, with AdamW for the rest", OPTIMIZERS)
-    learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
-    muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
-    embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
-    head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)", ge=0, rare=True)
-    weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings", ge=0)
-    beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1, rare=True)
-    beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1, rare=True)
-    grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
-
-
-@dataclass
-class Schedule(Settings):
-    """schedule"""
-
-    max_iters: int = setting(2000, "optimizer steps", ge=1, le=1 << 40, alias="finetune_iters")
-    epochs: float = setting(0.0, "passes over the training data, instead of max_iters", ge=0, le=1e6)
-    max_minutes: float = setting(0.0, "as many steps as this machine does in so many minutes", ge=0, le=1e6)
-    schedule: str = setting("cosine", "learning rate over time", ("cosine", "linear", "wsd", "constant"))
-    warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)", ge=-1)
-    min_lr_ratio: float = setting(0.1, "cosine: the last rate as a fraction of the peak", ge=0, le=1)
-    decay_fraction: float = setting(0.4, "wsd (warmup-stable-decay): part of the run that decays", ge=0, le=1)
-
-
-@dataclass
-class Reporting(Settings):
-    """evaluation and log"""
-
-    eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: 4 to 10 in a run)", ge=0)
-    eval_tokens: int = setting(65536, "validation tokens of an evaluation: always the same blocks", ge=0)
-    log_interval: int = setting(10, "steps between records of the log", ge=1)
-    sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: none)", ge=-1)
-    save_minutes: float = setting(10.0, "minutes between saves, besides those of evaluations (0: none)", ge=0)
-    keep: int = setting(2, "latest states that are kept, besides the best model", ge=1, le=1000)
-    report_to: str = setting("", "show the log, samples and settings in tensorboard, trackio, wandb; several by commas")
-    max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite loss; they are skipped", ge=1)
-
-
-@dataclass
-class Machine(Settings):
-    """machine"""
-
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", "of the computation; weights stay float32", DTYPES)
-    compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
-    fsdp: bool = setting(
-        False, "with torchrun: weights stay sharded within a step too, which takes less memory and more time"
-    )
-    seed: int = setting(1337, "random seed of weights, data order and dropout", ge=0, le=2**31)
-
-
-@dataclass
-class TrainConfig(Optimization, Schedule, Reporting, Machine):
-    """How a model is trained. A batch is what one optimizer step sees: over all micro-batches and processes."""
-
-    def check_division(self) -> None:
-        if self.batch_size % (self.grad_accum * world_size()):
-            raise UserError(f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum} times "
-                            f"{world_size()} processes")  # fmt: skip
 
 
 def distributed() -> bool:
@@ -3245,6 +3176,81 @@ def set_precision(model: GPT, name: str, training: bool = False) -> GPT:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     model.compute_dtype = dtype
     return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: one loop for train, distill and finetune
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+OPTIMIZERS = ("adamw", "muon", "normuon")
+
+
+@dataclass
+class Optimization(Settings):
+    """optimizer"""
+
+    batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
+    grad_accum: int = setting(1, "micro-batches of a batch: less memory, the same result", ge=1, le=1 << 20)
+    optimizer: str = setting("adamw", "muon and normuon: of the block matrices, with AdamW for the rest", OPTIMIZERS)
+    learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
+    muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
+    embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
+    head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)", ge=0, rare=True)
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings", ge=0)
+    beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1, rare=True)
+    beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1, rare=True)
+    grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
+
+
+@dataclass
+class Schedule(Settings):
+    """schedule"""
+
+    max_iters: int = setting(2000, "optimizer steps", ge=1, le=1 << 40, alias="finetune_iters")
+    epochs: float = setting(0.0, "passes over the training data, instead of max_iters", ge=0, le=1e6)
+    max_minutes: float = setting(0.0, "as many steps as this machine does in so many minutes", ge=0, le=1e6)
+    schedule: str = setting("cosine", "learning rate over time", ("cosine", "linear", "wsd", "constant"))
+    warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)", ge=-1)
+    min_lr_ratio: float = setting(0.1, "cosine: the last rate as a fraction of the peak", ge=0, le=1)
+    decay_fraction: float = setting(0.4, "wsd (warmup-stable-decay): part of the run that decays", ge=0, le=1)
+
+
+@dataclass
+class Reporting(Settings):
+    """evaluation and log"""
+
+    eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: 4 to 10 in a run)", ge=0)
+    eval_tokens: int = setting(65536, "validation tokens of an evaluation: always the same blocks", ge=0)
+    log_interval: int = setting(10, "steps between records of the log", ge=1)
+    sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: none)", ge=-1)
+    save_minutes: float = setting(10.0, "minutes between saves, besides those of evaluations (0: none)", ge=0)
+    keep: int = setting(2, "latest states that are kept, besides the best model", ge=1, le=1000)
+    report_to: str = setting("", "show the log, samples and settings in tensorboard, trackio, wandb; several by commas")
+    max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite loss; they are skipped", ge=1)
+
+
+@dataclass
+class Machine(Settings):
+    """machine"""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the computation; weights stay float32", DTYPES)
+    compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
+    fsdp: bool = setting(
+        False, "with torchrun: weights stay sharded within a step too, which takes less memory and more time"
+    )
+    seed: int = setting(1337, "random seed of weights, data order and dropout", ge=0, le=2**31)
+
+
+@dataclass
+class TrainConfig(Optimization, Schedule, Reporting, Machine):
+    """How a model is trained. A batch is what one optimizer step sees: over all micro-batches and processes."""
+
+    def check_division(self) -> None:
+        if self.batch_size % (self.grad_accum * world_size()):
+            raise UserError(f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum} times "
+                            f"{world_size()} processes")  # fmt: skip
 
 
 def lr_factor(step: int, t: TrainConfig) -> float:
