@@ -3586,10 +3586,11 @@ def accumulate_gradients(
     return sums
 
 
-def no_targets(where: Any, block_size: int) -> UserError:
-    return UserError(
-        f"{where} has no target in blocks of {block_size} tokens, its turns are longer: raise --block_size"
-    )
+def check_targets(split: Split, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> None:
+    """Raise UserError if there is no target in any of these blocks of a split."""
+    if not any((split.batch(windows, [i], block_size)["targets"] >= 0).any() for i in blocks):
+        what = f"the {split.name} has no target in blocks of {block_size} tokens"
+        raise UserError(f"{what}, its turns are longer: raise --block_size")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -3682,6 +3683,7 @@ class Run:
         if t.epochs:
             t = replace(t, max_iters=max(1, math.ceil(t.epochs * len(self.windows) / t.batch_size)), epochs=0.0)
         self.t, self.sampler = t, BlockSampler(len(self.windows), t.batch_size, t.seed)
+        check_targets(self.split, self.windows, range(len(self.windows)), self.block_size)
         micro_batch = t.batch_size // (t.grad_accum * world_size())
         self.evaluate = Evaluator(self.data, self.block_size, micro_batch, t.eval_tokens)
         self.optimizers = make_optimizers(model, t)
@@ -3839,11 +3841,10 @@ class Run:
             self.results = self.evaluate(self.model)
         bad = self.check_finite()
         if evaluated or "record" in due:
-            if not totals["loss"][1] and not bad:
-                raise no_targets(self.data.path, self.block_size)
+            means = {name: total / max(n, 1) for name, (total, n) in totals.items()} if totals["loss"][1] else {}
             record = {
                 "step": self.step, "tokens": self.step * t.batch_size * self.block_size,
-                "seconds": round(self.seconds, 2), **{name: total / max(n, 1) for name, (total, n) in totals.items()},
+                "seconds": round(self.seconds, 2), **means,
                 "lr": t.learning_rate * self.factor, "grad_norm": self.grad_norm.item(),
                 **({"muon_lr": t.muon_lr * self.factor} if t.optimizer != "adamw" else {}),
                 "tokens_per_s": round((self.step - since) * t.batch_size * self.block_size / elapsed),
@@ -3851,13 +3852,14 @@ class Run:
             }  # fmt: skip
             totals, self.sums = {}, {}
             self.bad[1:] = 0
-            bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s".format_map(record))
+            shown = {"loss": math.nan, **record}  # where no step counted
+            bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s".format_map(shown))
             self.records.append(json.dumps(record))
             self.write_log()
             self.publish({k: v for k, v in record.items() if is_a(v, float) and k != "step"})
         if evaluated:
             say("step {step}: loss {loss:.4f}, val_loss {val_loss:.4f}, perplexity {val_ppl:.2f}, {val_bpb:.4f} bits "
-                "per byte, {tokens_per_s:,} tokens/s".format_map(record))  # fmt: skip
+                "per byte, {tokens_per_s:,} tokens/s".format_map(shown))  # fmt: skip
         if improved := evaluated and self.results["val_loss"] < self.best:
             self.best, self.best_step = self.results["val_loss"], self.step
         if evaluated or due & {"save", "stop"}:
@@ -4321,14 +4323,13 @@ class Evaluator:
         self.windows, self.token_bytes = self.split.windows(block_size), data.tokenizer.token_bytes()
         n = min(len(self.windows), max(1, eval_tokens // block_size))
         self.blocks = [i * len(self.windows) // n for i in range(n)]
+        check_targets(self.split, self.windows, self.blocks, block_size)
 
     def __call__(self, model: GPT) -> dict[str, float]:
         """val_loss (nats per token), val_ppl, val_bpb (bits per byte of text), val_tokens."""
         groups = (self.blocks[i : i + self.batch_size] for i in range(0, len(self.blocks), self.batch_size))
         batches = (self.split.batch(self.windows, blocks, self.block_size) for blocks in groups)
         total, n, n_bytes = total_loss(model, batches, self.token_bytes)
-        if not n:
-            raise no_targets(f"the {self.split.name}", self.block_size)
         bpb = total / math.log(2) / max(n_bytes, 1)
         return {"val_loss": total / n, "val_ppl": perplexity(total, n), "val_bpb": bpb, "val_tokens": int(n)}
 

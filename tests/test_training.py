@@ -469,6 +469,14 @@ def test_the_loss_of_conversations_is_the_mean_over_their_targets(cli, workdir):
     assert log_of()[0]["loss"] == pytest.approx(F.cross_entropy(logits, targets, ignore_index=-1).item(), rel=1e-5)
 
 
+def test_a_step_without_a_target_does_not_end_a_run(cli, workdir):
+    """A window of a conversation may be all prompt."""
+    write_conversations(Path("chat"), [([65] * 20, [i % 4 == 0] * 20) for i in range(40)])
+    flags = ("--batch_size", 1, "--max_iters", 12, "--log_interval", 1)
+    cli("train", "--data", "chat", *TINY_RUN, *flags).ok()
+    assert {"loss" in r for r in log_of()} == {True, False} and checkpoint_of()["step"] == 12
+
+
 def test_epochs(cli, text_file, monkeypatch):
     """60,000 bytes: 54,000 for training are 3,374 blocks of 16 and a target, 844 batches of 4 (rounded up). So many
     steps are the work that compiling is chosen by."""
@@ -582,6 +590,14 @@ def test_a_step_that_is_not_finite_is_skipped(cli, text_file, monkeypatch, bad, 
     told = [{k: r[k] for k in r if k.startswith("bad")} for r in log_of()]
     assert told == [{}, {"bad_steps": 2, "bad_step": 8, "bad_blocks": blocks}, {}]
     assert all(math.isfinite(r["loss"]) for r in log_of())
+
+
+def test_a_record_of_skipped_steps_alone_has_no_loss(cli, text_file, monkeypatch):
+    """It would be 0, better than any."""
+    spoil(monkeypatch, 2, 2, math.nan)
+    run = ("train", *BYTES, *TINY_RUN, "--max_iters", 3, "--log_interval", 1, "--eval_interval", 2)
+    assert "step 2: loss nan, val_loss" in cli(*run).ok().out
+    assert [("loss" in r, r.get("bad_step")) for r in log_of()] == [(True, None), (False, 2), (True, None)]
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(cli, text_file, monkeypatch):
