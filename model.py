@@ -3735,8 +3735,9 @@ class Run:
             return
         self.write_log()
         if self.best_step == self.step:
-            with suppress(UserError):  # it is missing, or damaged
-                if load_checkpoint(self.files.model).step == self.step:
+            with suppress(UserError):  # it is missing, or damaged, or of an earlier run
+                best = load_checkpoint(self.files.model)
+                if (best.step, best.log) == (c.step, c.log):
                     return
             save_checkpoint(self.files.model, self.checkpoint(merged(c.model), c.metrics["sums"]))
 

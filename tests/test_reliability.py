@@ -106,6 +106,18 @@ def test_a_damaged_best_model_is_written_again(cli, text_file):
     assert_same_run("whole", "parts")
 
 
+def test_a_kill_while_a_run_is_overwritten_does_not_leave_its_best_model(cli, text_file, monkeypatch):
+    """Both runs are best at one step: the new state is there, and the old model still."""
+    cli(*RUN, "--max_iters", 3).ok()
+    with monkeypatch.context() as patch:
+        kill_at_rename(patch, 1, into="checkpoints/7M_model.pt")
+        with pytest.raises(Killed):
+            cli(*RUN, "--max_iters", 3, "--overwrite", "--seed", 7)
+    assert [checkpoint_of(last=last)["train_config"]["seed"] for last in (True, False)] == [7, 1337]
+    cli("train", "--resume", "auto").ok()
+    assert checkpoint_of(last=False)["train_config"]["seed"] == 7
+
+
 # --- Saving, keeping, resuming
 
 
