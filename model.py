@@ -3766,14 +3766,9 @@ class Run:
         that change nothing, for their rates are 0."""
         self.set_rates(0.0)
         self.model.train()
-        (batches, n_targets), n, begun = self.batches(0), -2, 0.0  # two to warm up
-
-        def goes_on() -> bool:
-            return n < 3 or time.perf_counter() - begun < 0.02 * 60 * minutes
-
-        while from_first(goes_on):  # by one clock: who made one step more would wait in it for the others
-            if n == 0:
-                begun = time.perf_counter()
+        (batches, n_targets), ends = self.batches(0), []  # of the steps, the first two of which warm up
+        # by one clock: who made one step more would wait in it for the others
+        while from_first(lambda: len(ends) < 5 or ends[-1] - ends[1] < 0.02 * 60 * minutes):
             torch.manual_seed(self.step * 4096 + rank())  # as fit does: some losses draw by it what they do
             sums = accumulate_gradients(
                 model=self.model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=self.scaler
@@ -3781,8 +3776,8 @@ class Run:
             batches, n_targets = self.batches(self.step + 1)  # others: a teacher's answers to these are kept by now
             self.update(sums)
             self.grad_norm.item()  # waits for a GPU
-            n += 1
-        step = (time.perf_counter() - begun) / n
+            ends.append(time.perf_counter())
+        step = (ends[-1] - ends[1]) / (len(ends) - 2)
         total, evaluation = 0.96 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
         steps = from_first(lambda: min(total / (1 + 1 / 12), total - 4 * evaluation))
         self.t, self.step, self.sums = replace(self.t, max_iters=max(10, int(steps)), max_minutes=0.0), 0, {}
