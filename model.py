@@ -2591,43 +2591,46 @@ def evaluating(model: GPT) -> Iterator[None]:
 def generate_text(
     model: GPT, tokenizer: Tokenizer, prompt: list[int], length: int, settings: SamplingSettings,
     num_samples: int = 1, seed: int = 1337, stop: Iterable[str] = (),
-    on_text: Callable[[str], None] = lambda text: None, tokens_from: Callable[..., Iterator[Tensor]] | None = None,
-    generator: torch.Generator | None = None, heal: bool = False,
+    on_text: Callable[[str], None] = lambda text: None, heal: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Continuations of a prompt of token ids, drawn as one batch; each ends at `length` tokens, at the end-of-text
-    token, or before one of the `stop` strings. The first one is handed to on_text as it grows. tokens_from stands in
-    for generate.
+    """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens.
 
     heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one,
     since that is how the model has seen words ("def" and " name")."""
-    ends = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}
-    generator = generator or torch.Generator(model.device).manual_seed(seed)
-    streams = [TextStream(tokenizer) for _ in range(num_samples)]
-    texts, done = [""] * num_samples, [False] * num_samples
-    held = max((len(s) for s in stop), default=1) - 1  # characters that may turn out to be the start of a stop string
-    shown = space = 0
-    if heal and tokens_from is None and len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" ":
-        first = tokenizer.begins_with_space
-        if first.sum() > 1:
-            prompt, space = prompt[:-1], 1
-            first = F.pad(first, (0, model.config.vocab_size - len(first))).to(model.device)
-            tokens_from = functools.partial(generate, model, first=first)
-    tokens_from = tokens_from or functools.partial(generate, model)
+    first = None
+    if heal and len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" " and tokenizer.begins_with_space.sum() > 1:
+        first, prompt = tokenizer.begins_with_space, prompt[:-1]
+        first = F.pad(first, (0, model.config.vocab_size - len(first))).to(model.device)
+    generator = torch.Generator(model.device).manual_seed(seed)
     with evaluating(model):
-        for step, tokens in enumerate(tokens_from([prompt] * num_samples, length, settings, generator)):
-            for i, token in enumerate(tokens.tolist()):
-                if done[i]:
-                    continue
-                done[i] = token in ends
-                piece = streams[i](None if done[i] else token)
-                texts[i] += piece.removeprefix(" ") if space and step == 0 else piece
-                if found := [at for at in (texts[i].find(s) for s in stop) if at >= 0]:
-                    texts[i], done[i] = texts[i][: min(found)], True
-            safe = len(texts[0]) if done[0] else max(len(texts[0]) - held, shown)
-            on_text(texts[0][shown:safe])
-            shown = safe
-            if all(done):
-                break
+        tokens = generate(model, [prompt] * num_samples, length, settings, generator, first=first)
+        return read_tokens(tokens, tokenizer, num_samples, stop, on_text, skip_space=first is not None)
+
+
+def read_tokens(
+    tokens: Iterable[Tensor], tokenizer: Tokenizer, num_samples: int, stop: Iterable[str],
+    on_text: Callable[[str], None], skip_space: bool = False,
+) -> list[str]:  # fmt: skip
+    """The texts of generated tokens (num_samples,), read until each has come to the end-of-text token or to one of the
+    `stop` strings, before which it ends. The first text is handed to on_text as it grows."""
+    ends, stop = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}, [s for s in stop if s]
+    streams = [TextStream(tokenizer) for _ in range(num_samples)]
+    texts, done, shown = [""] * num_samples, [False] * num_samples, 0
+    held = max(map(len, stop), default=1) - 1  # characters that may turn out to be the start of a stop string
+    for step, column in enumerate(tokens):
+        for i, token in enumerate(column.tolist()):
+            if done[i]:
+                continue
+            done[i] = token in ends
+            piece = streams[i](None if done[i] else token)
+            texts[i] += piece.removeprefix(" ") if skip_space and step == 0 else piece
+            if found := [at for at in (texts[i].find(s) for s in stop) if at >= 0]:
+                texts[i], done[i] = texts[i][: min(found)], True
+        safe = len(texts[0]) if done[0] else max(len(texts[0]) - held, shown)
+        on_text(texts[0][shown:safe])
+        shown = safe
+        if all(done):
+            break
     texts = [text if end else text + stream(None) for text, end, stream in zip(texts, done, streams, strict=True)]
     on_text(texts[0][shown:])
     return texts
@@ -5584,16 +5587,14 @@ class ChatSession:
             raise UserError(f"the message has more tokens than the context of {context} has room for: shorten it")
         self.cache.length = n = min(common_prefix(ids, self.cached), len(ids) - 1)
 
-        def tokens_from(prompts: list[list[int]], *args: Any) -> Iterator[Tensor]:
-            for token in generate(self.model, [ids[n:]], *args, cache=self.cache, seen=ids[:n]):
+        def tokens() -> Iterator[Tensor]:
+            options = dict(generator=self.generator, cache=self.cache, seen=ids[:n])
+            for token in generate(self.model, [ids[n:]], self.length, self.settings, **options):
                 new.append(int(token))
                 yield token
 
         with suppress(KeyboardInterrupt):
-            generate_text(
-                self.model, self.tokenizer, ids, self.length, self.settings, tokens_from=tokens_from,
-                on_text=lambda piece: (parts.append(piece), on_text(piece)), generator=self.generator,
-            )  # fmt: skip
+            read_tokens(tokens(), self.tokenizer, 1, (), lambda piece: (parts.append(piece), on_text(piece)))
         self.cached = (ids + new)[: self.cache.length]
         self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
         return "".join(parts)

@@ -165,7 +165,7 @@ def test_text_is_that_of_the_cpu_and_each_token_is_read_once(files, cli, where):
         text, device = run_on(where, cli, *command)
         assert text == run_on("cpu", cli, *command)[0]
         loading = {what: n for what, n in device.waits["preparing"].items() if "_apply" not in what}
-        assert loading == {"copy to the device in left_pad": 1, "tolist in generate_text": 20}
+        assert loading == {"copy to the device in left_pad": 1, "tolist in read_tokens": 20}
 
 
 @pytest.mark.parametrize("where", DEVICES)

@@ -312,10 +312,11 @@ def scripted(monkeypatch, *texts: bytes | list[int]) -> None:
 
 
 def test_stop_strings(byte_gpt, monkeypatch):
-    """Text ends before the first of them, whether within one token or over several, and none of it is shown."""
+    """Text ends before the first of them, whether within one token or over several, and none of it is shown;
+    before an empty one it does not."""
     scripted(monkeypatch, b"one. two; three", b"none of them.xx", b";directly. and", "é\u20ac.".encode())
     pieces = []
-    texts = text_of(byte_gpt, num_samples=4, stop=[". t", ";"], on_text=pieces.append)
+    texts = text_of(byte_gpt, num_samples=4, stop=[". t", "", ";"], on_text=pieces.append)
     assert texts == ["one", "none of them.xx", "", "é€." + "x" * 9]
     assert "".join(pieces) == "one"
     assert not any("." in p for p in pieces)
