@@ -2492,7 +2492,7 @@ def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = 
         score = logits.gather(1, seen)
         score = torch.where(score < 0, score * s.repetition_penalty, score / s.repetition_penalty)
         logits = logits.scatter(1, seen, score)
-    if s.temperature == 0:
+    if s.temperature < 1e-30:  # 0, or so little that the division would overflow
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     logits = logits / s.temperature
     if s.top_k:

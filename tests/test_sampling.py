@@ -56,7 +56,8 @@ def test_next_token_probs_equal_transformers(settings, seed):
 def test_greedy_is_the_most_likely_token():
     logits = torch.randn(5, 30)
     assert torch.equal(model.sample_token(logits, GREEDY, None, None), logits.argmax(dim=-1))
-    assert torch.equal(model.next_token_probs(logits, GREEDY).argmax(dim=-1), logits.argmax(dim=-1))
+    for s in (GREEDY, SamplingSettings(temperature=1e-40)):
+        assert torch.equal(model.next_token_probs(logits, s).argmax(dim=-1), logits.argmax(dim=-1))
     penalised = model.sample_token(
         logits, SamplingSettings(temperature=0, repetition_penalty=1e6), logits.topk(1)[1], None
     )
