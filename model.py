@@ -2186,6 +2186,7 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
 # in a sandbox (torch brings jinja2). A line of JSON for each conversation.
 RENDERER = """
 import functools, json, sys, time
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 if sys.platform == "linux":
@@ -2195,7 +2196,15 @@ if sys.platform == "linux":
 def raise_exception(message):
     raise ValueError(f"it refuses this conversation: {message}")
 
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+class Generation(Extension):  # {% generation %} marks what the assistant says: its contents
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+extensions = [Generation, "jinja2.ext.loopcontrols"]
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
 environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
 environment.filters["tojson"] = lambda x, **kwargs: json.dumps(x, ensure_ascii=False, **kwargs)
 compiled = functools.lru_cache(maxsize=4)(environment.from_string)
@@ -2233,7 +2242,7 @@ def render_template(template: str, values: dict[str, Any], seconds: float = 10.0
         answer = ""
     finally:
         timer.cancel()
-    if not answer:
+    if not answer.endswith("\n"):
         renderer.cache_clear()
         raise UserError(f"it takes more than {seconds:g} seconds or 1 GB")
     text, error = json.loads(answer)
@@ -2248,10 +2257,10 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
     if template is None:
         raise UserError(f"{tokenizer.name} has no chat template: finetune the model on conversations first")
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
-    tokens = {k: getattr(tokenizer.fields, k) or "" for k in ("bos_token", "eos_token")}
-    values = {"messages": clean, "add_generation_prompt": add_generation_prompt, **tokens}
+    tokens = {k: getattr(tokenizer.fields, k) or "" for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    values = {"messages": clean, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
     with told_as("the chat template cannot be used", Exception, UserError):  # it raises what it likes
-        return render_template(template, values)
+        return render_template(template, values | tokens)
 
 
 def encode_conversation(

@@ -226,6 +226,14 @@ INST_TEMPLATE = (  # no special token opens a turn, a system turn goes into the 
     "{% if m['role'] == 'user' %}{{ '[INST] ' + (s if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + eos_token }}{% endif %}{% endfor %}"
 )
+TAGS_TEMPLATE = (  # what transformers adds to Jinja, and what it hands to every template
+    "{% for _ in [1, 2] %}{{ bos_token + unk_token }}{% break %}{% endfor %}"
+    "{% if tools is none and documents is none %}{{ 'no tools' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -244,18 +252,19 @@ def foreign(folder: Path, template: str | None, eos: str = "<|im_end|>", chat_to
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=names, show_progress=False)
     backend.train_from_iterator(stdlib_source("textwrap").splitlines(keepends=True), trainer)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos,
+                                                   unk_token="<extra>")  # fmt: skip
     theirs.chat_template = template
     theirs.save_pretrained(folder)
     return model.hf_tokenizer(folder)
 
 
-@pytest.fixture(params=["byte", "bpe", "gpt2", "imported", "imported, [INST]"])
+@pytest.fixture(params=["byte", "bpe", "gpt2", "imported", "imported, [INST]", "imported, tags"])
 def tokenizer(request, tmp_path, bpe, gpt2) -> model.Tokenizer:
     if request.param.startswith("imported"):
-        ours = request.param == "imported"
-        template, eos = (SYSTEM_TEMPLATE, "<|im_end|>") if ours else (INST_TEMPLATE, "<|endoftext|>")
-        return foreign(tmp_path / "theirs", template, eos, chat_tokens=ours)
+        if request.param.endswith("[INST]"):
+            return foreign(tmp_path / "theirs", INST_TEMPLATE, "<|endoftext|>", chat_tokens=False)
+        return foreign(tmp_path / "theirs", TAGS_TEMPLATE if request.param.endswith("tags") else SYSTEM_TEMPLATE)
     return {"byte": model.byte_tokenizer(), "bpe": bpe, "gpt2": gpt2}[request.param]
 
 
