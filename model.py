@@ -2318,37 +2318,34 @@ class Records(ChatFormat):
         options = {f.name: getattr(self, f.name) for f in fields(Records) if f.name not in ("streaming", "num_proc")}
         return {**options, "files": describe_sources([self.hf_dataset]) if Path(self.hf_dataset).exists() else None}
 
-    def open(self, streaming: bool | None = None) -> Any:
+    def open(self) -> Any:
         """The `datasets` data set."""
         import datasets
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        path, options = Path(self.hf_dataset), {"streaming": self.streaming if streaming is None else streaming}
-        if not path.exists() and path.suffix in (".txt", *RECORD_FILES):
+        path, kinds = Path(self.hf_dataset), {**RECORD_FILES, ".txt": "text"}
+        if not path.exists() and path.suffix in kinds:
             raise UserError(f"{path}: no such file")
-        suffixes = {path.suffix} if path.is_file() else {p.suffix for p in path.glob("*") if p.is_file()}
-        if suffixes == {".txt"}:  # a file is a document
-            options["sample_by"] = "document"
-        where = (
-            f"cannot read {path}" if path.exists() else f"{path} is no local data set, and not to be had from the Hub"
-        )
-        for file in [path] if path.is_file() else path.glob("*"):
-            if RECORD_FILES.get(file.suffix) == "json" and file.is_file():
+        if path.is_file() and path.suffix not in kinds:
+            raise UserError(f"{path}: a local data set is one of {', '.join(kinds)}, or a folder")
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        for file in files:
+            if RECORD_FILES.get(file.suffix) == "json":
                 check_nesting(file)
-        with told_as(where):  # datasets, huggingface_hub, pyarrow and httpx each have their own
+        options = {"split": self.hf_split, "streaming": self.streaming}
+        if {p.suffix for p in files} & kinds.keys() == {".txt"}:
+            options["sample_by"] = "document"  # a file is a document
+        missing = f"{path} is no local data set, and not to be had from the Hub"
+        # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
+        with told_as(f"cannot read {path}" if path.exists() else missing):
             if (path / "state.json").exists():
                 table = datasets.load_from_disk(str(path))
-                return table.to_iterable_dataset() if options["streaming"] else table
-            if path.is_file():
-                kind = {**RECORD_FILES, ".txt": "text"}.get(path.suffix)
-                if kind is None:
-                    raise UserError(f"{path}: a local data set is one of {', '.join(RECORD_FILES)}, .txt, or a folder")
-                return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-            if suffixes == {".txt"}:
-                return datasets.load_dataset("text", data_dir=str(path), split=self.hf_split, **options)
-            options["revision"] = self.hf_revision
-            return datasets.load_dataset(self.hf_dataset, self.hf_config, split=self.hf_split, **options)
+                return table.to_iterable_dataset() if self.streaming else table
+            if path.is_file():  # it is whatever split is asked for
+                file = {self.hf_split.partition("[")[0]: str(path)}
+                return datasets.load_dataset(kinds[path.suffix], data_files=file, **options)
+            return datasets.load_dataset(self.hf_dataset, self.hf_config, revision=self.hf_revision, **options)
 
     def content(self, record: dict[str, Any]) -> str | list[dict[str, str]]:
         """A record's text, or its conversation."""
@@ -2372,7 +2369,7 @@ class Records(ChatFormat):
 
     def texts(self, limit: int = 100_000_000) -> Iterator[str]:
         """What a vocabulary is learned from: the first 100 MB."""
-        for record in readable(self.open(streaming=True), self.hf_dataset):
+        for record in readable(self.open(), self.hf_dataset):
             content = self.content(record)
             for text in [content] if isinstance(content, str) else [m["content"] for m in content]:
                 yield text

@@ -382,12 +382,16 @@ def test_two_processes_make_the_same(cli):
 
 @STREAMING
 def test_text_files(cli, flags):
-    """A file is a document, with its line breaks."""
-    Path("local").mkdir()
-    for i, text in enumerate(["One file.\n\nTwo paragraphs.\n", "Another\n"]):
-        Path(f"local/{i}.txt").write_text(text)
-    hub(cli, "local", *flags).ok()
-    assert read("x")[0] == "One file.\n\nTwo paragraphs.\n<|endoftext|>Another\n"
+    """A file is a document, with its line breaks, wherever in the folder it lies and whatever else does."""
+    for folder in ("local", "local/deeper"):
+        Path(folder).mkdir()
+        for i, text in enumerate(["One file.\n\nTwo paragraphs.\n", "Another\n"]):
+            Path(f"{folder}/{i}.txt").write_text(text)
+        hub(cli, "local", *flags, "--overwrite").ok()
+        assert read("x")[0] == "One file.\n\nTwo paragraphs.\n<|endoftext|>Another\n"
+        for file in list(Path("local").glob("*.txt")):
+            file.unlink()
+        Path("local/README.md").write_text("What these texts are.")
 
 
 def test_splits(cli):
@@ -400,6 +404,16 @@ def test_splits(cli):
         assert read(split)[0] == f"this is {split}"
     error = hub(cli, "local", "--hf_split", "test").error
     assert "test" in error and "validation" in error
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_slice_of_a_split(cli, tokenizer):
+    """Of a folder and of a file; a vocabulary is learned from it, too."""
+    write_jsonl("local/train.jsonl", [{"text": letter * 9} for letter in "abcdefghij"])
+    for source in ("local", "local/train.jsonl"):
+        flags = ("--hf_split", "train[:20%]", "--tokenizer", tokenizer, "--overwrite")
+        cli("hf_tokenize", "--hf_dataset", source, "--dataset", "x", *flags).ok()
+        assert read("x")[0] == "aaaaaaaaa<|endoftext|>bbbbbbbbb"
 
 
 @STREAMING

@@ -524,6 +524,9 @@ def test_json_of_a_hundred_thousand_levels(cli, kind):
     Path("deep.jsonl").write_text('{"text": "[[[[{{{{"}\n' * 100 + line + "\n")
     assert "levels deep" in cli("hf_tokenize", "--hf_dataset", "deep.jsonl", "--dataset", "d").error
     assert "levels deep" in cli("tokenize", "--txt", "deep.jsonl", "--dataset", "d").error
+    Path("folder/data").mkdir(parents=True)
+    Path("deep.jsonl").rename("folder/data/train.jsonl")
+    assert "levels deep" in cli("hf_tokenize", "--hf_dataset", "folder", "--dataset", "d").error
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
