@@ -2146,9 +2146,8 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
 def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[dict[str, str]] | None:
     """The turns of a record, as role and content, by the form its columns show or chat_format says; None if it has
     none."""
-    record = (
-        {**record, "completion": record["response"]} if "response" in record and "completion" not in record else record
-    )
+    if "response" in record:
+        record = {"completion": record["response"], **record}
     form = chat_format or next((name for name, (columns, _) in FORMS.items() if record.keys() >= set(columns)), None)
     if form is None:
         return None
@@ -2280,7 +2279,7 @@ def encode_conversation(
         whole = tokenizer.encode_rendered(after)  # a turn alone may get the space that begins a text
         n = common_prefix(tokenizer.encode_rendered(before), whole)
         k = min(common_prefix(ids, whole), n)  # a token may reach over the end of a turn
-        end = max((j + 1 for j, token in enumerate(whole) if token in specials and j >= n), default=len(whole))
+        end = max((j + 1 for j in range(n, len(whole)) if whole[j] in specials), default=len(whole))
         mask = mask[:k] + [0] * (n - k) + [1] * (end - n) + [0] * (len(whole) - end)
         ids, rendered = whole, after
     return np.array(ids, np.int64), np.array([1] * len(ids) if train_on_all else mask, np.uint8)
@@ -2349,12 +2348,11 @@ class Records(ChatFormat):
 
     def content(self, record: dict[str, Any]) -> str | list[dict[str, str]]:
         """A record's text, or its conversation."""
-        column = self.hf_text_column
-        if column is None:
+        column = self.hf_text_column or "text"
+        if self.hf_text_column is None:
             messages = messages_of(record, self.chat_format)
             if messages or messages is not None and not record.get("text"):
                 return messages
-            column = "text"
         if column not in record:
             columns = ", ".join(record)
             raise UserError(f"no column {column!r}: the columns are {columns}; hf_tokenize --hf_text_column names one")
@@ -2428,7 +2426,7 @@ def tokenize_records(
     source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
     key = json.dumps([source, tokenizer.digest]) if r.streaming else None
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int64)
-    saved_at, kinds = time.monotonic(), set()
+    saved_at = time.monotonic()
     bar = progress_bar(unit=" records", desc="tokenize")
     with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
@@ -2439,7 +2437,6 @@ def tokenize_records(
         if writer.state is not None:
             say(f"resuming after {writer.n_tokens:,} tokens")
             records.load_state_dict(writer.state)
-            kinds = {not writer.files["starts.bin"].tell()} if writer.n_tokens else set()
         if r.num_proc > 1 and not r.streaming:
             workers_end_with_program()
             kind = Features(ids=[Value("int64")], mask=[Value("uint8")], error=Value("string"))
@@ -2451,11 +2448,11 @@ def tokenize_records(
                 raise UserError(row["error"])
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
             if len(ids):
-                kinds.add(mask is None)
-                ids = np.concatenate((separator, ids)) if mask is None and writer.n_tokens else ids
-                writer.write(ids, None if mask is None else np.asarray(mask))
-            if len(kinds) > 1:
-                raise UserError(f"{r.hf_dataset} holds conversations and other text: give each a data set of its own")
+                is_chat, was_chat = mask is not None, writer.files["starts.bin"].tell() > 0
+                if writer.n_tokens and is_chat != was_chat:
+                    raise UserError(f"{r.hf_dataset} holds conversations and other text: give each its own data set")
+                ids = np.concatenate((separator, ids)) if writer.n_tokens and not is_chat else ids
+                writer.write(ids, np.asarray(mask) if is_chat else None)
             bar.update()
             if r.max_tokens and writer.n_tokens >= r.max_tokens:
                 break
