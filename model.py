@@ -2875,13 +2875,14 @@ def export_digests(folder: Path) -> dict[str, str]:
 
 
 def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path, lora_rank: int = 0) -> GPT:
-    """A GPT that takes over the tensors of a state dictionary, which must fit it exactly."""
+    """A GPT that takes over the tensors of a state dictionary, which must fit it exactly. Low-rank terms are merged
+    unless it has them too."""
     with torch.device("meta"):
         model = GPT(config)
         if lora_rank:
             add_lora(model, lora_rank)
-    with told_as(f"{path} does not fit its config", RuntimeError):
-        model.load_state_dict(state, strict=True, assign=True)
+    with told_as(f"{path} does not fit its config", RuntimeError, KeyError):
+        model.load_state_dict(state if lora_rank else merged(state), strict=True, assign=True)
     model.build_rope()
     return model
 
