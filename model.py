@@ -2837,11 +2837,9 @@ class Opened:
 def open_model(spec: str | None, device: torch.device | str = "cpu", variant: str | None = None, **overrides) -> Opened:
     """Open a model: one of our checkpoints, a Hugging Face directory, or a hub id, `owner/name` or
     `owner/name@revision`. Raises UserError unless it has the shape of a variant that is named."""
-    is_hub_id = spec is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?(?<!\.pt)", spec)
-    if is_hub_id:  # unless it is there, or would be a run of ours
-        is_hub_id = Path(spec).parent != CHECKPOINT_DIR and not (
-            Path(spec).exists() or (CHECKPOINT_DIR / spec).exists()
-        )
+    places = [] if spec is None else [Path(spec), CHECKPOINT_DIR / spec]
+    is_ours = not places or places[0].parent == CHECKPOINT_DIR or any(p.exists() for p in places)
+    is_hub_id = not is_ours and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?(?<!\.pt)", spec)
     path = hub_directory(spec) if is_hub_id else find_checkpoint(spec)
     if path.is_dir():
         name = spec.partition("@")[0].rsplit("/", 1)[-1] if is_hub_id else path.resolve().name
