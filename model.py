@@ -4104,27 +4104,28 @@ class TeacherCache:
     ) -> None:
         self.folder, self.K, self.n_low = folder, K, int(math.log2(n_vocab / K))
         self.widths = [K * self.n_low, K + (n_vocab - 1 >> self.n_low), 7 * K, 6, 7]
+        shape, meta = (n_blocks, block_size, math.ceil(sum(self.widths) / 8)), {"format": 2, **meta}
+        remedy = "delete it, or run without --cache_teacher"
         with locked(folder, wait=True):
-            self.create(folder, meta, (n_blocks, block_size, math.ceil(sum(self.widths) / 8)))
+            there = read_json(folder / "meta.json", {})
+            if not isinstance(there, dict):
+                raise UserError(f"{folder} is damaged: {remedy}")
+            if wrong := next((k for k in meta if there and there.get(k) != meta[k]), None):
+                other = f"another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is {meta[wrong]})"
+                raise UserError(f"{folder} was made for {other}: {remedy}")
+            folder.mkdir(parents=True, exist_ok=True)
+            if not there:
+                say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes a token")
+                write_json(folder / "meta.json", meta)
+            self.answers, self.done = self.open_array("answers.bin", *shape), self.open_array("done.bin", n_blocks)
 
-    def create(self, folder: Path, meta: dict[str, Any], shape: tuple[int, int, int]) -> None:
-        there, meta = read_json(folder / "meta.json", {}), {"format": 2, **meta}
-        if wrong := next((k for k in meta if there and there.get(k) != meta[k]), None):
-            raise UserError(f"{folder} was made for another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is "
-                            f"{meta[wrong]}): delete it, or run without --cache_teacher")  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        if not there:
-            say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes a token")
-            write_json(folder / "meta.json", meta)
-
-        def open_array(name: str, *shape: int) -> np.memmap:
-            with open(folder / name, "ab") as f:  # leaves alone what another process has begun
-                if hasattr(os, "posix_fallocate"):  # a full disk shows now: a memory map would be killed by it
-                    os.posix_fallocate(f.fileno(), 0, math.prod(shape))
-                f.truncate(math.prod(shape))
-            return np.memmap(folder / name, "u1", "r+", shape=shape)
-
-        self.answers, self.done = open_array("answers.bin", *shape), open_array("done.bin", shape[0])
+    def open_array(self, name: str, *shape: int) -> np.memmap:
+        path, n_bytes = self.folder / name, math.prod(shape)
+        with open(path, "ab") as f:  # leaves alone what another process has begun
+            if hasattr(os, "posix_fallocate"):  # a full disk shows now: a memory map would be killed by it
+                os.posix_fallocate(f.fileno(), 0, n_bytes)
+            f.truncate(n_bytes)
+        return np.memmap(path, "u1", "r+", shape=shape)
 
     def write(self, block: int, ids: Tensor, log_p: Tensor) -> None:
         """ids and log-probabilities (block_size, K) of a block. The mark that it is done comes last."""

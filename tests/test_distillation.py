@@ -384,6 +384,10 @@ def test_a_damaged_cache_is_told(tmp_path):
     cache.done[1] = 1
     with pytest.raises(model.UserError, match="is damaged: delete it"):
         cache.read([1])
+    for meta in ("[1]", '"text"', "7"):
+        (tmp_path / "meta.json").write_text(meta)
+        with pytest.raises(model.UserError, match="is damaged: delete it"):
+            model.TeacherCache(tmp_path, {}, 2, 4, 8, 100)
 
 
 def test_a_cache_goes_on_where_it_was_left(tmp_path, monkeypatch):
