@@ -4259,7 +4259,7 @@ class Distillation:
     def student_writes(self, student: GPT, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch whose second half is the student's own continuation of the first (arXiv 2306.13649, algorithm 1)."""
         idx = batch["idx"]
-        keep = idx.size(1) // 2
+        keep = idx.size(1) // 2 or 1
         generator = torch.Generator(idx.device).manual_seed(int(torch.randint(2**31, ())))
         settings = SamplingSettings(**PLAIN_SAMPLING)
         with evaluating(student):
