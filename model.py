@@ -2144,8 +2144,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
 
 
 def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[dict[str, str]] | None:
-    """The turns of a record, as role and content, by the form its columns show or chat_format says; None if it has
-    none."""
+    """The turns of a record, in the form that its columns show or chat_format says; None if it has none."""
     if "response" in record:
         record = {"completion": record["response"], **record}
     form = chat_format or next((name for name, (columns, _) in FORMS.items() if record.keys() >= set(columns)), None)
