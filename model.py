@@ -4628,18 +4628,16 @@ def hub_directory(name: str) -> Path:
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face directory: one, or the shards of its index."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():  # as transformers reads it, which leaves the index of earlier shards beside it
+        return [whole]
     if index.exists():
         content = read_json(index)
         shards = content.get("weight_map") if isinstance(content, dict) else None
         if not is_a(shards, dict[str, str]) or not all(Path(name).name == name for name in shards.values()):
             raise UserError(f"{index} has no weight_map that names the files beside it")
         return [folder / name for name in sorted(set(shards.values()))]
-    if not whole.exists():
-        pickled = "; pytorch_model.bin is pickled and can run code: convert it to safetensors"
-        raise UserError(
-            f"{folder} has no model.safetensors{pickled if (folder / 'pytorch_model.bin').exists() else ''}"
-        )
-    return [whole]
+    pickled = "; pytorch_model.bin is pickled and can run code: convert it to safetensors"
+    raise UserError(f"{folder} has no {whole.name}{pickled * (folder / 'pytorch_model.bin').exists()}")
 
 
 HF_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")

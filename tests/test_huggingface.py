@@ -711,6 +711,15 @@ def test_a_model_of_transformers_opens(workdir, config):
         assert opened.name == name
 
 
+def test_a_folder_saved_again_in_one_file(workdir):
+    """transformers leaves the index of the shards that it replaces, and does not read it."""
+    theirs = random_theirs(THEIRS["GPT-2"])
+    theirs.save_pretrained("a", max_shard_size="20KB")
+    theirs.save_pretrained("a")
+    assert Path("a/model.safetensors.index.json").exists() and not list(Path("a").glob("model-*"))
+    assert_same_logits(model.load_hf_model(Path("a")).eval(), theirs)
+
+
 @pytest.mark.parametrize("config", [THEIRS["GPT-2"], THEIRS["Pythia"]], ids=["GPT-2", "Pythia"])
 @pytest.mark.parametrize("prefix", [True, False])
 def test_old_checkpoints(workdir, config, prefix):
