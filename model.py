@@ -4750,16 +4750,15 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
 
 def model_card(opened: Opened, name: str) -> str:
     """The README.md of an export, with the metadata that the hub reads."""
-    import shlex
-
     from huggingface_hub import EvalResult, ModelCardData
 
     c, checkpoint, quoted, trained = opened.model.config, opened.checkpoint, json.dumps(name, ensure_ascii=False), ""
     card = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
     if checkpoint and checkpoint.data:
-        path = Path(checkpoint.data["path"])
-        dataset = (path.parent if path.suffix == ".bin" else path).name
-        card.datasets, metrics = [dataset], checkpoint.metrics.get("last", {})
+        parts = [part.rpartition(":")[0] for part in checkpoint.data.get("parts", [])]  # of a mixture: PATH:WEIGHT
+        paths = [Path(path) for path in parts or [checkpoint.data["path"]]]
+        card.datasets = [(path.parent if path.suffix == ".bin" else path).name for path in paths]
+        dataset, metrics = " + ".join(card.datasets), checkpoint.metrics.get("last", {})
         trained = f"Trained with `{shlex.join(['python', 'model.py', *checkpoint.arguments])}`"
         if "val_loss" in metrics:
             loss, ppl = round(metrics["val_loss"], 4), round(metrics["val_ppl"], 4)

@@ -521,6 +521,15 @@ def test_the_data_set_in_a_model_card_is_its_name(cli, text_file):
         assert huggingface_hub.ModelCard.load("out/README.md").data.datasets == ["shakespeare"]
 
 
+def test_the_data_sets_of_a_mixture_are_named_one_by_one(cli, text_file):
+    for name in ("one", "two"):
+        cli("tokenize", "--dataset", name, "--txt", "input.txt", "--tokenizer", "byte").ok()
+    cli("train", "--data", "one:0.3", "data/two/data.bin", *TINY_RUN, "--max_iters", 1).ok()
+    cli("export", "--output_dir", "out").ok()
+    data = huggingface_hub.ModelCard.load("out/README.md").data
+    assert data.datasets == ["one", "two"] and data.eval_results[0].dataset_name == "one + two"
+
+
 def test_the_snippet_of_a_model_card_runs(cli, capsys):
     export(cli, small(block_size=80), to="tiny")
     snippet = Path("tiny/README.md").read_text().split("```python\n")[1].split("```")[0]
