@@ -5302,8 +5302,11 @@ class HFFinetuneArgs(Records, FinetuneArgs):
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{self.hf_split}_{tokenizer.name}"
 
         def find(folder: Path) -> Data | None:
-            made = read_schema(Meta, folder / "meta.json").source if (folder / "meta.json").exists() else None
-            return Data(folder) if made == json.loads(json.dumps(self.describe())) else None
+            if not (folder / "meta.json").exists():
+                return None
+            made = read_schema(Meta, folder / "meta.json")
+            same = (made.source, made.tokenizer) == (json.loads(json.dumps(self.describe())), tokenizer.spec)
+            return Data(folder) if same else None
 
         return found_or_made(folder, find, lambda folder: tokenize_records(folder, self, tokenizer, overwrite=True))
 

@@ -778,6 +778,13 @@ def test_hf_finetune_heeds_every_flag_of_its_data(cli, base, flags):
         assert np.array_equal(made.splits[name].mask, split.mask)
 
 
+def test_hf_finetune_makes_its_data_anew_for_another_tokenizer_of_that_name(cli, base):
+    """Two vocabularies of 300 tokens are both called bpe-300."""
+    for name, module in (("a", "argparse"), ("b", "tarfile")):
+        save_random(f"{name}.pt", model.train_bpe([stdlib_source(module)], 300))
+        finetune(cli, "--name", name, start=f"{name}.pt", command="hf_finetune").ok()
+
+
 def test_hf_finetune_does_not_replace_a_run_unasked(cli, base):
     """Not when it makes new data either; and a changed file is new data."""
     write_jsonl("talks.jsonl", TALKS[:40])
