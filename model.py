@@ -5368,8 +5368,8 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
 @training
 def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
     """finetune a model on a Hugging Face data set"""
-    if not (a.hf_dataset or a.data):
-        raise UserError("hf_finetune needs --hf_dataset: a data set of the hub, or a local folder or file")
+    if bool(a.hf_dataset) == bool(a.data):
+        raise UserError("hf_finetune needs --hf_dataset: a data set of the hub, or a local folder or file (or --data)")
     finetune.__wrapped__(a, start)
 
 

@@ -785,6 +785,12 @@ def test_hf_finetune_makes_its_data_anew_for_another_tokenizer_of_that_name(cli,
         finetune(cli, "--name", name, start=f"{name}.pt", command="hf_finetune").ok()
 
 
+def test_hf_finetune_has_one_source(cli, base):
+    """Not one that is heeded and one that is passed over."""
+    for flags in ((), ("--hf_dataset", "talks.jsonl", "--data", "talks.jsonl")):
+        assert "needs --hf_dataset" in cli("hf_finetune", "--model_checkpoint", base, *flags).error
+
+
 def test_hf_finetune_does_not_replace_a_run_unasked(cli, base):
     """Not when it makes new data either; and a changed file is new data."""
     write_jsonl("talks.jsonl", TALKS[:40])
