@@ -5068,9 +5068,9 @@ class DataArgs(Settings):
     data: list[str] = setting([], "a name under data/, a folder, .bin, text or conversations (default: the newest); a "
                               "mixture of several: NAME:WEIGHT NAME:WEIGHT ...")  # fmt: skip
 
-    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data:
+    def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
         """The data that the command line names, in a tokenizer's ids; if it names none, some other."""
-        return open_all(self.data or otherwise or [], tokenizer)
+        return open_all(self.data or [*otherwise], tokenizer)
 
 
 @dataclass
@@ -5223,6 +5223,15 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
     def default_name(self) -> str:
         return self.variant
 
+    def data_in(self, tokenizer: str | Tokenizer, otherwise: Iterable[str] = ()) -> Data:
+        """As elsewhere. Raises UserError unless it has the tokenizer that is asked for, if one is."""
+        data, asked = open_all(self.data or [*otherwise], tokenizer, self.vocab_size), self.tokenizer
+        ours, own = asked in ("gpt2", "byte", "bpe"), data.tokenizer
+        if asked and (own.kind != asked if ours else own.digest != load_tokenizer(asked).digest):
+            raise UserError(f"{data.path} was made with tokenizer {own.describe()}, and --tokenizer asks for {asked}: "
+                            "leave it out, or tokenize the text under another name")  # fmt: skip
+        return data
+
 
 @command(
     "train",
@@ -5234,21 +5243,12 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
 @training
 def train(a: TrainArgs, start: Callable) -> None:
     """train a model; many GPUs with torchrun --nproc_per_node N model.py train"""
-    overrides = chosen(a, GPTConfig)
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
-    config = make_config(a.variant, 50259, overrides, a.recipe)
-    train_config(a, a.variant, config)  # a mistake shows before data is made
-    data = open_all(a.data, a.tokenizer or "gpt2", a.vocab_size)
-    if a.tokenizer in ("gpt2", "byte", "bpe"):
-        same = data.tokenizer.kind == a.tokenizer
-    else:
-        same = not a.tokenizer or data.tokenizer.digest == load_tokenizer(a.tokenizer).digest
-    if not same:
-        raise UserError(f"{data.path} was made with tokenizer {data.tokenizer.describe()}, and --tokenizer asks for "
-                        f"{a.tokenizer}: leave it out, or tokenize the text under another name")  # fmt: skip
-    config = make_config(a.variant, data.tokenizer.n_vocab, overrides, a.recipe)
+    config = make_config(a.variant, 50259, chosen(a, GPTConfig), a.recipe)  # a mistake shows before data is made
     t = train_config(a, a.variant, config)
+    data = a.data_in(a.tokenizer or "gpt2")
+    config = replace(config, vocab_size=data.tokenizer.n_vocab)
     torch.manual_seed(t.seed)
     start(GPT(config), data, t, config.block_size, variant=a.variant)
 
@@ -5296,7 +5296,7 @@ class HFFinetuneArgs(Records, FinetuneArgs):
     def default_name(self) -> str:
         return f"hf_{super().default_name}"
 
-    def data_in(self, tokenizer: Tokenizer, otherwise: list[str] | None = None) -> Data:
+    def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{self.hf_split}_{tokenizer.name}"

@@ -267,6 +267,12 @@ def test_asking_for_another_tokenizer_than_the_datas(cli, refused, run_files):
     cli("train", "--data", "input", "--tokenizer", "7M_model.pt", *TINY_RUN, "--max_iters", 1, "--name", "new").ok()
 
 
+def test_resuming_with_another_tokenizer(cli, refused, run_files):
+    """Neither silently with the one that the run has."""
+    assert "gpt2" in refused("train", "--resume", "--max_iters", 9, "--tokenizer", "gpt2")
+    cli("train", "--resume", "--max_iters", 9, "--tokenizer", "byte").ok()
+
+
 def test_other_data_of_the_same_tokenizer(cli, refused, run_files):
     Path("other.txt").write_text("other text " * 500)
     cli("tokenize", "--dataset", "other", "--txt", "other.txt", "--tokenizer", "byte").ok()
