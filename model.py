@@ -5095,9 +5095,7 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
             if len(lengths) > 1:
                 raise UserError(f"{' and '.join(lengths)} each say how long to train: give one of them")
             if distributed() and device.type == "mps":
-                raise UserError(
-                    "several processes need GPUs of NVIDIA's, or --device cpu: on a Mac run one, without torchrun"
-                )
+                raise UserError("several processes need NVIDIA's GPUs or --device cpu: on a Mac, leave torchrun out")
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
             files = RunFiles(a.name or a.default_name, a.overwrite)
@@ -5118,13 +5116,12 @@ def start_run(
     """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
     t.check_division()
     set_precision(model.to(choose_device(t.device)), t.dtype, training=True)
-    loss_fn = language_modelling
+    loss_fn, teacher = language_modelling, (about.get("teacher") or {}).get("digest")
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
-        loss_fn = make_distillation(teacher_model, data, block_size, about["teacher"]["digest"], about["distill"])
-    teacher = (about.get("teacher") or {}).get("digest")
-    all_prepared(data=[data.digest, data.tokenizer.digest], model=asdict(model.config), settings=asdict(t),
-                 teacher=teacher)  # fmt: skip
+        loss_fn = make_distillation(teacher_model, data, block_size, teacher, about["distill"])
+    digests = [data.digest, data.tokenizer.digest]
+    all_prepared(data=digests, model=asdict(model.config), settings=asdict(t), teacher=teacher)
     shard_model(model, t.fsdp)
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
@@ -5170,9 +5167,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     theirs = {k: v for k, v in vars(a).items() if v is not None and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
-        raise UserError(
-            f"--{wrong} differs from what {last} was made with: leave it out, or start anew with --overwrite"
-        )
+        raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
     if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
@@ -5411,13 +5406,13 @@ def distill(a: DistillArgs, start: Callable) -> None:
             raise UserError(f"the {who}'s context is {model.config.context} and the block is {block_size}: use a "
                             "smaller --block_size")  # fmt: skip
     n_teacher, n_student = count_parameters(opened.model.config), count_parameters(student.config)
-    about = f"alpha {d.alpha}, temperature {d.temperature}, {d.divergence}"
-    say(f"teacher {opened.path}: {n_teacher:,} parameters; {about}")
+    say(f"teacher {opened.path}: {n_teacher:,} parameters; alpha {d.alpha}, temperature {d.temperature}, "
+        f"{d.divergence}")  # fmt: skip
     if n_student > n_teacher:
         say(f"warning: the student ({n_student:,} parameters) is larger than the teacher ({n_teacher:,})", sys.stderr)
     teacher = {"path": a.teacher_model_path, "variant": a.teacher_variant, "digest": weights_digest(opened.model)}
-    about = {"variant": a.student_variant or "student", "distill": asdict(d), "teacher": teacher}
-    start(student, data, t, block_size, opened.model, **about)
+    variant = a.student_variant or "student"
+    start(student, data, t, block_size, opened.model, variant=variant, distill=asdict(d), teacher=teacher)
 
 
 def open_teacher(path: str, variant: str | None, device: torch.device) -> Opened:
