@@ -5318,12 +5318,14 @@ FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_
 @training
 def finetune(a: FinetuneArgs, start: Callable) -> None:
     """finetune a model on conversations or text"""
-    opened = open_named_model(a, choose_device(a.device or "auto"), **chosen(a, LoopArgs))
+    recipe = FINETUNE_RECIPE | (dict(learning_rate=1e-3) if a.lora_rank else {})
+    t = TrainConfig(**{**recipe, **chosen(a, TrainConfig)})
+    opened = open_named_model(a, choose_device(t.device), **chosen(a, LoopArgs))
     model, tokenizer, new_tokens = opened.model, opened.tokenizer, []
-    torch.manual_seed(1337 if a.seed is None else a.seed)
-    remedy = f"make the data with tokenize --tokenizer {opened.path}"
+    torch.manual_seed(t.seed)
     if tokenizer.kind == "hf":
         tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
+    remedy = f"make the data with tokenize --tokenizer {opened.path}"
     if new_tokens:  # no other command has this tokenizer
         remedy = "give --data the file itself, for chat tokens have been added to the model's tokenizer"
     data = a.data_in(tokenizer)
@@ -5331,14 +5333,12 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     block_size = a.block_size or min(512, model.config.context)
     if block_size > model.config.context:
         raise UserError(f"--block_size {block_size} is more than the model's context of {model.config.context}")
-    recipe = {**FINETUNE_RECIPE, "learning_rate": 1e-3 if a.lora_rank else 1e-4}
-    t, full, without = TrainConfig(**{**recipe, **chosen(a, TrainConfig)}), count_parameters(model.config), ""
     torch.manual_seed(t.seed)
     if a.lora_rank:
         add_lora(model, a.lora_rank)
         train_tokens(model, new_tokens)
-        without = f" ({16 * full / 2**30:.2f} GB without LoRA)"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    full, trained = count_parameters(model.config), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    without = f" ({16 * full / 2**30:.2f} GB without LoRA)" * bool(a.lora_rank)
     say(f"training {trained:,} of {full:,} parameters: weights, gradients and AdamW's moments take "
         f"{(4 * full + 12 * trained) / 2**30:.2f} GB{without}")  # fmt: skip
     lengths = [np.diff(np.append(s.starts, len(s.tokens))) for s in data.splits.values() if s.starts is not None]
@@ -5349,8 +5349,8 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
         say(f"{n:,} of {sum(map(len, lengths)):,} conversations are longer than a block of {block_size} and will be "
             f"cut: {advice}")  # fmt: skip
     a.show_answer(model, data, "before")
-    about = {"lora_rank": a.lora_rank or 0, "new_tokens": new_tokens if a.lora_rank else []}
-    start(model, data, t, block_size, variant=a.variant or opened.name, **about)
+    variant = a.variant or opened.name
+    start(model, data, t, block_size, variant=variant, lora_rank=a.lora_rank, new_tokens=model.new_tokens)
     a.show_answer(model, data, "after")
 
 
