@@ -4589,12 +4589,10 @@ def check_exportable(c: GPTConfig, tokenizer: Tokenizer) -> None:
     """Raise UserError, naming the setting, if transformers' class of this architecture cannot be this model: if its
     config.json does not come back as the same. Training's settings may differ, and RoPE is compared by its angles."""
     back = config_from_hf(hf_config(c, tokenizer, "float32"), Path(f"a Hugging Face {c.arch}"))
-    free = "block_size init gradient_checkpointing attn_implementation resid_pdrop embd_pdrop attn_pdrop".split()
     for name, ours in vars(c).items():
-        by_angles = name.startswith("rope_") and name != "rope_pct"
-        if ours != getattr(back, name) and name not in free and not by_angles:
-            has = f"a Hugging Face {c.arch} has {name} {getattr(back, name)}"
-            raise UserError(f"{name} {ours} cannot be exported: {has}")
+        free = name in ("block_size", "init", *LOOP) or name.startswith("rope_") and name != "rope_pct"
+        if not free and ours != (theirs := getattr(back, name)):
+            raise UserError(f"{name} {ours} cannot be exported: a Hugging Face {c.arch} has {name} {theirs}")
     if c.pos_embd == "rope":
         (ours, factor), (theirs, their_factor) = rope_frequencies(c), rope_frequencies(back)
         original = c.rope_original_block_size or c.block_size  # transformers 4 takes YaRN's factor from the two lengths
@@ -4664,10 +4662,9 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
                 if key not in wanted:
                     raise UserError(f"{file}: tensor {name} has no place in a {config.arch} of this config.json")
                 ours, rows, how = wanted.pop(key)
-                expected = hf_layout(torch.empty(shapes[ours], device="meta")[rows], how, config)
-                if list(expected.shape) != (theirs := f.get_slice(name).get_shape()):
-                    wrong = f"tensor {name} has shape {theirs}, config.json says {list(expected.shape)}"
-                    raise UserError(f"{file}: {wrong}")
+                expected = list(hf_layout(torch.empty(shapes[ours], device="meta")[rows], how, config).shape)
+                if expected != (theirs := f.get_slice(name).get_shape()):
+                    raise UserError(f"{file}: tensor {name} has shape {theirs}, config.json says {expected}")
                 if ours not in state:  # memory is taken for what is there; rows of padding stay 0
                     state[ours] = torch.zeros(shapes[ours], device=device)
                 state[ours][rows].copy_(hf_layout(f.get_tensor(name), how, config, back=True))
@@ -4804,8 +4801,8 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
         f"rope_beta_fast {c.rope_beta_fast}: it is 32": yarn and c.rope_beta_fast != 32,
         f"rope_beta_slow {c.rope_beta_slow}: it is 1": yarn and c.rope_beta_slow != 1,
     }
-    for setting in (setting for setting, is_so in refused.items() if is_so):
-        raise UserError(f"llama.cpp has no {c.arch} with {setting}")
+    if wrong := next((what for what, is_so in refused.items() if is_so), None):
+        raise UserError(f"llama.cpp has no {c.arch} with {wrong}")
     keys = dict(
         name=name, context_length=c.context, embedding_length=c.n_embd, block_count=c.n_layer,
         feed_forward_length=c.n_inner, head_count=c.n_head, head_count_kv=c.n_kv_head, vocab_size=c.vocab_size,
