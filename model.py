@@ -5161,6 +5161,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
     ours = {**asdict(config), **asdict(t), **(c.distill or {}), **{f"teacher_{k}": v for k, v in teacher.items()}}
     ours |= {"block_size": c.block_size, "lora_rank": c.lora_rank, "teacher_model_path": teacher.get("path")}
+    ours |= {"variant": c.variant, "student_variant": c.variant}
     theirs = {k: v for k, v in vars(a).items() if v is not None and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
@@ -5209,11 +5210,11 @@ class RecipeArgs(RunArgs):
 class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
     """run"""
 
-    variant: str = setting("7M", "shape and recipe", VARIANTS)
+    variant: str | None = setting(None, "shape and recipe (default: 7M)", VARIANTS)
 
     @property
     def default_name(self) -> str:
-        return self.variant
+        return self.variant or "7M"
 
     def data_in(self, tokenizer: str | Tokenizer, otherwise: Iterable[str] = ()) -> Data:
         """As elsewhere. Raises UserError unless it has the tokenizer that is asked for, if one is."""
@@ -5237,12 +5238,13 @@ def train(a: TrainArgs, start: Callable) -> None:
     """train a model; many GPUs with torchrun --nproc_per_node N model.py train"""
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
-    config = make_config(a.variant, 50259, chosen(a, GPTConfig), a.recipe)  # a mistake shows before data is made
-    t = train_config(a, a.variant, config)
+    variant = a.variant or "7M"
+    config = make_config(variant, 50259, chosen(a, GPTConfig), a.recipe)  # a mistake shows before data is made
+    t = train_config(a, variant, config)
     data = a.data_in(a.tokenizer or "gpt2")
     config = replace(config, vocab_size=data.tokenizer.n_vocab)
     torch.manual_seed(t.seed)
-    start(GPT(config), data, t, config.block_size, variant=a.variant)
+    start(GPT(config), data, t, config.block_size, variant=variant)
 
 
 LOOP = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradient_checkpointing")

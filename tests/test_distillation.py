@@ -496,7 +496,8 @@ def test_a_resumed_run_is_the_run_never_stopped(distill, monkeypatch, flags):
 def test_resume_takes_no_other_settings_teacher_or_data(distill, cli, text_file):
     distill(*STUDENT, "--max_iters", 2, "--name", "run").ok()
     resume = ("--resume", "--max_iters", 4, "--name", "run")
-    for change in (("--alpha", 0.9), ("--temperature", 3.0), ("--divergence", "jsd"), ("--on_policy", 1.0)):
+    changes = [("--alpha", 0.9), ("--temperature", 3.0), ("--divergence", "jsd"), ("--on_policy", 1.0)]
+    for change in (*changes, ("--student_variant", "26M")):
         assert f"{change[0]} differs" in distill(*resume, *change).error
     save_model("other.pt", byte_gpt(seed=5))
     assert "--teacher_model_path differs" in distill(*resume, "--teacher_model_path", "other.pt").error

@@ -212,6 +212,7 @@ def test_resuming_keeps_the_precision_that_was_chosen(cli, text_file, monkeypatc
 @pytest.mark.parametrize("flags, word", [
     (("--learning_rate", 1e-5), "learning_rate"), (("--n_layer", 3), "n_layer"), (("--seed", 5), "seed"),
     (("--batch_size", 8), "batch_size"), (("--arch", "llama"), "arch"),
+    (("--variant", "26M", "--name", "7M"), "--variant differs"),
 ])  # fmt: skip
 def test_resuming_with_another_setting_is_refused(cli, text_file, flags, word):
     cli("train", *BYTES, *TINY_RUN, "--max_iters", 4).ok()
