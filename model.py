@@ -4443,9 +4443,10 @@ HF_ROPE = {  # rope_type -> its keys, which are our settings without rope_
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
 
-# Tensors: our name and theirs, whose bias goes with the weight; {} is the block. After a colon, how theirs differs:
-# T: stored as (in, out) (GPT-2's Conv1D); heads: q, k and v of a head lie together; neg: rotated by -theta, so that the
-# second half of each head is negated; q, k, v, gate, up: these rows of our fused matrix.
+# Tensors: our name and theirs, in gpt2, gpt_neox, the llama family and nanochat; {} is the block, and a bias goes with
+# its weight. After a colon, how theirs differs. T: stored as (in, out) (GPT-2's Conv1D); heads: q, k and v of a head
+# lie together; neg: rotated by -theta, so that the second half of each head is negated; q, k, v, gate, up: these rows
+# of our fused matrix.
 HF_TENSORS = """
 {}              transformer.h     gpt_neox.layers                     model.layers           model.layers
 wte             transformer.wte   gpt_neox.embed_in                   model.embed_tokens     model.embed_tokens
@@ -4574,11 +4575,11 @@ def config_from_hf(j: Any, path: Path) -> GPTConfig:
                 raise UserError(f"{theirs} {j[theirs]} is not supported")
         if set(j.get("layer_types") or []) - {"full_attention"}:
             raise UserError("sliding windows are not supported")
-        theirs, gated = values["activation"], ARCHS[arch]["activation"] in HF_GATED
-        theirs = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}.get(theirs, theirs)
-        known = [a for a in ACTIVATIONS if HF_GATED.get(a, a) == theirs and (a in HF_GATED) == gated]
+        named, gated = values["activation"], ARCHS[arch]["activation"] in HF_GATED
+        same = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}.get(named, named)
+        known = [a for a in ACTIVATIONS if HF_GATED.get(a, a) == same and (a in HF_GATED) == gated]
         if not known:
-            raise UserError(f"activation {values['activation']!r} is not supported in a {arch}")
+            raise UserError(f"activation {named!r} is not supported in a {arch}")
         values["activation"] = known[0]
         if arch == "llama":
             values["bias"] = HF_BIASES.get((bool(j.get("attention_bias")), bool(j.get("mlp_bias"))))
@@ -4735,8 +4736,8 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
     write_json(folder / "config.json", hf_config(c, tokenizer, str(dtype).removeprefix("torch.")))
     export_tokenizer(tokenizer, folder, c)
     (folder / "README.md").write_text(model_card(opened, name), encoding="utf-8")
-    again, same = load_hf_model(folder).eval(), GPT(c).eval()
-    same.load_state_dict({k: v.to(dtype).float() for k, v in state.items()})
+    rounded = {k: v.to(dtype).float() for k, v in state.items()}
+    again, same = load_hf_model(folder).eval(), build_model(c, rounded, folder).eval()
     idx = torch.arange(min(64, c.block_size)).remainder(c.vocab_size)[None]
     with torch.no_grad():
         difference = (again(idx) - same(idx)).abs().max().item()
@@ -4860,9 +4861,8 @@ def modelfile(tokenizer: Tokenizer, gguf: str) -> str:
     ChatML is left for Ollama to find in the GGUF."""
     template = f'TEMPLATE """{OLLAMA_CHATML}"""\n' if chat_template(tokenizer) == CHATML else ""
     stops = "".join(f'PARAMETER stop "{token}"\n' for token in (IM_END, EOT) if token in tokenizer.special)
-    sampling = SamplingSettings()
-    sampled = f"PARAMETER temperature {sampling.temperature}\nPARAMETER min_p {sampling.min_p}\n"
-    return f"FROM ./{gguf}\n{template}{stops}{sampled}"
+    sampling = "".join(f"PARAMETER {k} {getattr(SamplingSettings, k)}\n" for k in ("temperature", "min_p"))
+    return f"FROM ./{gguf}\n{template}{stops}{sampling}"
 
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -5467,8 +5467,7 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
     if K > n_vocab:
         raise UserError(f"cache_teacher is {K}: the vocabulary has only {n_vocab:,} tokens")
     if K:
-        meta = {"teacher": digest, "data": data.digest, "temperature": d.temperature, "block_size": block_size,
-                "top_k": K}  # fmt: skip
+        meta = dict(teacher=digest, data=data.digest, temperature=d.temperature, block_size=block_size, top_k=K)
         n_blocks = len(data.splits["train"].windows(block_size))
         cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K, n_vocab)
     return Distillation(teacher, d, n_vocab, cache)
