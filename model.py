@@ -5265,7 +5265,7 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     def default_name(self) -> str:
         spec = self.model_checkpoint
         if self.variant or spec and not spec.endswith(".pt"):
-            return f"finetuned_{self.variant or Path(spec.partition('@')[0]).name}"
+            return f"finetuned_{self.variant or Path(spec.partition('@')[0]).absolute().name}"
         path = find_checkpoint(spec)
         return f"finetuned_{load_checkpoint(path).variant or path.stem.removesuffix('_model')}"
 

@@ -745,6 +745,13 @@ def test_a_flag_by_two_names(cli, base):
     finetune(cli, "--max_iters", 2, iters=2).ok()
 
 
+def test_a_run_from_the_current_folder_is_named_after_it(cli, base, monkeypatch):
+    save_theirs()
+    monkeypatch.chdir("theirs")
+    finetune(cli, data="../talks.jsonl", start=".").ok()
+    assert Path("checkpoints/finetuned_theirs_model.pt").exists()
+
+
 def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
     """Two data sets of one name are not mistaken for each other, nor two columns, nor yesterday's contents."""
     write_jsonl("a/talks/x.jsonl", TALKS[:30])
