@@ -5259,7 +5259,7 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     block_size: int | None = setting(None, "tokens of a training window (default: the context, at most 512)", ge=1)
     prompt: str | None = setting(None, "show an answer to this before and after")
     sample_length: int = setting(100, "tokens of that answer", ge=1)
-    sample_temperature: float | None = setting(None, "its temperature (default: sample's)", ge=0)
+    sample_temperature: float = setting(SamplingSettings.temperature, "its temperature", ge=0)
 
     @property
     def default_name(self) -> str:
@@ -5273,11 +5273,10 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         """Print the answer to --prompt: as a turn of a conversation where the data is conversations."""
         if self.prompt is None:
             return
-        prompt, temperature = data.tokenizer.prompt(self.prompt), self.sample_temperature
+        prompt, settings = data.tokenizer.prompt(self.prompt), SamplingSettings(self.sample_temperature)
         if data.is_chat:
             turns = [{"role": "user", "content": self.prompt}]
             prompt = data.tokenizer.encode_rendered(render_chat(data.tokenizer, turns, add_generation_prompt=True))
-        settings = SamplingSettings() if temperature is None else SamplingSettings(temperature)
         text = shown_text(model, data.tokenizer, prompt, self.sample_length, settings)
         say(f"--- {when} finetuning ---\n{self.prompt}\n{text}\n---")
 
@@ -5320,10 +5319,9 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     recipe = FINETUNE_RECIPE | (dict(learning_rate=1e-3) if a.lora_rank else {})
     t = TrainConfig(**{**recipe, **chosen(a, TrainConfig)})
     opened = open_named_model(a, choose_device(t.device), **chosen(a, LoopArgs))
-    model, tokenizer, new_tokens = opened.model, opened.tokenizer, []
+    model = opened.model
     torch.manual_seed(t.seed)
-    if tokenizer.kind == "hf":
-        tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
+    tokenizer, new_tokens = add_chat_tokens(model, opened.tokenizer)
     remedy = f"make the data with tokenize --tokenizer {opened.path}"
     if new_tokens:  # no other command has this tokenizer
         remedy = "give --data the file itself, for chat tokens have been added to the model's tokenizer"
