@@ -4794,9 +4794,9 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
     gguf = need("gguf", "export --format gguf")
     tokenizer, c, state = opened.tokenizer, opened.model.config, opened.model.state_dict()
     check_exportable(c, tokenizer)
-    yarn, known = c.rope_scaling == "yarn", c.activation in ("gelu", "gelu_new", "swiglu")
+    yarn = c.rope_scaling == "yarn"
     refused = {
-        f"activation {c.activation}": c.arch == "nanochat" or not known,
+        f"activation {c.activation}": c.arch == "nanochat" or c.activation not in ("gelu", "gelu_new", "swiglu"),
         "biases in the MLP": c.arch == "llama" and c.bias == "all",
         "rope_scaling llama3": c.arch != "llama" and c.rope_scaling == "llama3",
         f"rope_beta_fast {c.rope_beta_fast}: it is 32": yarn and c.rope_beta_fast != 32,
@@ -5159,8 +5159,8 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
-    ours = {**asdict(config), **asdict(t), **(c.distill or {}), **{f"teacher_{k}": v for k, v in teacher.items()}}
-    ours |= {"block_size": c.block_size, "lora_rank": c.lora_rank, "teacher_model_path": teacher.get("path")}
+    ours = {**asdict(config), **asdict(t), **(c.distill or {}), "block_size": c.block_size, "lora_rank": c.lora_rank}
+    ours |= {"teacher_model_path": teacher.get("path"), "teacher_variant": teacher.get("variant")}
     ours |= {"variant": c.variant, "student_variant": c.variant}
     theirs = {k: v for k, v in vars(a).items() if v is not None and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
