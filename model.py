@@ -95,11 +95,10 @@ class UserError(Exception):
 @contextmanager
 def told_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Tell a library's exceptions, of some kinds or of all, as a UserError: what could not be done, and the reason."""
+    caught = kinds or (Exception,)
     try:
         yield
-    except Exception as e:
-        if kinds and not isinstance(e, kinds):
-            raise
+    except caught as e:
         if isinstance(e, UserError) and UserError not in kinds:
             raise
         raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
