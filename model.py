@@ -3136,8 +3136,10 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind, found in there.items() if found)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    with told_as(f"unknown device {name!r}: auto, cpu, cuda, cuda:1 or mps", RuntimeError):
+    try:
         device = torch.device(name)
+    except RuntimeError:  # PyTorch's words list every kind of device that it could be built for
+        raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
     if not there.get(device.type, False):
         raise UserError(f"device {name} was asked for, and PyTorch sees none here: use --device cpu or auto")
     if device.type == "cuda" and device.index is not None and device.index >= (n := torch.cuda.device_count()):

@@ -321,6 +321,12 @@ def test_an_unknown_variant_lists_those_there_are(cli):
     assert all(v in cli("train", "--variant", "8M").error for v in model.VARIANTS)
 
 
+def test_an_unknown_device_lists_those_there_are(refused, run_files):
+    for name in ("gpu", "cuda:x"):
+        error = refused("sample", "--prompt", "a", "--device", name)
+        assert error == f"unknown device '{name}': choose auto, cpu, cuda, cuda:1 or mps"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("command", ["train --data input", "sample --prompt a"])
 def test_a_device_that_is_not_there(refused, run_files, command):
