@@ -6030,17 +6030,17 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30,
                                           width=min(shutil.get_terminal_size().columns, 120)),
     )  # fmt: skip
-    groups: dict[str, dict[str, Field]] = {}
+    groups = defaultdict(list)
     home = {n: base for base in c.args.__mro__ for n in inspect.get_annotations(base)}  # first declared in
     for f in sorted(fields(c.args), key=lambda f: c.args.__mro__.index(home[f.name])):
         if f.metadata.get("help"):
-            groups.setdefault(home[f.name].__doc__.split("\n")[0], {})[f.name] = f
+            groups[home[f.name].__doc__.split("\n")[0]].append(f)
     for title in sorted(groups, key=lambda t: GROUPS.index(t) if t in GROUPS else -1):
-        varied = {n for n, f in groups[title].items() if n in VARIED and "default" in f.metadata and not c.recipe}
+        varied = [f for f in groups[title] if f.name in VARIED and "default" in f.metadata and not c.recipe]
         group = parser.add_argument_group(title + ": where no default is shown, it is the variant's" * bool(varied))
-        for n, f in groups[title].items():
-            default = c.recipe.get(n, f.metadata.get("default", f.default))
-            add_flag(group, f, None if n in varied else default, show_all)
+        for f in groups[title]:
+            default = c.recipe.get(f.name, f.metadata.get("default", f.default))
+            add_flag(group, f, None if f in varied else default, show_all)
     group = parser.add_argument_group("help")
     group.add_argument("-h", "--help", action="help", help="show this")
     group.add_argument("--help_all", action="help", help="show the rarely used flags too")
