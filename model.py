@@ -5790,13 +5790,13 @@ def plot(a: PlotArgs) -> None:
 
 def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
     """Of each run its label, and the points (x, y) to draw: of training, and of validation."""
-    paths = [Path(p) if Path(p).exists() else CHECKPOINT_DIR / f"{p}_model.jsonl" for p in a.logs]
+    paths = [p if p.exists() and not p.is_dir() else CHECKPOINT_DIR / f"{p}_model.jsonl" for p in map(Path, a.logs)]
     paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
     if not paths:
         raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
     runs, known = [], {}
 
-    def drawable(record: dict[str, Any], axis: str, name: str) -> bool:
+    def drawable(record: dict[str, Any], axis: str, name: str | None) -> bool:
         value = record.get(name)
         return is_a(value, float) and math.isfinite(value) and (value > 0 or axis not in a.log_axes)
 
@@ -5806,11 +5806,11 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
             if not records and path.suffix != ".jsonl":
                 raise ValueError("there is no record in it")
         known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
+        names = (None, a.y) if a.y.startswith("val_") else (a.y, f"val_{a.y}")  # training's, validation's
         train, val = ([(r[a.x], r[name]) for r in records if drawable(r, "x", a.x) and drawable(r, "y", name)]
-                      for name in (a.y, f"val_{a.y}"))  # fmt: skip
+                      for name in names)  # fmt: skip
         about = ([f"best {min(y for _, y in val):.3f}"] if val else []) + settings
-        label = path.stem.removesuffix("_model") + f" ({', '.join(about)})" * bool(about)
-        runs.append((label, [], train) if a.y.startswith("val_") else (label, train, val))
+        runs.append((path.stem.removesuffix("_model") + f" ({', '.join(about)})" * bool(about), train, val))
     if known and not any(train or val for _, train, val in runs):  # an empty log is that of a run that has just begun
         raise UserError(f"nothing to draw of --y {a.y}{nearest(a.y, known)}: the logs have {', '.join(known)}")
     return runs
@@ -5856,6 +5856,7 @@ def smoothed(y: list[float]) -> list[float]:
 
 # Okabe and Ito's colours, which the colour-blind tell apart; beside them lines and marks differ, for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "ox+#*%ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # in a terminal
 
 
 def as_tick(value: float, *_: Any) -> str:
@@ -5886,9 +5887,8 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
         axis.set_major_formatter(as_tick)
     axes.set(xlabel=a.x, ylabel=a.y + " (nats per token)" * a.y.endswith("loss"))
     axes.grid(alpha=0.25, which="both")
-    figure.legend(
-        loc="outside lower center", frameon=False, title="pale: as logged; strong: smoothed; marks: validation"
-    )
+    title = "pale: as logged; strong: smoothed; marks: validation"
+    figure.legend(loc="outside lower center", frameon=False, title=title)
     out = a.out if Path(a.out).suffix else f"{a.out}.png"
     with told_as(f"cannot write {out}", ValueError):
         figure.savefig(out, dpi=120)
@@ -5897,25 +5897,28 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
 
 
 def draw_text(a: PlotArgs, runs: list) -> None:
-    """A chart that fills the terminal; the marks of its legend are those of validation."""
+    """A chart that fills the terminal, lines in colour where it has colours; the marks of its legend are those of
+    validation."""
     plotext = need("plotext", "plot without --out", '"plotext>=6"')
     (columns, rows), coloured, figure = shutil.get_terminal_size(), sys.stdout.isatty(), plotext.figure
     figure.clear()
     figure.theme("colorless").plot_size(columns, max(rows - len(runs) - 1, 8))
-    scales, drawn = [math.log10 if axis in a.log_axes else float for axis in "xy"], []
-    for i, (_, train, val) in enumerate(runs):
-        mark, colour = "ox+#*%"[i % 6], tuple(bytes.fromhex(COLOURS[i % 6][1:]))
+    scales, drawn, legend = [math.log10 if axis in a.log_axes else float for axis in "xy"], [], []
+    for i, (label, train, val) in enumerate(runs):
+        mark, colour = MARKS[i % len(MARKS)], tuple(bytes.fromhex(COLOURS[i % 6][1:]))  # black may be the terminal's
+        in_dots = len(runs) == 1 or coloured and i < 6
+        legend.append("\x1b[38;2;{};{};{}m{}\x1b[0m".format(*colour, mark) if coloured else mark)
+        legend[-1] += f" {label}"[: columns - 1]
         smooth = zip((x for x, _ in train), smoothed([y for _, y in train]), strict=True)
         for is_line, points in ((True, smooth), (False, val)):
             points = [[scale(v) for scale, v in zip(scales, point, strict=True)] for point in points]
-            marker = plotext.marker("braille" if is_line and (coloured or len(runs) == 1) else mark, colour)
+            marker = plotext.marker("braille" if is_line and in_dots else mark, colour)
             if points:
                 figure.draw(figure.signal(*zip(*points, strict=True), marker=marker).lines(is_line))
             drawn += points
     for axis, scale, values in zip("xy", scales, zip(*drawn or [(0.0, 0.0)], strict=True), strict=True):
         at = [min(values) + (max(values) - min(values)) * i / 5 for i in range(6)]
         figure.ruler(axis).ticks(at, [as_tick(v if scale is float else 10**v) for v in at])
-    legend = [f"{'ox+#*%'[i % 6]} {label}"[:columns] for i, (label, *_) in enumerate(runs)]
     chart = figure.title(f"{a.y} over {a.x}").build().string(colorless=not coloured)
     print("\x1b[H\x1b[J" * a.follow + "\n".join([chart.rstrip("\n"), *legend]), flush=True)
 
@@ -6059,6 +6062,9 @@ def parse(argv: list[str]) -> tuple[str, Any]:
         print(f"model.py: error: there is no command {name!r}{nearest(name, COMMANDS)}: {commands}", file=sys.stderr)
         sys.exit(2)
     cls, parser = COMMANDS[name].args, make_parser(name, words)
+    for i, (flag, word) in enumerate(itertools.pairwise(words)):
+        if flag == "--follow" and word.lower() not in BOOLS:  # but the name of a run
+            words[i] = "--follow=true"
     given, unknown = parser.parse_known_intermixed_args(words)  # names of logs may stand between the flags
     if unknown:
         parser.error(f"unknown flag {unknown[0]}{nearest(unknown[0].partition('=')[0], parser._option_string_actions)}")

@@ -1,9 +1,11 @@
 """plot: what is drawn is what the logs say, in pictures and in the terminal, without PyTorch."""
 
+import io
 import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
 import zipfile
@@ -78,6 +80,9 @@ def test_picture(cli, figures):
     assert legend(figures[0])[0] == f"a (best {best:.3f})"
     cli("plot", "a", "--y", "lr", "--output", "x.svg").ok()
     assert "<svg" in Path("x.svg").read_text() and set(figures[1].axes[0].lines[0].get_ydata()) == {1e-3}
+    Path("a").mkdir()  # say, an export of that name
+    cli("plot", "a", "--y", "val_loss", "--out", "x.png").ok()
+    assert legend(figures[2]) == [f"a (best {best:.3f})"]
 
 
 def test_legend_has_the_settings_that_differ(cli, text_file, figures):
@@ -140,8 +145,28 @@ def test_chart_fits_the_terminal(cli, monkeypatch, columns, rows, log):
     assert lines[-2].split()[0] == "10" and lines[-2].split()[-1] == "800"
 
 
+@pytest.mark.parametrize("coloured", [False, True])
+def test_every_run_of_a_chart_can_be_told(cli, monkeypatch, coloured):
+    """By its mark, which is in the legend as in the curve; in colour, by the colour of line and mark, too."""
+    names = "abcdefgh"
+    for i, name in enumerate(names):
+        write_log(name, scale=1 + i)
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: coloured})
+    monkeypatch.setattr(io, "StringIO", terminal)
+    monkeypatch.setenv("LINES", "45")
+    for y in ("loss", "lr"):
+        lines = cli("plot", *names, "--y", y).ok().out.splitlines()
+        looks = [line.partition(" ")[0] for line in lines[-len(names) :]]
+        assert len(set(looks)) == len(names) and any("\x1b[" in look for look in looks) == coloured
+        assert [line.split()[1] for line in lines[-len(names) :]] == list(names)
+        if y == "loss":
+            for look in looks:
+                shown = look.removesuffix("\x1b[0m")
+                colour, mark = re.escape(shown[:-1]), re.escape(shown[-1])
+                assert re.search(rf"{colour}[^\x1b]*{mark}", "\n".join(lines[1 : -len(names)]))
+
+
 def test_follow_draws_a_run_as_it_goes_on(cli, monkeypatch):
-    write_log("a", 0)  # it has logged nothing yet
     naps = []
 
     def sleep(seconds):
@@ -151,10 +176,13 @@ def test_follow_draws_a_run_as_it_goes_on(cli, monkeypatch):
         write_log("a", 90)
 
     monkeypatch.setattr(time, "sleep", sleep)
-    run = cli("plot", "a", "--follow")
-    assert run.code == 130 and run.err == ""
-    first, second = run.out.split("\x1b[H\x1b[J")[1:]
-    assert "800" not in first and "900" in second.splitlines()[-2]
+    for words in (("a", "--follow"), ("--follow", "a"), ("--follow", "true", "a")):
+        write_log("a", 0)  # it has logged nothing yet
+        naps.clear()
+        run = cli("plot", *words)
+        assert run.code == 130 and run.err == ""
+        first, second = run.out.split("\x1b[H\x1b[J")[1:]
+        assert "800" not in first and "900" in second.splitlines()[-2]
 
 
 def test_mistakes(cli, monkeypatch):
