@@ -5699,8 +5699,9 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
 )
 def eval(a: EvalArgs) -> None:
     """measure a model: loss, perplexity, bits per byte, lm-eval's tasks"""
-    if a.quantize and a.tasks:
-        raise UserError("--tasks measures an export, which is not quantized: leave --quantize out")
+    ignored = next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None)
+    if ignored:
+        raise UserError(f"--tasks measures an export on data of its own: leave --{ignored} out")
     rows = []
     for spec in [None, *a.compare]:
         opened = open_named_model(a, choose_device(a.device), spec)

@@ -281,7 +281,7 @@ def test_a_longer_context_is_transformers(evaluate, scaling):
     assert row["loss"] != pytest.approx(evaluate(*common)[0]["loss"], rel=1e-4)
 
 
-def test_int8_weights(score, cli, workdir):
+def test_int8_weights(score, workdir):
     """Truth: the model whose matrices are rounded by hand, the tied head apart from the embedding."""
     gpt = byte_gpt("llama")
     tensors, state = gpt.state_dict(), {"lm_head.weight": gpt.wte.weight.detach()}
@@ -297,7 +297,6 @@ def test_int8_weights(score, cli, workdir):
     found = score(gpt, "text.txt", "--quantize", "int8")
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert abs(found["loss"] - exact["loss"]) > 1e-4
-    assert "--quantize" in cli("eval", "--tasks", "x", "--quantize", "int8").error
 
 
 def test_no_positions_have_no_end(score):
@@ -362,6 +361,11 @@ def test_an_unknown_task_names_a_near_one(cli, saved, harness):
 def test_lm_eval_is_not_installed(cli, saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install lm-eval" in cli(*saved, "--tasks", "piqa").error
+
+
+@pytest.mark.parametrize("flags", ["--quantize int8", "--data text.txt", "--block_size 16", "--stride 8"])
+def test_what_tasks_would_ignore_is_refused(cli, saved, harness, flags):
+    assert flags.split()[0] in cli(*saved, "--tasks", "piqa", *flags.split()).error
 
 
 def test_rows_of_tasks(evaluate, saved, harness):
