@@ -5836,7 +5836,7 @@ def differences(logs: list[Path]) -> list[list[str]]:
                 name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
                 c = PlainData(archive.open(name)).load()
                 found = {"variant": c["variant"], "data": c["data"]["path"], **c["config"], **c["train_config"]}
-                typed.extend(word.lstrip("-") for word in c["arguments"])
+                typed.extend(word.lstrip("-").partition("=")[0] for word in c["arguments"])
                 shown = {k: v for k, v in found.items() if k not in Reporting.__annotations__}
                 return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in shown.items()}
         return {}
@@ -5959,6 +5959,25 @@ def variants(a: VariantsArgs) -> None:
           f"{real / peak:.0%} of the {peak / 1e9:,.0f} that a product of {n} x {n} matrices reaches")  # fmt: skip
 
 
+def variants_table(flops_per_s: float = 0.0) -> str:
+    """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary; and the
+    time that a billion tokens take at a speed."""
+    rows = []
+    for name, v in VARIANTS.items():
+        c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
+        flops = training_flops_per_token(c, n)
+        rows.append({
+            "variant": name, "arch": c.arch, "layers": c.n_layer, "heads (kv)": f"{c.n_head} ({c.n_kv_head})",
+            "width": c.n_embd, "block": c.block_size, "batch": batch,
+            "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.2g} GB",
+            "FLOPs a token": f"{flops:.2e}",
+        })  # fmt: skip
+        if flops_per_s:
+            hours = flops * 1e9 / flops_per_s / 3600
+            rows[-1]["1e9 tokens"] = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+    return table(rows) + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory of training in bfloat16)"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The parser
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5967,24 +5986,6 @@ def variants(a: VariantsArgs) -> None:
 GROUPS = ("model", "data", "run", "optimizer", "schedule", "evaluation and log", "machine", "architecture")
 VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row in table.values() for name in row}
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-
-
-def variants_table(flops_per_s: float = 0.0) -> str:
-    """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary; and the
-    time that a billion tokens take at a speed."""
-    rows = []
-    for name, v in VARIANTS.items():
-        c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
-        rows.append({
-            "variant": name, "arch": c.arch, "layers": c.n_layer, "heads (kv)": f"{c.n_head} ({c.n_kv_head})",
-            "width": c.n_embd, "block": c.block_size, "batch": batch,
-            "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.1f} GB",
-            "FLOPs a token": f"{training_flops_per_token(c, n):.2e}",
-        })  # fmt: skip
-        if flops_per_s:
-            hours = training_flops_per_token(c, n) * 1e9 / flops_per_s / 3600
-            rows[-1]["1e9 tokens"] = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
-    return table(rows) + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory of training in bfloat16)"
 
 
 def overview() -> str:

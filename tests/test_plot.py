@@ -97,6 +97,9 @@ def test_legend_has_the_settings_that_differ(cli, text_file, figures):
     ]
     cli("plot", "b", "c", "--out", "x.png").ok()
     assert [label.rpartition(", ")[2] for label in legend(figures[1])] == ["seed 1)", "seed 2)"]
+    cli("train", *BYTES, *TINY_RUN, "--name", "d", "--n_embd=64", "--seed=5").ok()
+    cli("plot", "c", "d", "--out", "x.png").ok()  # what was typed comes before what follows from it
+    assert legend(figures.pop())[1].endswith(", n_embd 64, learning_rate 0.0003, seed 5, head_dim 32)")
     for path in Path("checkpoints").glob("c_*.pt"):
         path.unlink()  # as before the first save
     cli("plot", "a", "b", "c", "--out", "x.png").ok()
