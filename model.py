@@ -41,6 +41,7 @@ import math
 import mmap
 import operator
 import os
+import pickle
 import platform
 import random
 import re
@@ -52,8 +53,10 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import types
 import typing
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -5820,8 +5823,6 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
 def differences(logs: list[Path]) -> list[list[str]]:
     """The settings in which runs differ, at most four of each, those of a command line first; by the checkpoints beside
     their logs. These are read without PyTorch: only their plain data, and nothing that a pickle names is called."""
-    import pickle
-    import zipfile
 
     class Ignored(dict):
         def __init__(self, *args: Any) -> None: ...
@@ -5930,8 +5931,6 @@ VariantsArgs = optional(Machine, "device")
 @command("inspect", "variants")
 def variants(a: VariantsArgs) -> None:
     """the variants: parameters, memory, and the time that training takes here"""
-    import timeit
-
     device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
     c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
