@@ -5533,10 +5533,9 @@ def chat(a: ChatArgs) -> None:
     session = ChatSession(opened.model, opened.tokenizer, a, a.length, a.seed)
     session.messages = [{"role": "system", "content": a.system}] if a.system else []
     say(f"chatting with {opened.path}: /reset, /system TEXT, /save FILE, /quit; Ctrl-C stops an answer", sys.stderr)
-    prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            line = input(prompt).strip()
+            line = input("> " * sys.stdin.isatty()).strip()
             word, _, rest = line.partition(" ")
             if word == "/quit":
                 break
@@ -5772,10 +5771,6 @@ class PlotArgs(Settings):
     out: str | None = setting(None, "a picture to write, png or svg (default: a chart in the terminal)", alias="output")
     follow: bool = setting(False, "draw again every three seconds, until Ctrl-C")
 
-    @property
-    def log_axes(self) -> list[str]:
-        return [axis for axis in "xy" if self.log in (axis, "both")]
-
 
 @command(
     "inspect",
@@ -5802,7 +5797,7 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
 
     def drawable(record: dict[str, Any], axis: str, name: str | None) -> bool:
         value = record.get(name)
-        return is_a(value, float) and math.isfinite(value) and (value > 0 or axis not in a.log_axes)
+        return is_a(value, float) and math.isfinite(value) and (value > 0 or a.log not in (axis, "both"))
 
     for path, settings in zip(paths, differences(paths), strict=True):
         with told_as(f"{path} is not a log"):
@@ -5882,7 +5877,7 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
             axes.plot(*zip(*val, strict=True), **marked)
         axes.plot([], [], label=label, **(marked if val else look))
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
-        if name in a.log_axes:
+        if a.log in (name, "both"):
             getattr(axes, f"set_{name}scale")("log")
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_minor_formatter(ticker.NullFormatter())
@@ -5899,13 +5894,12 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
 
 
 def draw_text(a: PlotArgs, runs: list) -> None:
-    """A chart that fills the terminal, lines in colour where it has colours; the marks of its legend are those of
-    validation."""
+    """A chart that fills the terminal; the marks of its legend are those of validation."""
     plotext = need("plotext", "plot without --out", '"plotext>=6"')
     (columns, rows), coloured, figure = shutil.get_terminal_size(), sys.stdout.isatty(), plotext.figure
     figure.clear()
     figure.theme("colorless").plot_size(columns, max(rows - len(runs) - 1, 8))
-    scales, drawn, legend = [math.log10 if axis in a.log_axes else float for axis in "xy"], [], []
+    scales, drawn, legend = [math.log10 if a.log in (axis, "both") else float for axis in "xy"], [], []
     for i, (label, train, val) in enumerate(runs):
         mark, colour = MARKS[i % len(MARKS)], tuple(bytes.fromhex(COLOURS[i % 6][1:]))  # black may be the terminal's
         in_dots = len(runs) == 1 or coloured and i < 6
@@ -6088,12 +6082,10 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each
     time, and the page faults of getting them again took half of a training step with GPT-2's vocabulary. Not for one of
     many processes: kept blocks and those that fully_shard frees came to more than the weights of a model apart."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            libc = ctypes.CDLL("libc.so.6")
-            M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    with suppress(OSError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def others_at_work() -> bool:
