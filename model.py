@@ -5865,8 +5865,8 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-    figure, axes = plt.subplots(figsize=(8, 5 + 0.2 * len(runs)), layout="constrained")
-    for i, (label, train, val) in enumerate(runs):
+    (figure, axes), handles = plt.subplots(figsize=(8, 5 + 0.2 * len(runs)), layout="constrained"), []
+    for i, (_, train, val) in enumerate(runs):
         look = {"color": COLOURS[i % 7], "linestyle": ("-", "--", "-.", ":")[i % 4]}
         marked = {**look, "marker": "os^Dv"[i % 5], "markersize": 4.5, "linewidth": 1}
         if train:
@@ -5875,7 +5875,7 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
             axes.plot(x, smoothed(y), linewidth=1.7, **look)
         if val:
             axes.plot(*zip(*val, strict=True), **marked)
-        axes.plot([], [], label=label, **(marked if val else look))
+        handles += axes.plot([], [], **(marked if val else look))
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         if a.log in (name, "both"):
             getattr(axes, f"set_{name}scale")("log")
@@ -5884,8 +5884,8 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
         axis.set_major_formatter(as_tick)
     axes.set(xlabel=a.x, ylabel=a.y + " (nats per token)" * a.y.endswith("loss"))
     axes.grid(alpha=0.25, which="both")
-    title = "pale: as logged; strong: smoothed; marks: validation"
-    figure.legend(loc="outside lower center", frameon=False, title=title)
+    labels, title = [label for label, *_ in runs], "pale: as logged; strong: smoothed; marks: validation"
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, title=title)
     out = a.out if Path(a.out).suffix else f"{a.out}.png"
     with told_as(f"cannot write {out}", ValueError):
         figure.savefig(out, dpi=120)

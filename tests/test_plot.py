@@ -83,6 +83,9 @@ def test_picture(cli, figures):
     Path("a").mkdir()  # say, an export of that name
     cli("plot", "a", "--y", "val_loss", "--out", "x.png").ok()
     assert legend(figures[2]) == [f"a (best {best:.3f})"]
+    write_log("_b")  # which a legend that finds its labels leaves out
+    cli("plot", "_b", "--out", "x.png").ok()
+    assert legend(figures[3]) == [f"_b (best {best:.3f})"]
 
 
 def test_legend_has_the_settings_that_differ(cli, text_file, figures):
