@@ -6062,7 +6062,9 @@ def parse(argv: list[str]) -> tuple[str, Any]:
             words[i] = "--follow=true"
     given, unknown = parser.parse_known_intermixed_args(words)  # names of logs may stand between the flags
     if unknown:
-        parser.error(f"unknown flag {unknown[0]}{nearest(unknown[0].partition('=')[0], parser._option_string_actions)}")
+        word = unknown[0]
+        near = nearest(word.partition("=")[0], parser._option_string_actions)
+        parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} is the value of no flag")
     values = vars(given)
     for f in fields(cls):
         alias = f.metadata.get("alias")

@@ -310,6 +310,7 @@ def test_wrong_settings(refused, text_file, flags, word):
 
 @pytest.mark.parametrize("flags, word", [
     ("--variant 8M", "8M"), ("--arch bert", "bert"), ("--pos_embd alibi", "alibi"), ("--n_layer two", "two"),
+    ("8M", "'8M' is the value of no flag"), ("--n_head=2 --n_layr=2", "--n_layr=2 (did you mean --n_layer?)"),
     ("--tie_word_embeddings perhaps", "perhaps"), ("--dtype int8", "int8"), ("--no_such_flag 1", "no_such_flag"),
 ])  # fmt: skip
 def test_wrong_usage_is_exit_status_2(cli, flags, word):
