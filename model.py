@@ -201,7 +201,10 @@ def from_dict(cls: type, content: Any, where: Any) -> Any:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QK_NORMS = ("none", "before_rope", "after_rope", "true", "false")  # true: where the norm's weights would have it
-ACTIVATION_NAMES = ("gelu", "gelu_new", "relu", "relu2", "silu", "swiglu", "geglu")
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: of the gate
+}  # fmt: skip
 
 # What `--arch` means. The names are Hugging Face model types, so that every export is native.
 # fmt: off
@@ -273,7 +276,7 @@ class GPTConfig(Settings):
     norm_position: str = setting("pre", "norm before or after each residual addition", ("pre", "post"))
     embd_norm: bool = setting(False, "normalise the token embedding too", rare=True)
     qk_norm: str = setting("none", "RMSNorm on queries and keys", QK_NORMS)
-    activation: str = setting("gelu_new", "MLP activation", ACTIVATION_NAMES)
+    activation: str = setting("gelu_new", "MLP activation", ACTIVATIONS)
     bias: str = setting("all", "which linear layers have biases", ("none", "qkv", "attn", "all"), rare=True)
     parallel_residual: bool = setting(False, "attention and MLP read the same input and are added together", rare=True)
     tie_word_embeddings: bool = setting(True, "the head shares the token embedding's weights")
@@ -554,12 +557,6 @@ class Attention(nn.Module):
             return self.q_norm(qk)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=2)
         return torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-
-
-ACTIVATIONS: dict[str, Callable] = {
-    "gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: of the gate
-}  # fmt: skip
 
 
 class MLP(nn.Module):
