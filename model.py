@@ -406,7 +406,7 @@ def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
     if c.rope_scaling == "ntk":
         theta *= factor ** (d / (d - 2))
     freqs = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-    attention_factor, keep = 1.0, torch.ones(d // 2)  # keep: how much of a frequency is not interpolated
+    attention_factor, keep = 1.0, torch.ones(d // 2)  # keep: how much of a frequency is not divided by the factor
     if c.rope_scaling == "linear":
         keep = torch.zeros(d // 2)
     elif c.rope_scaling == "yarn":
@@ -422,7 +422,7 @@ def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
         rotations = original * freqs / (2 * math.pi)
         keep = (rotations - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
         keep = keep.clamp(0, 1)
-    return freqs * keep + freqs / (1.0 if c.rope_scaling == "ntk" else factor) * (1 - keep), attention_factor
+    return freqs * keep + freqs / factor * (1 - keep), attention_factor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -6256,11 +6256,13 @@ static void normalise(Norm norm, long layernorm, float eps, const float *x, long
     }
 }
 
-static void rotate(float *x, const float *cos, const float *sin, long d) {
+// RoPE as apply_rope has it, on one head; backward: by the opposite angles.
+static void rotate(float *x, const float *cos, const float *sin, long d, long backward) {
+    const float *sin_1 = backward ? sin + d / 2 : sin, *sin_2 = backward ? sin : sin + d / 2;
     for (long i = 0; i < d / 2; i++) {
         float a = x[i], b = x[i + d / 2];
-        x[i] = a * cos[i] + b * sin[i];
-        x[i + d / 2] = b * cos[i + d / 2] + a * sin[i + d / 2];
+        x[i] = a * cos[i] + b * sin_1[i];
+        x[i + d / 2] = b * cos[i + d / 2] + a * sin_2[i];
     }
 }
 
@@ -6319,7 +6321,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                 Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
                     if (c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
-                    if (rope_cos) rotate(y, rope_cos + at, rope_sin + at, c->rope_dim);
+                    if (rope_cos) rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 0);
                     if (c->norm_after_rope) normalise(norm, 0, eps, y, 1, d, y);
                 }
                 if (head >= n_q)
@@ -6391,14 +6393,6 @@ static void normalise_backward(float *g, const float *x, const float *weight, lo
     for (long i = 0; i < n; i++) g[i] = scale * (g[i] - share * x[i]);
 }
 
-static void rotate_backward(float *g, const float *cos, const float *sin, long d) {
-    for (long i = 0; i < d / 2; i++) {
-        float a = g[i], b = g[i + d / 2];
-        g[i] = a * cos[i] + b * sin[i + d / 2];
-        g[i + d / 2] = b * cos[i + d / 2] + a * sin[i];
-    }
-}
-
 typedef struct { long batch, T, n_q, n_kv, d, rope_dim, norm_before, norm_after, rope_rows; } Heads;
 
 // Where a head of qkv (batch, T, n_q + 2 n_kv, d) lies in q (batch, n_q, T, d) or in k or v (batch, n_kv, T, d).
@@ -6429,7 +6423,7 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
             for (long j = 0; j < d; j++) x[j] = get(qkv[i * d + j]);
             if (!backward) {
                 if (c->norm_before) normalise(norm, 0, eps, x, 1, d, x);
-                if (cos) rotate(x, cos + at, sin + at, c->rope_dim);
+                if (cos) rotate(x, cos + at, sin + at, c->rope_dim, 0);
                 if (c->norm_after) normalise(norm, 0, eps, x, 1, d, x);
                 for (long j = 0; j < d; j++) apart[j] = put(x[j]);
                 continue;
@@ -6437,10 +6431,10 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
             float *sums = dw + (2 * omp_get_thread_num() + is_k) * d;
             for (long j = 0; j < d; j++) g[j] = get(apart[j]);
             if (c->norm_after) {
-                if (cos) rotate(x, cos + at, sin + at, c->rope_dim);
+                if (cos) rotate(x, cos + at, sin + at, c->rope_dim, 0);
                 normalise_backward(g, x, norm.weight, d, eps, sums);
             }
-            if (cos) rotate_backward(g, cos + at, sin + at, c->rope_dim);
+            if (cos) rotate(g, cos + at, sin + at, c->rope_dim, 1);
             if (c->norm_before) normalise_backward(g, x, norm.weight, d, eps, sums);
             for (long j = 0; j < d; j++) dqkv[i * d + j] = put(g[j]);
         }
