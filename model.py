@@ -504,10 +504,9 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
-        end, heads = self.length + k.size(2), self.kv[layer].chunk(2, dim=1)
-        for memory, new in zip(heads, (k, v), strict=True):
-            memory[:, :, self.length : end] = new
-        return heads[0][:, :, :end], heads[1][:, :, :end]
+        kv = self.kv[layer, :, :, : self.length + k.size(2)]
+        kv[:, :, self.length :] = torch.cat((k, v), dim=1)
+        return kv.chunk(2, dim=1)
 
 
 class Attention(nn.Module):
@@ -658,10 +657,8 @@ class OneToken:
         return self.model.run_blocks(x, rope or None, seen, self)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        heads = self.kv[layer].chunk(2, dim=1)
-        for memory, new in zip(heads, (k, v), strict=True):
-            memory.index_copy_(2, self.position, new)
-        return heads
+        kv = self.kv[layer].index_copy_(2, self.position, torch.cat((k, v), dim=1))
+        return kv.chunk(2, dim=1)
 
     def __call__(self, x: Tensor, rope: Any, position: int) -> Tensor:
         for own, new in zip(self.inputs, (x, *(rope or ())), strict=True):
