@@ -838,9 +838,8 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T), or of another chunk loss (see
         linear_loss); a target of -1 does not count."""
-        return linear_loss(
-            self.hidden(idx, segments=segments), self, chunk_loss or CrossEntropy(targets), distributions
-        )
+        h = self.hidden(idx, segments=segments)
+        return linear_loss(h, self, chunk_loss or CrossEntropy(targets), distributions)
 
 
 def parameter_shapes(c: GPTConfig) -> dict[str, torch.Size]:
@@ -891,19 +890,19 @@ class CrossEntropy:
             return losses.sum(), logits if with_grad else None
         counted, row = targets >= 0, torch.arange(len(targets), device=targets.device)
         targets = targets.clamp(min=0)
-        probs = logits.float().log_softmax(dim=-1) if logits.dtype != torch.float64 else logits.log_softmax(dim=-1)
-        loss = -probs[row, targets]
-        probs = probs.exp_() if with_grad else probs
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+        loss = -log_probs[row, targets]
         total = (loss * counted).sum()
         if not with_grad:
             return total, None
-        probs[row, targets] = torch.expm1(-loss).to(probs.dtype)  # p - 1, without cancellation
+        probs = log_probs.exp_()
+        probs[row, targets] = torch.expm1(-loss)  # p - 1, without cancellation
         return total, probs.mul_(counted[:, None]).to(logits.dtype)
 
 
 def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap: float) -> tuple[Tensor, Tensor]:
-    """capped(CrossEntropy) with the gradient, made of pure functions: torch.compile makes of them two passes over the
-    logits, where stores into parts of a tensor would need another tensor of their size."""
+    """CrossEntropy as linear_loss calls it, with the soft-cap and the gradient, made of pure functions: torch.compile
+    makes of them two passes over the logits, where stores into parts of a tensor would need another of their size."""
     column, target, counted = torch.arange(logits.size(1), device=logits.device), targets[:, None], targets >= 0
     tanh = torch.tanh(logits.float() / softcap) if softcap else None
     x = softcap * tanh if softcap else logits.float()
@@ -926,20 +925,6 @@ def by_autograd(loss_of: Callable[[Tensor, slice], Tensor]) -> Callable:
     return chunk_loss
 
 
-def capped(chunk_loss: Callable, c: GPTConfig) -> Callable:
-    """A chunk loss of the head's products from one of logits: around it the soft-cap, and padding out of the way."""
-
-    def of_products(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        if c.logit_softcap:
-            tanh = torch.tanh(logits / c.logit_softcap)
-            logits = c.logit_softcap * tanh
-        logits[:, c.vocab_size :] = float("-inf")
-        loss, grad_logits = chunk_loss(logits, rows, with_grad)
-        return loss, grad_logits.mul_(1 - tanh.square()) if with_grad and c.logit_softcap else grad_logits
-
-    return of_products
-
-
 class FusedLinearLoss(torch.autograd.Function):
     """chunk_loss(h @ weight.T) in chunks of rows, with the gradients taken chunk by chunk in the forward pass
     (as Liger Kernel's fused linear cross-entropy does, arXiv 2410.10989, section 3.2)."""
@@ -947,7 +932,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, chunk_loss: Callable, chunk: int, with_grad: bool):
         w, N = weight.to(h.dtype), h.size(0)
-        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(h.dtype, torch.float32)  # float64 where h is that
         loss = torch.zeros((), device=h.device, dtype=wide)
         grad_h = torch.empty_like(h) if with_grad else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if with_grad and weight.requires_grad else None
@@ -958,16 +943,14 @@ class FusedLinearLoss(torch.autograd.Function):
             logits = torch.mm(x, w.T, out=memory[: len(x)])
             part, grad_logits = chunk_loss(logits, rows, with_grad)
             loss += part
-            if not with_grad:
-                continue
-            torch.mm(grad_logits, w, out=grad_h[rows])
+            if with_grad:
+                torch.mm(grad_logits, w, out=grad_h[rows])
             if grad_w is None:  # a frozen head
                 continue
             if h.dtype == wide:
                 grad_w.addmm_(grad_logits.T, x)
             else:  # products of a chunk in the short type, their sum in the long one
-                product = torch.empty_like(w) if product is None else product
-                torch.mm(grad_logits.T, x, out=product)
+                product = torch.mm(grad_logits.T, x, out=product)
                 if training_library(product):  # PyTorch would first copy it to the long type
                     run_in_c("accumulate", product, product.numel(), product, grad_w)
                 else:
@@ -993,11 +976,16 @@ def linear_loss(h: Tensor, model: GPT, chunk_loss: Callable, distributions: int 
     if h.device.type == "cuda":
         chunk = 1 << chunk.bit_length() - 1  # divides most batches: all chunks alike, and aligned
 
-    def compiled(products: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor]:
-        return model.compiled_loss(products, chunk_loss.targets[rows], c.vocab_size, c.logit_softcap)
+    def of_products(products: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        if model.compiled_loss is not None and with_grad and isinstance(chunk_loss, CrossEntropy):
+            return model.compiled_loss(products, chunk_loss.targets[rows], c.vocab_size, c.logit_softcap)
+        tanh = torch.tanh(products / c.logit_softcap) if c.logit_softcap else None
+        logits = c.logit_softcap * tanh if c.logit_softcap else products
+        logits[:, c.vocab_size :] = float("-inf")  # the padding
+        loss, grad = chunk_loss(logits, rows, with_grad)
+        return loss, grad.mul_(1 - tanh.square()) if with_grad and c.logit_softcap else grad
 
-    fuses = model.compiled_loss is not None and with_grad and isinstance(chunk_loss, CrossEntropy)
-    return FusedLinearLoss.apply(h, weight, compiled if fuses else capped(chunk_loss, c), chunk, with_grad)
+    return FusedLinearLoss.apply(h, weight, of_products, chunk, with_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
