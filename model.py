@@ -884,9 +884,9 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         targets = self.targets[rows]
-        if logits.is_contiguous() and training_library(logits):
-            losses = torch.empty(len(targets))
-            run_in_c("cross_entropy", logits, *logits.shape, with_grad, targets.long().contiguous(), logits, losses)
+        if logits.is_contiguous() and (library := training_library(logits)):
+            losses, targets = torch.empty(len(targets)), targets.long().contiguous()
+            run_in_c(library.cross_entropy, *logits.shape, with_grad, targets, logits, losses)
             return losses.sum(), logits if with_grad else None
         counted, row = targets >= 0, torch.arange(len(targets), device=targets.device)
         targets = targets.clamp(min=0)
@@ -951,8 +951,8 @@ class FusedLinearLoss(torch.autograd.Function):
                 grad_w.addmm_(grad_logits.T, x)
             else:  # products of a chunk in the short type, their sum in the long one
                 product = torch.mm(grad_logits.T, x, out=product)
-                if training_library(product):  # PyTorch would first copy it to the long type
-                    run_in_c("accumulate", product, product.numel(), product, grad_w)
+                if library := training_library(product):  # PyTorch would first copy it to the long type
+                    run_in_c(library.accumulate, product.numel(), product, grad_w)
                 else:
                     grad_w += product
         ctx.gradients = grad_h, grad_w
@@ -6563,16 +6563,13 @@ def c_library(march: str = "native", *options: str) -> ctypes.CDLL | None:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                source, library = Path(scratch) / "blocks.c", Path(scratch) / "blocks.so"
-                source.write_text(C_SOURCE, encoding="utf-8")
-                subprocess.run([*command, str(source), "-o", str(library), "-lm"], check=True, capture_output=True)
-                library.replace(path)
+                made = Path(scratch) / "blocks.so"
+                command += ["-x", "c", "-", "-o", str(made), "-lm"]
+                subprocess.run(command, input=C_SOURCE.encode(), check=True, capture_output=True)
+                made.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        say(
-            "without a C compiler (gcc, with OpenMP) training on a CPU is slower, generation several times",
-            file=sys.stderr,
-        )
+        say("without a C compiler (gcc, with OpenMP) training on a CPU is slower, generation several times", sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
@@ -6583,6 +6580,16 @@ def c_library(march: str = "native", *options: str) -> ctypes.CDLL | None:
     library.accumulate.argtypes = [long, pointer, pointer, ctypes.c_int]
     library.swiglu.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
     return library
+
+
+def c_array(kind: type, *values: Any) -> ctypes.Array:
+    return (kind * len(values))(*values)
+
+
+def run_in_c(function: Callable, *arguments: Any) -> None:
+    """Call a function of C_SOURCE: of tensors it gets their addresses, and last the number of threads."""
+    given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    function(*given, torch.get_num_threads())
 
 
 def addresses(module: nn.Module | None, *names: str) -> list[int | None]:
@@ -6605,26 +6612,21 @@ class CEngine:
                 pointers += addresses(norm, "weight", "bias")
             for place in block.linears():
                 pointers += addresses(getattr(*place), "weight", "scale", "bias")
-        self.layers = (ctypes.c_void_p * len(pointers))(*pointers)
-        self.head_matrix = (ctypes.c_void_p * 3)(*addresses(model.lm_head or model.wte, "weight", "scale", "bias"))
+        self.layers = c_array(ctypes.c_void_p, *pointers)
+        self.head_matrix = c_array(ctypes.c_void_p, *addresses(model.lm_head or model.wte, "weight", "scale", "bias"))
+        sizes = c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.rope_dim, c.n_inner
+        kinds = c.norm == "layernorm", c.parallel_residual, c.qk_norm == "before_rope", c.qk_norm == "after_rope"
         activation = list(ACTIVATIONS.values()).index(ACTIVATIONS[c.activation])
-        shape = (
-            *(c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.rope_dim, c.n_inner, c.norm == "layernorm"),
-            *(c.parallel_residual, c.qk_norm == "before_rope", c.qk_norm == "after_rope", activation, c.is_glu),
-        )
-        self.shape = (ctypes.c_long * len(shape))(*shape)
+        self.shape = c_array(ctypes.c_long, *sizes, *kinds, activation, c.is_glu)
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         if cache is None or B * T > self.max_rows:
             return self.model.run_blocks(x, rope, mask, cache)
         x, pad = x.contiguous(), torch.zeros(B, dtype=torch.int64) if cache.pad is None else cache.pad
-        tables, memory = (
-            addresses(self.model, "rope_cos", "rope_sin"),
-            (x.data_ptr(), cache.kv.data_ptr(), pad.data_ptr()),
-        )
-        sizes, eps = (B, T, cache.length, cache.max_length), self.model.config.norm_eps
-        self.library.blocks(self.shape, self.layers, *tables, *memory, *sizes, eps, torch.get_num_threads())
+        tables, sizes = (self.model.rope_cos, self.model.rope_sin), (B, T, cache.length, cache.max_length)
+        eps = self.model.config.norm_eps
+        run_in_c(self.library.blocks, self.shape, self.layers, *tables, x, cache.kv, pad, *sizes, eps)
         return x
 
     def head(self, x: Tensor) -> Tensor:
@@ -6632,7 +6634,7 @@ class CEngine:
         if (rows := x.numel() // n) > self.max_rows:
             return self.model.head(x)
         x, y = x.contiguous(), torch.empty(*x.shape[:-1], n_vocab)
-        self.library.head(self.head_matrix, n_vocab, n, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        run_in_c(self.library.head, self.head_matrix, n_vocab, n, x, rows, y)
         return y
 
 
@@ -6641,12 +6643,6 @@ def training_library(x: Tensor) -> ctypes.CDLL | None:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return None
     return c_library("native", *["-DBFLOAT16"] * (x.dtype == torch.bfloat16))
-
-
-def run_in_c(name: str, x: Tensor, *arguments: Any) -> None:
-    """Call the library for activations like x: of tensors it gets their addresses, and last the number of threads."""
-    given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    getattr(training_library(x), name)(*given, torch.get_num_threads())
 
 
 class HeadsInC(torch.autograd.Function):
@@ -6660,19 +6656,20 @@ class HeadsInC(torch.autograd.Function):
         B, T, n, d = qkv.shape
         cos, sin = (None, None) if rope is None else (x.float().contiguous() for x in rope)
         rope_dim, rows = (1, 1) if cos is None else (cos.size(-1), cos.numel() // cos.size(-1))
-        shape = B, T, n - 2 * n_kv, n_kv, d, rope_dim, qk_norm == "before_rope", qk_norm == "after_rope", rows
+        norms = qk_norm == "before_rope", qk_norm == "after_rope"
+        shape = c_array(ctypes.c_long, B, T, n - 2 * n_kv, n_kv, d, rope_dim, *norms, rows)
         weights = (torch.ones(d) if w is None else w.float() for w in (w_q, w_q if w_k is None else w_k))
-        ctx.fixed = (ctypes.c_long * len(shape))(*shape), cos, sin, *weights, eps
+        ctx.fixed = shape, cos, sin, *weights, eps
         ctx.save_for_backward(qkv := qkv.contiguous())
         parts = [qkv.new_empty(B, heads, T, d) for heads in (n - 2 * n_kv, n_kv, n_kv)]
-        run_in_c("heads", qkv, *ctx.fixed, False, qkv, *parts, None, None)
+        run_in_c(training_library(qkv).heads, *ctx.fixed, False, qkv, *parts, None, None)
         return tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         (qkv,) = ctx.saved_tensors
         dqkv, dw = torch.empty_like(qkv), torch.zeros(torch.get_num_threads(), 2, qkv.size(-1))
-        run_in_c("heads", qkv, *ctx.fixed, True, qkv, *(g.contiguous() for g in grads), dqkv, dw)
+        run_in_c(training_library(qkv).heads, *ctx.fixed, True, qkv, *(g.contiguous() for g in grads), dqkv, dw)
         d_q, d_k = (w if needed else None for w, needed in zip(dw.sum(dim=0), ctx.needs_input_grad[2:4], strict=True))
         return dqkv, None, d_q, d_k, None, None, None
 
@@ -6685,14 +6682,14 @@ class SwiGLUInC(torch.autograd.Function):
         ctx.save_for_backward(x := x.contiguous())
         n = x.size(-1) // 2
         y = x.new_empty(*x.shape[:-1], n)
-        run_in_c("swiglu", x, y.numel() // n, n, False, x, y, None)
+        run_in_c(training_library(x).swiglu, y.numel() // n, n, False, x, y, None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,), n = ctx.saved_tensors, grad.size(-1)
         dx = torch.empty_like(x)
-        run_in_c("swiglu", x, grad.numel() // n, n, True, x, grad.contiguous(), dx)
+        run_in_c(training_library(x).swiglu, grad.numel() // n, n, True, x, grad.contiguous(), dx)
         return dx
 
 
