@@ -302,12 +302,12 @@ class GPTConfig(Settings):
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or (round_up(self.n_embd * 8 / 3, 64) if self.is_glu else 4 * self.n_embd)
-        if self.rope_scaling == "ntk" and self.rope_dim < 4:
-            raise UserError(f"rope_scaling ntk needs at least 4 rotated dimensions; these heads have {self.rope_dim}")
-        if self.pos_embd == "rope" and self.rope_dim % 2:
-            raise UserError(f"rope_pct {self.rope_pct} of head_dim {self.head_dim} is not an even number of dimensions")
         if self.rope_scaling != "none" and self.pos_embd != "rope":
             raise UserError(f"rope_scaling {self.rope_scaling} needs pos_embd rope; this model has {self.pos_embd}")
+        if self.rope_scaling == "ntk" and self.rope_dim < 4:
+            raise UserError(f"rope_scaling ntk needs at least 4 rotated dimensions; these heads have {self.rope_dim}")
+        if self.rope_dim % 2:
+            raise UserError(f"rope_pct {self.rope_pct} of head_dim {self.head_dim} is not an even number of dimensions")
 
     @property
     def is_glu(self) -> bool:
@@ -320,7 +320,7 @@ class GPTConfig(Settings):
     @property
     def rope_dim(self) -> int:
         """Dimensions of a head that are rotated."""
-        return int(self.head_dim * self.rope_pct)
+        return int(self.head_dim * self.rope_pct) if self.pos_embd == "rope" else 0
 
     @property
     def context(self) -> int:
@@ -6280,7 +6280,7 @@ static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++)
 
 // x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
 // batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
-// rope_cos, rope_sin (context, rope_dim): as in apply_rope, or NULL.
+// rope_cos, rope_sin (context, rope_dim): as in apply_rope; NULL if rope_dim is 0.
 void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, float *kv,
             const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
     const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
@@ -6306,7 +6306,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                 Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
                     if (c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
-                    if (rope_cos) rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 0);
+                    rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 0);
                     if (c->norm_after_rope) normalise(norm, 0, eps, y, 1, d, y);
                 }
                 if (head >= n_q)
@@ -6408,7 +6408,7 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
             for (long j = 0; j < d; j++) x[j] = get(qkv[i * d + j]);
             if (!backward) {
                 if (c->norm_before) normalise(norm, 0, eps, x, 1, d, x);
-                if (cos) rotate(x, cos + at, sin + at, c->rope_dim, 0);
+                rotate(x, cos + at, sin + at, c->rope_dim, 0);
                 if (c->norm_after) normalise(norm, 0, eps, x, 1, d, x);
                 for (long j = 0; j < d; j++) apart[j] = put(x[j]);
                 continue;
@@ -6416,10 +6416,10 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
             float *sums = dw + (2 * omp_get_thread_num() + is_k) * d;
             for (long j = 0; j < d; j++) g[j] = get(apart[j]);
             if (c->norm_after) {
-                if (cos) rotate(x, cos + at, sin + at, c->rope_dim, 0);
+                rotate(x, cos + at, sin + at, c->rope_dim, 0);
                 normalise_backward(g, x, norm.weight, d, eps, sums);
             }
-            if (cos) rotate(g, cos + at, sin + at, c->rope_dim, 1);
+            rotate(g, cos + at, sin + at, c->rope_dim, 1);
             if (c->norm_before) normalise_backward(g, x, norm.weight, d, eps, sums);
             for (long j = 0; j < d; j++) dqkv[i * d + j] = put(g[j]);
         }
@@ -6655,7 +6655,7 @@ class HeadsInC(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         B, T, n, d = qkv.shape
         cos, sin = (None, None) if rope is None else (x.float().contiguous() for x in rope)
-        rope_dim, rows = (1, 1) if cos is None else (cos.size(-1), cos.numel() // cos.size(-1))
+        rope_dim, rows = (0, 1) if rope is None else (cos.size(-1), math.prod(cos.shape[:-1]))
         norms = qk_norm == "before_rope", qk_norm == "after_rope"
         shape = c_array(ctypes.c_long, B, T, n - 2 * n_kv, n_kv, d, rope_dim, *norms, rows)
         weights = (torch.ones(d) if w is None else w.float() for w in (w_q, w_q if w_k is None else w_k))
