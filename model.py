@@ -610,12 +610,9 @@ def same_dropout_on_mps() -> tuple[Any, Any]:
 
     @contextmanager
     def as_before() -> Iterator[None]:
-        now = torch.mps.get_rng_state()
-        torch.mps.set_rng_state(state)
-        try:
+        with torch.random.fork_rng(["mps"], device_type="mps"):
+            torch.mps.set_rng_state(state)
             yield
-        finally:
-            torch.mps.set_rng_state(now)
 
     return nullcontext(), as_before()
 
