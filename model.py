@@ -689,9 +689,9 @@ class GPT(nn.Module):
         self.config = c = config
         self.wte = embedding(c.padded_vocab_size, c.n_embd)
         self.wpe = embedding(c.block_size, c.n_embd) if c.pos_embd == "learned" else None
-        self.embd_norm = Norm(c, c.n_embd) if c.embd_norm else None
+        self.embd_norm = Norm(c, c.n_embd) if c.embd_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else None
+        self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else nn.Identity()
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; see set_precision
         self.engine: Any = None  # what runs the blocks and the head in generation: CEngine, CUDAGraphs, or those below
@@ -795,12 +795,11 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[positions].to(x.dtype)
         if self.rope_cos is not None:
             rope = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
-        if self.embd_norm is not None:
-            x = self.embd_norm(x)
-        x = (self.engine or self).run_blocks(dropout(x, self.config.embd_pdrop, self.training), rope, mask, cache)
+        x = dropout(self.embd_norm(x), self.config.embd_pdrop, self.training)
+        x = (self.engine or self).run_blocks(x, rope, mask, cache)
         if cache is not None:
             cache.length += idx.size(1)
-        return x if self.norm_f is None else self.norm_f(x)
+        return self.norm_f(x)
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) through all blocks."""
