@@ -336,8 +336,6 @@ def round_up(n: float, multiple: int) -> int:
 
 def make_config(variant: str, vocab_size: int, overrides: dict[str, Any], recipe: str = "tuned") -> GPTConfig:
     """The GPTConfig of a variant: its architecture's row, then its shape, then the user's own settings."""
-    if variant not in VARIANTS:
-        raise UserError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}{nearest(variant, VARIANTS)}")
     shape = {k: v for k, v in VARIANTS[variant].items() if k in {f.name for f in fields(GPTConfig)}}
     if recipe == "tuned" and shape["arch"] == "gpt2":
         shape["arch"] = "qwen3"
