@@ -50,11 +50,6 @@ def as_on_a_gpu(make):
     return make_optimizers
 
 
-def softmax_and_loss(logits, row, targets):
-    log_probs = logits.float().log_softmax(dim=-1)
-    return -log_probs[row, targets], log_probs.exp().to(logits.dtype)
-
-
 def log_of(name: str) -> list[dict]:
     records = [json.loads(line) for line in Path(f"checkpoints/{name}_model.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in records]
