@@ -306,6 +306,8 @@ class GPTConfig(Settings):
             raise UserError(f"rope_scaling {self.rope_scaling} needs pos_embd rope; this model has {self.pos_embd}")
         if self.rope_scaling == "ntk" and self.rope_dim < 4:
             raise UserError(f"rope_scaling ntk needs at least 4 rotated dimensions; these heads have {self.rope_dim}")
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"rope_scaling yarn needs a rope_theta above 1; this model has {self.rope_theta}")
         if self.rope_dim % 2:
             raise UserError(f"rope_pct {self.rope_pct} of head_dim {self.head_dim} is not an even number of dimensions")
 

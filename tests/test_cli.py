@@ -290,6 +290,7 @@ WRONG = [
     ("--arch llama --rope_factor 0.5 --rope_scaling linear", "rope_factor"), ("--arch llama --rope_pct 2", "rope_pct"),
     ("--arch llama --rope_pct -1", "rope_pct"), ("--arch llama --rope_theta 0", "rope_theta"),
     ("--arch llama --head_dim 2 --rope_scaling ntk --rope_factor 2", "rope"),
+    ("--arch llama --rope_theta 1 --rope_scaling yarn --rope_factor 2", "rope_theta"),
     ("--batch_size 0", "batch_size"), ("--batch_size 6 --grad_accum 4", "grad_accum"), ("--grad_accum 0", "grad_accum"),
     ("--max_iters 0", "max_iters"), ("--max_iters -5", "max_iters"), ("--epochs -1", "epochs"),
     ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"), ("--beta2 1.5", "beta2"),
