@@ -2077,8 +2077,8 @@ def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: 
     data, weights = [], []
     for spec in specs:
         name, weight = re.fullmatch(r"(.*?)(?::(\d+|\d*\.\d+))?", spec, re.DOTALL).groups()
-        if weight and not float(weight):
-            raise UserError(f"--data {spec} has no weight: leave it out, or give it one above 0")
+        if weight and not 1e-4 <= float(weight) <= 1e4:  # the order of all blocks is in memory
+            raise UserError(f"--data {spec}: a weight lies between 0.0001 and 10000")
         data.append(open_data(name, data[0].tokenizer if data else tokenizer, vocab_size))
         weights.append(float(weight or 1))
     return Mixture(data, weights)

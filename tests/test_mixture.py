@@ -106,6 +106,7 @@ def test_mistakes(cli, texts):
     cli("tokenize", "--dataset", "other", "--txt", "other.txt", "--tokenizer", "bpe", "--vocab_size", 300).ok()
     error = cli(*RUN, "--data", "low:0.5", "other:0.5").error
     assert "data/low" in error and "data/other" in error and "one for all" in error
-    assert "above 0" in cli(*RUN, "--data", "low:0", "high").error
+    for weight in ("0", "0.000000000001", "20000", "1" + 320 * "0"):
+        assert "between 0.0001 and 10000" in cli(*RUN, "--data", f"low:{weight}", "high").error
     assert "no data at hig" in cli(*RUN, "--data", "low", "hig").error
     assert "neither meta.json nor train.bin" in cli(*RUN, "--data", "low", "").error  # as of a variable that is not set
