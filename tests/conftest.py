@@ -267,3 +267,77 @@ def write_conversations(folder: Path, conversations: list[tuple[list[int], list[
         for ids, mask in conversations:
             writer.write(np.array(ids), np.array(mask))
         return writer.finish(val_fraction, "made by hand")
+
+
+# --- What a run is begun with and leaves
+
+from torch.utils._pytree import keystr, tree_flatten_with_path  # noqa: E402
+
+BYTES = ("--data", "input.txt", "--tokenizer", "byte")  # what the fixture text_file makes
+TRAIN = ("train", *BYTES, *TINY_RUN)
+
+
+def log_of(name: str = "7M", timing: bool = False) -> list[dict]:
+    records = [json.loads(line) for line in Path(f"checkpoints/{name}_model.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if timing or k not in ("seconds", "tokens_per_s")} for r in records]
+
+
+def checkpoint_of(name: str = "7M", last: bool = True) -> dict:
+    """What a run has saved: its last state or its best model."""
+    return torch.load(f"checkpoints/{name}_model{'_last' if last else ''}.pt", weights_only=True)
+
+
+def tensors_of(x) -> dict:
+    """Every tensor and number in nested containers, by its path."""
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(x)[0]}
+
+
+def assert_same_run(a: str, b: str) -> None:
+    """Bit-identical: weights, optimizer, scaler, metrics, log, in the last and the best checkpoint."""
+    assert log_of(a) == log_of(b)
+    for last in (True, False):
+        first, second = checkpoint_of(a, last), checkpoint_of(b, last)
+        for c in (first, second):
+            c["metrics"].pop("seconds")
+            c["log"] = [r for r in map(json.loads, c["log"]) if [r.pop(k) for k in ("seconds", "tokens_per_s")]]
+            for key in ("arguments", "train_config"):
+                c.pop(key)
+        first, second = tensors_of(first), tensors_of(second)
+        assert first.keys() == second.keys()
+        same = {k: torch.equal(v, second[k]) if torch.is_tensor(v) else v == second[k] for k, v in first.items()}
+        assert all(same.values()), [k for k in same if not same[k]]
+    assert any("momentum" in k or "exp_avg" in k for k in tensors_of(checkpoint_of(a)))
+
+
+def contents(folder: Path | str = ".", pattern: str = "*") -> dict[str, bytes]:
+    """The files below a folder."""
+    return {str(p): p.read_bytes() for p in Path(folder).rglob(pattern) if p.is_file()}
+
+
+def model_py(*args) -> list[str]:
+    """The command line python model.py ARGS."""
+    return [sys.executable, str(ROOT / "model.py"), *map(str, args)]
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """Lines to train tokenizers on."""
+    return stdlib_source("argparse", "textwrap", "datetime", "tarfile", "typing").splitlines(keepends=True)
+
+
+@pytest.fixture(scope="session")
+def bpe(corpus) -> "model.Tokenizer":
+    return model.train_bpe(corpus, 2000)
+
+
+def byte_level_bpe(texts: list[str], vocab_size: int, special: tuple = (), split=None, use_regex: bool = True):
+    """A vocabulary like GPT-2's, trained by the tokenizers package alone. Its special tokens are its first ids; `split`
+    cuts texts before it does, and without use_regex it is all that does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level]) if split else byte_level
+    bpe.decoder = decoders.ByteLevel()
+    start = {"initial_alphabet": byte_level.alphabet(), "special_tokens": list(special)}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **start))
+    return bpe

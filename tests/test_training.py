@@ -1,12 +1,10 @@
 """Training: the same run however it is cut up or interrupted, the numbers it reports, and that it learns."""
 
 import collections
-import json
 import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,63 +13,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    BYTES,
     HERE,
-    ROOT,
     TINY_RUN,
     TINY_SHAPE,
-    all_tokens,
+    TRAIN,
+    assert_same_run,
     at_each_step,
+    checkpoint_of,
+    log_of,
+    model_py,
     program,
     random_gpt,
     stdlib_source,
     stop_at,
+    tensors_of,
     tiny_config,
     write_conversations,
-)  # fmt: skip
+)
 
 import model
-
-BYTES = ("--data", "input.txt", "--tokenizer", "byte")
-
-
-def log_of(name: str = "7M", timing: bool = False) -> list[dict]:
-    records = [json.loads(line) for line in Path(f"checkpoints/{name}_model.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if timing or k not in ("seconds", "tokens_per_s")} for r in records]
-
-
-def checkpoint_of(name: str = "7M", last: bool = True) -> dict:
-    return torch.load(f"checkpoints/{name}_model{'_last' if last else ''}.pt", weights_only=True)
-
-
-def tensors_of(x, path: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor and number in nested containers, by its path."""
-    if isinstance(x, dict):
-        return {k: v for key, value in x.items() for k, v in tensors_of(value, f"{path}/{key}").items()}
-    if isinstance(x, list | tuple):
-        return {k: v for i, value in enumerate(x) for k, v in tensors_of(value, f"{path}/{i}").items()}
-    return {path: x}
-
-
-def assert_same_run(a: str, b: str) -> None:
-    """Bit-identical: weights, optimizer, scaler, metrics, log, in the last and the best checkpoint."""
-    assert log_of(a) == log_of(b)
-    for last in (True, False):
-        first, second = checkpoint_of(a, last), checkpoint_of(b, last)
-        for c in (first, second):
-            c["metrics"].pop("seconds")
-            c["log"] = [r for r in map(json.loads, c["log"]) if [r.pop(k) for k in ("seconds", "tokens_per_s")]]
-            for key in ("arguments", "train_config"):
-                c.pop(key)
-        first, second = tensors_of(first), tensors_of(second)
-        assert first.keys() == second.keys()
-        different = [
-            k
-            for k in first
-            if not (torch.equal(first[k], second[k]) if torch.is_tensor(first[k]) else first[k] == second[k])
-        ]
-        assert not different, different
-    assert any("momentum" in k or "exp_avg" in k for k in tensors_of(checkpoint_of(a)))
-
 
 # --- Stopping and resuming
 
@@ -90,24 +51,23 @@ RUNS = {
 @pytest.mark.parametrize("stops", [(1,), (5,), (7,), (12,), (2, 4, 1)], ids=str)
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_a_stopped_and_resumed_run_is_the_run_never_stopped(cli, text_file, monkeypatch, flags, stops):
-    run = ("train", *BYTES, *TINY_RUN, *INTERVALS, *flags)
+    run = (*TRAIN, *INTERVALS, *flags)
     cli(*run, "--name", "whole").ok()
     stop_at(monkeypatch, *stops)
-    stopped = cli(*run, "--name", "parts")
-    assert stopped.code == 130 and f"stopped at step {stops[0]}" in stopped.out and "--resume" in stopped.out
-    assert checkpoint_of("parts")["step"] == stops[0]
-    for later in range(1, len(stops)):
-        torch.manual_seed(later)  # another process would not have this one's random state
-        stopped = cli("train", "--name", "parts", "--resume")
-        assert stopped.code == 130 and f"stopped at step {sum(stops[: later + 1])}" in stopped.out, stopped.err
-    torch.manual_seed(99)
-    cli("train", "--name", "parts", "--resume").ok()
+    command = (*run, "--name", "parts")
+    for step in np.cumsum(stops).tolist():
+        stopped = cli(*command)
+        assert stopped.code == 130 and f"stopped at step {step}" in stopped.out and "--resume" in stopped.out
+        assert checkpoint_of("parts")["step"] == step
+        torch.manual_seed(step)  # another process would not have this one's random state
+        command = ("train", "--name", "parts", "--resume")
+    cli(*command).ok()
     assert_same_run("whole", "parts")
 
 
 def test_a_killed_run_is_resumed_from_its_last_checkpoint(cli, text_file, monkeypatch):
     """Killed at step 8, when the log is ahead of the checkpoint of step 5."""
-    run = ("train", *BYTES, *TINY_RUN, *INTERVALS, *DROPOUT)
+    run = (*TRAIN, *INTERVALS, *DROPOUT)
     cli(*run, "--name", "whole").ok()
 
     def kill(step: int, **step_arguments) -> None:
@@ -127,7 +87,7 @@ def test_other_signals_save_and_leave(cli, text_file, monkeypatch, number):
     stop_at(monkeypatch, 4, number=number)
     before = signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored
     try:
-        assert cli("train", *BYTES, *TINY_RUN, "--max_iters", 50).code == 128 + number
+        assert cli(*TRAIN, "--max_iters", 50).code == 128 + number
         assert checkpoint_of()["step"] == 4
         assert signal.getsignal(number) == signal.SIG_DFL  # handlers are put back
     finally:
@@ -144,17 +104,15 @@ def test_a_signal_in_the_last_step_is_too_late_to_stop_the_run(cli, text_file, m
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_in_a_real_program(cli, text_file, workdir):
     """The program itself, stopped whenever the signal happens to arrive, then resumed."""
-    run = ["train", *BYTES, *TINY_RUN, *DROPOUT, "--max_iters", 500, "--log_interval", 1, "--eval_interval", 300]
-    run += ["--sample_interval", -1]
-    command = [sys.executable, str(ROOT / "model.py"), *map(str, run), "--name", "parts"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = (*TRAIN, *DROPOUT, "--max_iters", 500, "--log_interval", 1, "--eval_interval", 300, "--sample_interval", -1)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(model_py(*run, "--name", "parts"), **pipes)
     log = Path("checkpoints/parts_model.jsonl")
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert "stopped at step" in out
+    assert process.returncode == 130 and "stopped at step" in out and "Traceback" not in err, err
     assert 20 < checkpoint_of("parts")["step"] < 500
     assert program("train", "--name", "parts", "--resume", cwd=workdir).returncode == 0
     assert program(*run, "--name", "whole", cwd=workdir).returncode == 0
@@ -167,7 +125,7 @@ def test_ctrl_c_in_a_real_program(cli, text_file, workdir):
 def test_a_torn_log_does_not_stand_in_the_way(cli, text_file, monkeypatch, tear):
     """As a full disk leaves it: whole lines are kept, the run goes on, and `plot` reads what is whole."""
     stop_at(monkeypatch, 5)
-    cli("train", *BYTES, *TINY_RUN, "--max_iters", 8, "--log_interval", 1)
+    cli(*TRAIN, "--max_iters", 8, "--log_interval", 1)
     log = Path("checkpoints/7M_model.jsonl")
     log.write_text(tear(log.read_text()))
     cli("plot", "7M", "--output", "torn.png").ok()
@@ -180,8 +138,7 @@ def test_a_torn_log_does_not_stand_in_the_way(cli, text_file, monkeypatch, tear)
 def test_nothing_printed_ends_a_run(text_file, workdir, env, after):
     """Not a terminal that is not UTF-8, nor one that has gone."""
     text_file.write_text("é" * 30_000, encoding="utf-8")
-    run = ["train", *BYTES, *TINY_RUN, "--max_iters", 6, "--sample_interval", 1, "--log_interval", 1]
-    command = " ".join([sys.executable, str(ROOT / "model.py"), *map(str, run)]) + after
+    command = " ".join(model_py(*TRAIN, "--max_iters", 6, "--sample_interval", 1, "--log_interval", 1)) + after
     done = subprocess.run(command, shell=True, env={**os.environ, **env}, capture_output=True, text=True, check=False)
     assert checkpoint_of()["step"] == 6 and "Traceback" not in done.stderr, done.stderr
 
@@ -215,7 +172,7 @@ def test_resuming_keeps_the_precision_that_was_chosen(cli, text_file, monkeypatc
     (("--variant", "26M", "--name", "7M"), "--variant differs"),
 ])  # fmt: skip
 def test_resuming_with_another_setting_is_refused(cli, text_file, flags, word):
-    cli("train", *BYTES, *TINY_RUN, "--max_iters", 4).ok()
+    cli(*TRAIN, "--max_iters", 4).ok()
     before = tensors_of(checkpoint_of())
     assert word in cli("train", "--resume", "--max_iters", 8, *flags).error
     assert str(before) == str(tensors_of(checkpoint_of()))
@@ -223,18 +180,17 @@ def test_resuming_with_another_setting_is_refused(cli, text_file, flags, word):
 
 # --- The fast path learns as the plain one
 
-SHORT = ("--device", "cpu", "--max_iters", 60, "--learning_rate", 3e-3, "--eval_interval", 30, "--sample_interval", -1)
-
 
 def test_bfloat16_learns_as_float32(cli, text_file):
     """Truth: float32's curve, for three seeds: the precision matters less than the seed does."""
     shape = ("--n_layer", 2, "--n_head", 2, "--n_embd", 64, "--block_size", 32, "--batch_size", 8)
+    short = ("--max_iters", 60, "--learning_rate", 3e-3, "--eval_interval", 30, "--eval_tokens", 4096)
     losses: dict[str, list[list[float]]] = {"float32": [], "bfloat16": []}
     for dtype, curves in losses.items():
         for seed in (1, 2, 3):
-            flags = ("--dtype", dtype, "--seed", seed, "--name", f"{dtype}{seed}", "--compile", "false")
-            cli("train", *BYTES, *shape, *SHORT, *flags, "--eval_tokens", 4096).ok()
-            curves.append([r["val_loss"] for r in log_of(f"{dtype}{seed}") if "val_loss" in r])
+            name = f"{dtype}{seed}"
+            cli("train", *BYTES, *HERE, *shape, *short, "--dtype", dtype, "--seed", seed, "--name", name).ok()
+            curves.append([r["val_loss"] for r in log_of(name) if "val_loss" in r])
     plain, fast = np.array(losses["float32"]), np.array(losses["bfloat16"])  # (seed, evaluation)
     assert plain.shape == fast.shape == (3, 2) and (plain[:, 1] < plain[:, 0]).all()
     assert (fast != plain).all()  # it was bfloat16
@@ -253,7 +209,7 @@ def test_old_gpus_compute_in_float16(monkeypatch, capability, dtype):
 
 def test_a_compiled_model_learns_as_the_eager_one(cli, text_file, monkeypatch):
     """Truth: the eager run. Without a C++ compiler the second is eager too, and says so."""
-    run = ("train", *BYTES, *TINY_RUN, "--arch", "llama", "--max_iters", 4, "--log_interval", 1)
+    run = (*TRAIN, "--arch", "llama", "--max_iters", 4, "--log_interval", 1)
     cli(*run, "--name", "eager").ok()
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or compile(f))
@@ -277,9 +233,7 @@ def close_runs(a: list[dict], b: list[dict], rel: float = 2e-4) -> None:
 
 def conversation_data(folder: str) -> None:
     """Conversations of unequal length and unequal counts of targets, so that micro-batches weigh differently."""
-    rng = np.random.default_rng(0)
-    text = stdlib_source("textwrap").encode()
-    made = []
+    rng, text, made = np.random.default_rng(0), stdlib_source("textwrap").encode(), []
     for n in rng.integers(3, 40, 150):
         begin = int(rng.integers(0, len(text) - 50))
         made.append((list(text[begin : begin + n]), (rng.random(n) < rng.random()).astype(int)))
@@ -297,9 +251,8 @@ def test_accumulation_changes_nothing(cli, text_file, data, arch):
     conversation_data("chat")
     for grad_accum in (1, 2, 16):
         cli("train", *source, *SIXTEEN, "--arch", arch, "--grad_accum", grad_accum, "--name", grad_accum).ok()
-    rel = 2e-3 if arch == "nanochat" else 2e-4
-    close_runs(log_of("1"), log_of("2"), rel)
-    close_runs(log_of("1"), log_of("16"), rel)
+    for cut in ("2", "16"):
+        close_runs(log_of("1"), log_of(cut), rel=2e-3 if arch == "nanochat" else 2e-4)
 
 
 # --- Optimizers and schedules
@@ -375,17 +328,22 @@ def test_adamw_decays_matrices_and_embeddings_only(arch):
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * 0.1) if decayed else before[name], msg=name)
 
 
+def as_it_began(folder: str) -> tuple[model.GPT, model.Split, np.ndarray]:
+    """Of the run on this data: the initial model, what it learns from, and the order of the blocks."""
+    split = model.Data(Path(folder)).splits["train"]
+    torch.manual_seed(1337)
+    gpt = model.GPT(model.GPTConfig(**checkpoint_of()["config"]))
+    return gpt, split, np.random.default_rng((1337, 0)).permutation(len(split.windows(16)))
+
+
 def test_adamw_is_pytorchs(cli, text_file):
     """Three steps of `train` by hand: the same blocks, gradients clipped to 1, AdamW with two groups, warm-up."""
-    cli("train", *BYTES, *TINY_RUN, "--max_iters", 3, "--warmup_iters", 2, "--learning_rate", 1e-2).ok()
-    data, config = model.Data(Path("data/input")), model.GPTConfig(**checkpoint_of()["config"])
-    torch.manual_seed(1337)
-    gpt = model.GPT(config)
+    cli(*TRAIN, "--max_iters", 3, "--warmup_iters", 2, "--learning_rate", 1e-2).ok()
+    gpt, split, order = as_it_began("data/input")
     matrices, others = [p for p in gpt.parameters() if p.dim() > 1], [p for p in gpt.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    order = np.random.default_rng((1337, 0)).permutation(len(data.splits["train"].windows(16)))
-    ids = torch.from_numpy(all_tokens(data).astype(np.int64))
+    ids = torch.from_numpy(split.tokens.astype(np.int64))
     for step, lr in enumerate((1e-2 / 3, 2e-2 / 3, 1e-2)):
         rows = torch.stack([ids[16 * i : 16 * i + 17] for i in order[4 * step : 4 * step + 4]])
         adamw.zero_grad()
@@ -430,7 +388,7 @@ def test_the_log(cli, text_file):
     """Steps, tokens and the learning rate of each record, as the settings say; each loss is a mean over its steps."""
     flags = ("--max_iters", 20, "--eval_interval", 10, "--learning_rate", 1e-3, "--warmup_iters", 4)
     for interval in (1, 4):
-        cli("train", *BYTES, *TINY_RUN, *flags, "--log_interval", interval, "--name", f"every{interval}").ok()
+        cli(*TRAIN, *flags, "--log_interval", interval, "--name", f"every{interval}").ok()
     every, fourth = log_of("every1", timing=True), log_of("every4")
     assert [r["step"] for r in every] == list(range(1, 21)) and [r["step"] for r in fourth] == [4, 8, 10, 12, 16, 20]
     assert all(r["tokens"] == r["step"] * 4 * 16 and r["seconds"] >= 0 and r["tokens_per_s"] > 0 for r in every)
@@ -457,13 +415,8 @@ def test_the_loss_of_conversations_is_the_mean_over_their_targets(cli, workdir):
     """By hand from the definition: the first batch, the initial weights, F.cross_entropy over what the mask wants."""
     conversation_data("chat")
     cli("train", "--data", "chat", *TINY_RUN, "--max_iters", 1, "--learning_rate", 0).ok()
-    data, config = model.Data(Path("chat")), model.GPTConfig(**checkpoint_of()["config"])
-    torch.manual_seed(1337)
-    gpt = model.GPT(config)
-    split = data.splits["train"]
-    windows = split.windows(16)
-    order = np.random.default_rng((1337, 0)).permutation(len(windows))
-    batch = split.batch(windows, order[:4], 16)
+    gpt, split, order = as_it_began("chat")
+    batch = split.batch(split.windows(16), order[:4], 16)
     targets = batch["targets"].flatten()
     assert 5 < (targets >= 0).sum() < 50
     logits = gpt(batch["idx"], segments=batch["segments"]).flatten(0, 1)
@@ -531,7 +484,7 @@ def test_the_best_model_is_kept(cli, text_file, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.1])
     fake = lambda self, gpt: {"val_loss": next(losses), "val_ppl": 1.0, "val_bpb": 1.0, "val_tokens": 1}  # noqa: E731
     monkeypatch.setattr(model.Evaluator, "__call__", fake)
-    cli("train", *BYTES, *TINY_RUN, "--max_iters", 6, "--eval_interval", 2).ok()
+    cli(*TRAIN, "--max_iters", 6, "--eval_interval", 2).ok()
     assert checkpoint_of(last=False)["step"] == 4 and checkpoint_of()["step"] == 6
     out = cli("train", "--resume", "--max_iters", 8).ok().out
     assert checkpoint_of(last=False)["step"] == 4 and checkpoint_of()["step"] == 8
@@ -540,17 +493,15 @@ def test_the_best_model_is_kept(cli, text_file, monkeypatch):
 
 
 def test_a_checkpoint_holds_what_the_design_says(cli, text_file):
-    out = cli("train", *BYTES, *TINY_RUN, "--max_iters", 4).ok().out
+    out = cli(*TRAIN, "--max_iters", 4).ok().out
     best, last = checkpoint_of(last=False), checkpoint_of()
     assert best["format_version"] == model.FORMAT_VERSION and best["tokenizer"] == model.byte_tokenizer().spec
     assert best["config"]["n_embd"] == 32 and best["step"] <= 4 and best["optimizer"] is None
     assert last["optimizer"] and last["step"] == 4 and last["data"]["digest"] == model.Data(Path("data/input")).digest
     assert not any(k.startswith(("_orig_mod.", "module.")) for k in best["model"])
-    n = sum(p.numel() for p in best["model"].values())
-    assert f"{n:,} parameters" in out
-    assert {p.name for p in Path("checkpoints").iterdir()} == {
-        "7M_model.pt", "7M_model_last.pt", "7M_model_last.2.pt", "7M_model.jsonl"
-    }  # fmt: skip
+    assert f"{sum(p.numel() for p in best['model'].values()):,} parameters" in out
+    files = ["7M_model.jsonl", "7M_model.pt", "7M_model_last.2.pt", "7M_model_last.pt"]
+    assert sorted(os.listdir("checkpoints")) == files
 
 
 # --- When numbers go wrong, and short number types
@@ -576,7 +527,7 @@ def spoil(monkeypatch, first: int, last: int, bad: float) -> dict[int, dict]:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_is_skipped(cli, text_file, monkeypatch, bad, optimizer, dtype):
     """By every optimizer alike, though only one of them sees what is wrong; and it is in the log, with its blocks."""
-    run = ("train", *BYTES, *TINY_RUN, "--dtype", dtype, "--optimizer", optimizer, "--max_iters", 12)
+    run = (*TRAIN, "--dtype", dtype, "--optimizer", optimizer, "--max_iters", 12)
     with monkeypatch.context() as patch:
         weights = spoil(patch, 7, 8, bad)
         cli(*run, "--log_interval", 4, "--eval_interval", 12).ok()
@@ -603,7 +554,7 @@ def test_a_record_of_skipped_steps_alone_has_no_loss(cli, text_file, monkeypatch
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(cli, text_file, monkeypatch):
     """With the last good state kept, from which the run can go on."""
-    run = ("train", *BYTES, *TINY_RUN, "--max_iters", 20, "--eval_interval", 5, "--max_bad_steps", 4)
+    run = (*TRAIN, "--max_iters", 20, "--eval_interval", 5, "--max_bad_steps", 4)
     cli(*run, "--name", "whole").ok()
     with monkeypatch.context() as patch:
         spoil(patch, 7, 10, math.nan)
@@ -619,30 +570,21 @@ def test_a_state_that_went_wrong_is_not_saved_as_good(cli, text_file, monkeypatc
     factor = model.lr_factor
     monkeypatch.setattr(model, "lr_factor", lambda step, t: 1e38 if step == 5 else factor(step, t))
     for interval, kept in ((2, 4), (3, 3)):
-        run = ("train", *BYTES, *TINY_RUN, "--max_iters", 6, "--eval_interval", interval, "--name", interval)
+        run = (*TRAIN, "--max_iters", 6, "--eval_interval", interval, "--name", interval)
         assert "not finite at step 6" in cli(*run, "--sample_interval", -1).error
         assert checkpoint_of(interval)["step"] == kept
         assert all(p.isfinite().all() for p in checkpoint_of(interval)["model"].values())
 
 
-def test_a_learning_rate_far_too_high(cli, text_file):
-    error = cli("train", *BYTES, *TINY_RUN, "--max_iters", 60, "--learning_rate", 1e30, "--warmup_iters", 0).error
-    assert "not finite" in error and "--learning_rate" in error
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("arch", ["gpt2", "nanochat"])
 def test_short_number_types_learn_as_float32_does(cli, text_file, arch, dtype):
-    run = ("train", *BYTES, *TINY_RUN, "--arch", arch, "--max_iters", 60, "--sample_interval", -1)
-    run += ("--learning_rate", 3e-3)
+    run = (*TRAIN, "--arch", arch, "--max_iters", 60, "--sample_interval", -1, "--learning_rate", 3e-3)
     cli(*run, "--name", "long").ok()
-    out = cli(*run, "--name", "short", "--dtype", dtype).ok().out
-    assert f"in {dtype}" in out
+    assert f"in {dtype}" in cli(*run, "--name", "short", "--dtype", dtype).ok().out
     assert all(p.dtype == torch.float32 for p in checkpoint_of("short")["model"].values())
-    long, short = log_of("long"), log_of("short")
-    assert short[-1]["val_loss"] == pytest.approx(long[-1]["val_loss"], rel=0.02)
-    assert short[-1]["val_loss"] != long[-1]["val_loss"]
-    assert short[-1]["val_loss"] < 0.9 * math.log(259)
+    long, short = (log_of(name)[-1]["val_loss"] for name in ("long", "short"))
+    assert short == pytest.approx(long, rel=0.02) and short != long and short < 0.9 * math.log(259)
 
 
 # --- Learning
@@ -679,12 +621,10 @@ def test_architectures_learn(cli, shakespeare):
     counts = np.bincount(train, minlength=259) + 0.1
     unigram = -np.log(counts[val] / counts.sum()).mean()
     pairs = collections.Counter(zip(train[:-1].tolist(), train[1:].tolist(), strict=True))
-    bigram = -np.mean(
-        [math.log((pairs[a, b] + 0.1) / (counts[a] + 25.9)) for a, b in zip(val[:-1], val[1:], strict=True)]
-    )
+    odds = [(pairs[a, b] + 0.1) / (counts[a] + 25.9) for a, b in zip(val[:-1], val[1:], strict=True)]
+    bigram = -np.log(odds).mean()
     assert losses["gpt2"] < unigram - 0.5
-    assert losses["nanochat"] < bigram
-    assert losses["nanochat"] < losses["gpt2"] - 0.1
+    assert losses["nanochat"] < min(bigram, losses["gpt2"] - 0.1)
 
 
 # --- Recipes, and runs by the clock
@@ -704,13 +644,13 @@ def test_recipes(cli, text_file):
         found = c["config"]["arch"], c["train_config"]["optimizer"], c["train_config"]["batch_size"]
         assert found == (arch, optimizer, batch_size)
         assert c["config"]["n_layer"] == 4 and c["config"]["n_embd"] == 128
-    assert {c["train_config"]["schedule"]} == {"wsd"}
+    assert c["train_config"]["schedule"] == "wsd"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
 def test_a_run_of_so_many_minutes(cli, text_file, optimizer):
     """The steps that are measured leave no trace: it is the run of as many steps, to the last bit."""
-    run = ("train", *BYTES, *TINY_RUN, "--optimizer", optimizer, "--resid_pdrop", 0.1, "--sample_interval", -1)
+    run = (*TRAIN, "--optimizer", optimizer, "--resid_pdrop", 0.1, "--sample_interval", -1)
     begun = time.monotonic()
     cli(*run, "--max_minutes", 0.05, "--name", "timed").ok()
     assert time.monotonic() - begun < 20
@@ -733,7 +673,7 @@ def test_the_steps_that_are_timed_read_other_blocks(cli, text_file, monkeypatch)
     """As the run's steps do: with --cache_teacher the blocks of the first would be known after it."""
     asked, batches = [], model.Run.batches
     monkeypatch.setattr(model.Run, "batches", lambda run, step: asked.append(step) or batches(run, step))
-    cli("train", *BYTES, *TINY_RUN, "--max_minutes", 0.02, "--sample_interval", -1).ok()
+    cli(*TRAIN, "--max_minutes", 0.02, "--sample_interval", -1).ok()
     run = max(i for i, step in enumerate(asked) if step == 0)  # the last step 0 is the run's first
     assert run >= 5 and asked[:run] == list(range(run))
 
