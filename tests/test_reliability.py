@@ -11,26 +11,39 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, ROOT, TINY_RUN, at_each_step, program, save_model, stdlib_source, stop_at, tiny_config
-from test_training import BYTES, assert_same_run, checkpoint_of, log_of
+from conftest import (
+    HERE,
+    ROOT,
+    TRAIN,
+    assert_same_run,
+    at_each_step,
+    checkpoint_of,
+    contents,
+    log_of,
+    model_py,
+    program,
+    save_model,
+    stdlib_source,
+    stop_at,
+    tiny_config,
+)
 
 import model
 
-RUN = ("train", *BYTES, *TINY_RUN, "--max_iters", 12, "--eval_interval", 3, "--log_interval", 2)
+RUN = (*TRAIN, "--max_iters", 12, "--eval_interval", 3, "--log_interval", 2)
 
 
 def names(folder: str = "checkpoints") -> set[str]:
     return {p.name for p in Path(folder).iterdir()}
 
 
-def flip(path: Path, position: int, bit: int = 0) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
+def flipped(content: bytes, position: int, bit: int = 0) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
 
 
 # --- Damage is noticed
@@ -62,11 +75,9 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(made, workdir, file):
     OPENERS[file]()
     path, rng = Path(file), random.Random(0)
     whole = path.read_bytes()
-    damaged = [whole[: rng.randrange(len(whole))] for _ in range(20)]
-    for position in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(60))]:
-        byte = bytes([whole[position] ^ 1 << rng.randrange(8)])
-        damaged.append(whole[:position] + byte + whole[position + 1 :])
-    for content in damaged:
+    positions = [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(60))]
+    cut = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    for content in cut + [flipped(whole, position, rng.randrange(8)) for position in positions]:
         path.write_bytes(content)
         with pytest.raises(model.UserError, match=str(path.parent)):
             OPENERS[file]()
@@ -75,8 +86,6 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(made, workdir, file):
 
 
 def test_a_checkpoint_is_a_zip_archive_that_others_open(made):
-    import zipfile
-
     path = made / "checkpoints/7M_model.pt"
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
@@ -90,7 +99,8 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_taken(cli, text_file, p
     cli(*RUN, "--name", "parts").ok()
     assert checkpoint_of("parts")["step"] == 12
     assert torch.load("checkpoints/parts_model_last.2.pt", weights_only=True)["step"] == 9
-    flip(Path("checkpoints/parts_model_last.pt"), position)
+    last = Path("checkpoints/parts_model_last.pt")
+    last.write_bytes(flipped(last.read_bytes(), position))
     done = cli("train", "--name", "parts", "--resume", "auto").ok()
     assert words in done.err and "parts_model_last.damaged" in done.err and "at step 9" in done.out
     assert_same_run("whole", "parts")
@@ -132,12 +142,14 @@ def test_saves_between_evaluations(cli, text_file, monkeypatch):
     """Every so many minutes; a run of one name that is resumed there is the run that was never stopped."""
     clock = iter(range(10**6))
     monkeypatch.setattr(model.time, "monotonic", lambda: next(clock))  # a second for each look
-    saved = []
-    save = model.save_checkpoint
-    monkeypatch.setattr(
-        model, "save_checkpoint", lambda p, c, *more: (saved.append((p.name, c["step"])), save(p, c, *more))
-    )
-    run = ("train", *BYTES, *TINY_RUN, "--max_iters", 12, "--eval_interval", 100)
+    saved, save = [], model.save_checkpoint
+
+    def save_checkpoint(path, content, *more):
+        saved.append((path.name, content["step"]))
+        save(path, content, *more)
+
+    monkeypatch.setattr(model, "save_checkpoint", save_checkpoint)
+    run = (*TRAIN, "--max_iters", 12, "--eval_interval", 100)
     cli(*run, "--save_minutes", 4 / 60).ok()
     steps = [step for name, step in saved if name == "7M_model_last.pt"]
     assert steps[-1] == 12 and 1 < len(steps) <= 4 and min(steps) < 8
@@ -167,11 +179,16 @@ def test_a_best_model_alone_is_nothing_to_resume(cli, text_file):
         assert "go on with" not in error and "--overwrite" in error
 
 
+def save_in_the_background(monkeypatch) -> None:
+    """As large models are saved."""
+    monkeypatch.setattr(model, "OVERLAPPED_SAVE_BYTES", 0)
+    monkeypatch.setattr(model, "available_memory", lambda: 1 << 60)
+
+
 def test_a_large_model_is_saved_while_training_goes_on(cli, text_file, monkeypatch):
     """From a copy: what is written is the state of that step, whatever the steps meanwhile did."""
     cli(*RUN, "--name", "whole").ok()
-    monkeypatch.setattr(model, "OVERLAPPED_SAVE_BYTES", 0)
-    monkeypatch.setattr(model, "available_memory", lambda: 1 << 60)
+    save_in_the_background(monkeypatch)
     save, at_work = model.save_checkpoint, []
 
     def slowly(*args):
@@ -186,8 +203,7 @@ def test_a_large_model_is_saved_while_training_goes_on(cli, text_file, monkeypat
 
 
 def test_an_error_of_a_save_in_the_background_is_told(cli, text_file, monkeypatch):
-    monkeypatch.setattr(model, "OVERLAPPED_SAVE_BYTES", 0)
-    monkeypatch.setattr(model, "available_memory", lambda: 1 << 60)
+    save_in_the_background(monkeypatch)
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device", "checkpoints/x.pt")
@@ -201,9 +217,9 @@ def test_an_error_of_a_save_in_the_background_is_told(cli, text_file, monkeypatc
 
 def test_overwriting_leaves_the_old_run_until_the_new_has_a_state(cli, text_file, monkeypatch):
     cli(*RUN).ok()
-    before = {p.name: p.read_bytes() for p in Path("checkpoints").iterdir()}
-    assert "not finite" in cli(*RUN, "--overwrite", "--learning_rate", 1e30, "--warmup_iters", 0).error
-    assert {p.name: p.read_bytes() for p in Path("checkpoints").iterdir()} == before
+    before = contents("checkpoints")
+    error = cli(*RUN, "--overwrite", "--learning_rate", 1e30, "--warmup_iters", 0).error
+    assert "not finite" in error and "--learning_rate" in error and contents("checkpoints") == before
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         cli(*RUN, "--overwrite", "--seed", 7)
@@ -231,7 +247,7 @@ def test_data_that_a_killed_program_had_finished_is_taken(cli, text_file, monkey
     talks.write_text("".join(json.dumps({"utterances": ["Hi.", f"I am {i}."]}) + "\n" for i in range(50)))
     make = ("tokenize", "--tokenizer", "byte", "--dataset", "d", "--overwrite", "--txt")
     cli(*make, talks).ok()
-    wanted = {p.name: p.read_bytes() for p in Path("data/d").iterdir()}
+    wanted = contents("data/d")
     for first in (None, "input.txt"):
         for nth in range(1, 5):
             shutil.rmtree("data")
@@ -242,8 +258,7 @@ def test_data_that_a_killed_program_had_finished_is_taken(cli, text_file, monkey
                 with pytest.raises(Killed):
                     cli(*make, talks)
             assert model.Data(Path("data/d")).is_chat
-            assert {p.name: p.read_bytes() for p in Path("data/d").iterdir()} == wanted
-            assert names("data") == {"d"}
+            assert contents("data/d") == wanted and names("data") == {"d"}
 
 
 class Killed(BaseException):
@@ -274,6 +289,7 @@ def test_an_export_that_is_killed_is_told_apart_and_made_again(cli, monkeypatch)
     wanted = Path("out/model.safetensors").read_bytes()
     shutil.rmtree("out")
     export("a.pt").ok()
+    whole = [model.open_model(name).model.state_dict() for name in ("a.pt", "b.pt")]
     for nth in range(1, 10):
         with monkeypatch.context() as patch:
             kill_at_rename(patch, nth, into="out/")
@@ -283,10 +299,9 @@ def test_an_export_that_is_killed_is_told_apart_and_made_again(cli, monkeypatch)
             except Killed:
                 pass
         try:  # the old, whole, or it is noticed
-            opened = model.open_model("out")
-            whole = [model.open_model(name).model.state_dict() for name in (("a.pt", "b.pt") if nth > 2 else ("a.pt",))]
-            found = opened.model.state_dict()
-            assert any(all(torch.equal(w[k][:259], v[:259]) for k, v in found.items()) for w in whole)
+            found = model.open_model("out").model.state_dict()
+            could_be = whole if nth > 2 else whole[:1]
+            assert any(all(torch.equal(w[k][:259], v[:259]) for k, v in found.items()) for w in could_be)
         except model.UserError as e:
             assert "not as export wrote it" in str(e)
     export("b.pt", "--overwrite").ok()
@@ -299,23 +314,17 @@ def test_an_export_that_is_killed_is_told_apart_and_made_again(cli, monkeypatch)
 
 
 def test_the_second_program_is_told_who_holds_the_name(cli, text_file):
-    code = (
-        "import sys, model; from pathlib import Path\nwith model.locked(Path(sys.argv[1])): print(1, flush=1); input()"
-    )
+    code = "import pathlib, sys, model\nwith model.locked(pathlib.Path(sys.argv[1])): print(1, flush=1); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
     for target, command in (
         ("checkpoints/7M", RUN),
         ("data/d", ("tokenize", "--dataset", "d", "--txt", "input.txt", "--tokenizer", "byte")),
         ("out", ("export", "--output_dir", "out")),
     ):
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        holder = subprocess.Popen(
-            [sys.executable, "-c", code, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
-        )
-        assert holder.stdout.readline() == b"1\n"
-        error = cli(*command).error
-        assert f"{target} is being written by process {holder.pid}" in error
-        holder.kill()
-        holder.wait()
+        with subprocess.Popen([sys.executable, "-c", code, target], **pipes) as holder:
+            assert holder.stdout.readline() == b"1\n"
+            assert f"{target} is being written by process {holder.pid}" in cli(*command).error
+            holder.kill()
         cli(*command).ok()
     assert not list(Path().rglob("*.lock"))
 
@@ -339,30 +348,19 @@ def test_a_lock_waits_where_it_should(workdir):
 # --- Kills, and signals
 
 
-def lines_until(run: subprocess.Popen, words: bytes) -> None:
-    for line in run.stdout:
-        if words in line:
-            return
-
-
 def test_kill_9_at_random_moments(workdir):
     """tests/benchmarks/reliability.py has the long form of this."""
     Path("input.txt").write_text(stdlib_source("textwrap", "heapq"))
-    long = ("train", *BYTES, *TINY_RUN, "--max_iters", 150, "--eval_interval", 10, "--log_interval", 5,
-            "--resume", "auto")  # fmt: skip
-    assert program(*long, "--name", "whole", cwd=workdir).returncode == 0
-    rng, kills = random.Random(1), 0
-    while True:
-        command = [sys.executable, str(ROOT / "model.py"), *map(str, long), "--name", "parts"]
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        if kills == 3:
-            break
-        lines_until(run, b"steps of")
-        time.sleep(rng.uniform(0, 0.7))
-        run.kill()
-        run.wait()
-        kills += 1
-    assert run.communicate(timeout=240) and run.returncode == 0
+    long = (*TRAIN, "--max_iters", 150, "--eval_interval", 10, "--log_interval", 5, "--resume", "auto")
+    rng = random.Random(1)
+    for _ in range(3):
+        command = model_py(*long, "--name", "parts")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+            next((line for line in run.stdout if b"steps of" in line), None)
+            time.sleep(rng.uniform(0, 0.7))
+            run.kill()
+    for name in ("whole", "parts"):
+        assert program(*long, "--name", name, cwd=workdir).returncode == 0
     assert_same_run("whole", "parts")
     assert [r["step"] for r in log_of("parts")] == list(range(5, 151, 5))
     assert not [n for n in names() if n.startswith(".")]
@@ -370,7 +368,7 @@ def test_kill_9_at_random_moments(workdir):
 
 def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(cli, text_file, monkeypatch):
     cli(*RUN, "--max_iters", 6).ok()
-    before = {p.name: p.read_bytes() for p in Path("checkpoints").glob("*.pt")}
+    before = contents("checkpoints", "*.pt")
     sealing = model.Sealing.write
 
     def interrupted(self, data):
@@ -382,7 +380,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(cli, text_file, monkey
     monkeypatch.setattr(model.Sealing, "write", interrupted)
     done = cli("train", "--resume", "--max_iters", 12)
     assert done.code == 130 and "Traceback" not in done.err
-    assert {p.name: p.read_bytes() for p in Path("checkpoints").glob("*.pt")} == before
+    assert contents("checkpoints", "*.pt") == before
 
 
 def test_a_folder_removed_while_running(cli, text_file, monkeypatch):
@@ -532,8 +530,8 @@ def test_json_of_a_hundred_thousand_levels(cli, kind):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
 def test_workers_end_with_the_program(workdir):
     Path("many.jsonl").write_text("".join(json.dumps({"text": "word " * 2000}) + "\n" for _ in range(3000)))
-    command = ["hf_tokenize", "--hf_dataset", "many.jsonl", "--dataset", "d", "--num_proc", "2", "--tokenizer", "byte"]
-    run = subprocess.Popen([sys.executable, str(ROOT / "model.py"), *command], stderr=subprocess.DEVNULL)
+    flags = ("--hf_dataset", "many.jsonl", "--dataset", "d", "--num_proc", 2, "--tokenizer", "byte")
+    run = subprocess.Popen(model_py("hf_tokenize", *flags), stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     found: list[str] = []
     while run.poll() is None and len(found) < 2:
