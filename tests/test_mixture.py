@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, stdlib_source, stop_at, write_conversations
+from conftest import TINY_RUN, checkpoint_of, stdlib_source, stop_at, write_conversations
 
 import model
 
@@ -22,19 +22,15 @@ def texts(cli) -> None:
         cli("tokenize", "--dataset", name, "--txt", f"{name}.txt", "--tokenizer", "byte").ok()
 
 
-def checkpoint(name: str) -> dict:
-    return torch.load(f"checkpoints/{name}_model_last.pt", weights_only=True)
-
-
 @pytest.mark.parametrize(
     "specs, share", [(("low:0.7", "high:0.3"), 0.3), (("low", "high"), 0.5), (("low:1", "high:3"), 0.75)]
 )
 def test_an_epoch_has_each_block_and_each_its_share(texts, specs, share):
-    data = model.open_all(list(specs))
-    split, whole = data.splits["train"], {name: model.open_data(name).splits["train"] for name in ("low", "high")}
+    split = model.open_all(list(specs)).splits["train"]
     windows = split.windows(16)
     seen = Counter(tuple(split.batch(windows, [i], 16)["idx"][0].tolist()) for i in range(len(windows)))
-    for name, part in whole.items():
+    for name in ("low", "high"):
+        part = model.open_data(name).splits["train"]
         begins = part.windows(16)
         blocks = {tuple(part.tokens[b : b + 16].tolist()) for b in begins}
         counts = [seen.pop(block) for block in blocks]
@@ -46,8 +42,7 @@ def test_an_epoch_has_each_block_and_each_its_share(texts, specs, share):
 
 def test_a_batch_is_that_of_its_parts(texts):
     """Each row with the targets that follow in its own data; in every step about its share comes from each."""
-    data = model.open_all(["low:0.25", "high:0.75"])
-    split = data.splits["train"]
+    split = model.open_all(["low:0.25", "high:0.75"]).splits["train"]
     windows = split.windows(16)
     sampler, high = model.BlockSampler(len(windows), 8, 3), []
     for step in range(40):
@@ -55,8 +50,9 @@ def test_a_batch_is_that_of_its_parts(texts):
         assert torch.equal(batch["idx"][:, 1:], batch["targets"][:, :-1])
         assert batch["blocks"].tolist() == sampler(step).tolist()
         rows = torch.cat((batch["idx"], batch["targets"]), dim=1)
-        assert ((rows >= 80).all(dim=1) | (rows < 72).all(dim=1)).all()
-        high.append((rows >= 80).all(dim=1).float().mean().item())
+        is_high = (rows >= 80).all(dim=1)
+        assert (is_high | (rows < 72).all(dim=1)).all()
+        high.append(is_high.float().mean().item())
     assert 0.65 < np.mean(high) < 0.85
 
 
@@ -66,11 +62,12 @@ def test_a_mixture_is_resumed_bit_for_bit(cli, texts, monkeypatch):
     stop_at(monkeypatch, 5)
     assert cli(*RUN, *mixed, "--name", "parts").code == 130
     cli("train", "--resume", "--name", "parts").ok()
-    whole, parts = checkpoint("whole"), checkpoint("parts")
+    whole, parts = checkpoint_of("whole"), checkpoint_of("parts")
     assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
     assert whole["data"] == parts["data"] and whole["data"]["parts"] == ["data/low:0.7", "data/high:0.3"]
     cli(*RUN, "--data", "low", "high", "--name", "even").ok()
-    assert any(not torch.equal(whole["model"][k], checkpoint("even")["model"][k]) for k in whole["model"])
+    even = checkpoint_of("even")["model"]
+    assert not all(torch.equal(whole["model"][k], even[k]) for k in even)
     again = ("train", "--resume", "--name", "whole", "--max_iters", 12)
     assert "its contents differ" in cli(*again, "--data", "low:0.6", "high:0.4").error
     cli("tokenize", "--dataset", "high", "--txt", "low.txt", "--tokenizer", "byte", "--overwrite").ok()
@@ -97,7 +94,7 @@ def test_files_share_the_first_tokenizer(cli, workdir):
     for name, module in (("a", "argparse"), ("b", "textwrap")):
         Path(f"{name}.txt").write_text(stdlib_source(module)[:20_000])
     cli(*RUN, "--data", "a.txt", "b.txt", "--tokenizer", "bpe", "--vocab_size", 300).ok()
-    first, second = (Path(part.rpartition(":")[0]) for part in checkpoint("7M")["data"]["parts"])
+    first, second = (Path(part.rpartition(":")[0]) for part in checkpoint_of()["data"]["parts"])
     assert model.Data(first).tokenizer.digest == model.Data(second).tokenizer.digest
 
 

@@ -14,25 +14,18 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import pytest
-from conftest import TINY_RUN, program
+from conftest import TRAIN, program
 
 import model
-
-BYTES = ("--data", "input.txt", "--tokenizer", "byte", "--max_iters", 3)
 
 
 def write_log(name: str, n: int = 80, scale: float = 1.0) -> list[dict]:
     """A log of n records 10 steps apart, validation at each fourth, loss 8 / sqrt(step)."""
     records = []
     for step in range(10, 10 * n + 1, 10):
-        record = {
-            "step": step,
-            "tokens": 64 * step,
-            "seconds": step / 4,
-            "loss": scale * 8 / math.sqrt(step),
-            "lr": 1e-3,
-        }
-        records.append(record | ({"val_loss": scale * 8 / math.sqrt(step) + 0.5} if step % 40 == 0 else {}))
+        loss = scale * 8 / math.sqrt(step)
+        records.append({"step": step, "tokens": 64 * step, "seconds": step / 4, "loss": loss, "lr": 1e-3})
+        records[-1] |= {"val_loss": loss + 0.5} if step % 40 == 0 else {}
     Path("checkpoints").mkdir(exist_ok=True)
     Path(f"checkpoints/{name}_model.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return records
@@ -64,20 +57,16 @@ def test_picture(cli, figures):
     axes = figures[0].axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     raw, smooth, val = axes.lines[:3]
+    validated = [r for r in records if "val_loss" in r]
     np.testing.assert_array_equal(raw.get_xydata(), [(r["tokens"], r["loss"]) for r in records])
-    np.testing.assert_array_equal(val.get_xydata(), [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r])
+    np.testing.assert_array_equal(val.get_xydata(), [(r["tokens"], r["val_loss"]) for r in validated])
     loss = [r["loss"] for r in records]
-    expected = [
-        loss[0],
-        *(np.mean(loss[max(i - 2, 0) : i + 3]) for i in range(2, 78)),
-        loss[-1],
-    ]  # 80 / 40 to each side
-    np.testing.assert_allclose(np.delete(smooth.get_ydata(), [1, 78]), expected)
+    means = [np.mean(loss[i - 2 : i + 3]) for i in range(2, 78)]  # 80 / 40 to each side
+    np.testing.assert_allclose(np.delete(smooth.get_ydata(), [1, 78]), [loss[0], *means, loss[-1]])
     assert raw.get_alpha() < 0.5 and smooth.get_linewidth() > raw.get_linewidth()
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (val, axes.lines[6])}
     assert len({c for c, _, _ in looks}) == len({s for _, s, _ in looks}) == len({m for _, _, m in looks}) == 2
-    best = min(r["val_loss"] for r in records if "val_loss" in r)
-    assert legend(figures[0])[0] == f"a (best {best:.3f})"
+    assert legend(figures[0])[0] == f"a (best {min(r['val_loss'] for r in validated):.3f})"
     cli("plot", "a", "--y", "lr", "--output", "x.svg").ok()
     assert "<svg" in Path("x.svg").read_text() and set(figures[1].axes[0].lines[0].get_ydata()) == {1e-3}
     Path("a").mkdir()  # say, an export of that name
@@ -90,14 +79,10 @@ def test_picture(cli, figures):
 
 def test_legend_has_the_settings_that_differ(cli, text_file, figures):
     for name, rate, seed in (("a", 1e-3, 1), ("b", 3e-2, 1), ("c", 3e-2, 2)):
-        cli("train", *BYTES, *TINY_RUN, "--name", name, "--learning_rate", rate, "--seed", seed).ok()
+        cli(*TRAIN, "--max_iters", 3, "--name", name, "--learning_rate", rate, "--seed", seed).ok()
     cli("plot", "a", "b", "c", "--out", "x.png").ok()
-    found = [label.partition(" (")[2].rstrip(")").split(", ")[1:] for label in legend(figures[0])]
-    assert found == [
-        ["learning_rate 0.001", "seed 1"],
-        ["learning_rate 0.03", "seed 1"],
-        ["learning_rate 0.03", "seed 2"],
-    ]
+    found = [label.split(", ", 1)[1] for label in legend(figures[0])]
+    assert found == [f"learning_rate {rate}, seed {seed})" for rate, seed in ((0.001, 1), (0.03, 1), (0.03, 2))]
     cli("plot", "b", "c", "--out", "x.png").ok()
     assert [label.rpartition(", ")[2] for label in legend(figures[1])] == ["seed 1)", "seed 2)"]
     cli("train", *BYTES, *TINY_RUN, "--name", "d", "--n_embd=64", "--seed=5").ok()
@@ -142,8 +127,8 @@ def test_chart_fits_the_terminal(cli, monkeypatch, columns, rows, log):
     assert len(lines) == rows - 1 and max(map(len, lines)) == columns
     assert lines[0].strip() == "loss over step" and lines[-1].startswith("o a (best ")
     frame = [line.partition("┤")[2] or line.partition("│")[2] for line in lines if line.endswith("│")]
-    top = [next(i for i, row in enumerate(frame) if row[x] not in " │o") for x in range(len(frame[0]) - 1)
-           if any(row[x] not in " │o" for row in frame)]  # fmt: skip
+    drawn = [[i for i, row in enumerate(frame) if row[x] not in " │o"] for x in range(len(frame[0]) - 1)]
+    top = [rows[0] for rows in drawn if rows]
     assert len(top) > 0.9 * len(frame[0]) and top == sorted(top) and top[-1] - top[0] > 0.5 * len(frame)
     ticks = [float(line.partition("┤")[0]) for line in lines if "┤" in line]
     values = [r["val_loss"] for r in records if "val_loss" in r] + model.smoothed([r["loss"] for r in records])

@@ -13,7 +13,7 @@ from conftest import ROOT, Torchrun, random_gpt, save_model, stdlib_source, tiny
 
 import model
 
-SMALL = "[v.update(n_layer=2, n_head=4, n_embd=32, block_size=64, batch_size=4) for v in model.VARIANTS.values()]"
+SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=64, batch_size=4)
 
 
 def commands() -> list[list[str]]:
@@ -41,7 +41,7 @@ def small(workdir, monkeypatch, gpt2) -> None:
     for row in model.VARIANTS.values():
         for key in ("n_kv_head", "n_inner"):
             monkeypatch.delitem(row, key, raising=False)
-        for key, value in dict(n_layer=2, n_head=4, n_embd=32, block_size=64, batch_size=4).items():
+        for key, value in SMALL.items():
             monkeypatch.setitem(row, key, value)
     for i, module in enumerate(("input", "corpus", "test")):
         Path(f"{module}.txt").write_text(stdlib_source("textwrap")[1000 * i : 1000 * i + 12000], encoding="utf-8")
@@ -84,7 +84,8 @@ def start(words: list[str], folder: str, port: int, processes: int) -> Torchrun:
     Path(folder).mkdir()
     shutil.copy("corpus.txt", folder)
     flags = [{"HOST": "127.0.0.1", "29500": port, "8": processes}.get(w, w) for w in words[1 : words.index("model.py")]]
-    return Torchrun(*short(words), flags=flags, patch=SMALL, cwd=folder)
+    patch = f"[row.update({SMALL}) for row in model.VARIANTS.values()]"
+    return Torchrun(*short(words), flags=flags, patch=patch, cwd=folder)
 
 
 def test_every_torchrun_command_runs(small):

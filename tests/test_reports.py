@@ -1,16 +1,15 @@
 """--report_to: what TensorBoard's own reader finds is what the log says."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, at_each_step
+from conftest import TRAIN, at_each_step, log_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model
 
-RUN = ("train", "--data", "input.txt", "--tokenizer", "byte", *TINY_RUN, "--max_iters", 12, "--log_interval", 2)
+RUN = (*TRAIN, "--max_iters", 12, "--log_interval", 2)
 
 
 def read_events() -> EventAccumulator:
@@ -24,17 +23,12 @@ def text(events: EventAccumulator, tag: str) -> list[str]:
 
 def test_tensorboard_shows_the_log(cli, text_file, monkeypatch):
     """Numbers, samples and settings; a resumed run goes on in the same place, and nothing is there twice."""
-    whole = model.accumulate_gradients
-    at_each_step(monkeypatch, before=lambda step, **_: 1 // (step != 7))  # the last state is that of step 4
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        at_each_step(patch, before=lambda step, **_: 1 // (step != 7))  # the last state is that of step 4
         cli(*RUN, "--report_to", "tensorboard", "--eval_interval", 4)
     assert read_events().Scalars("loss")[-1].step == 6
-    monkeypatch.setattr(model, "accumulate_gradients", whole)
     cli("train", "--resume").ok()
-    events, records = (
-        read_events(),
-        [json.loads(x) for x in Path("checkpoints/7M_model.jsonl").read_text().splitlines()],
-    )
+    events, records = read_events(), log_of(timing=True)
     numbers = {k for r in records for k, v in r.items()} - {"step"}
     assert set(events.Tags()["scalars"]) == numbers and {"loss", "val_loss", "lr", "grad_norm"} < numbers
     for name in numbers:
@@ -42,10 +36,8 @@ def test_tensorboard_shows_the_log(cli, text_file, monkeypatch):
         assert found == [(r["step"], pytest.approx(r[name])) for r in records if name in r]
     samples = text(events, "sample")
     assert len(samples) == 3 and all(s.startswith("    \n    ") for s in samples)  # the prompt, a line break
-    assert (
-        "    learning_rate: 0.0003\n" in text(events, "settings")[0]
-        and "    n_layer: 2\n" in text(events, "settings")[0]
-    )
+    settings = text(events, "settings")[0]
+    assert "    learning_rate: 0.0003\n" in settings and "    n_layer: 2\n" in settings
     cli(*RUN, "--report_to", "tensorboard", "--overwrite").ok()
     assert len(list(Path("checkpoints/tensorboard").iterdir())) == 2
 
