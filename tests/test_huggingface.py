@@ -1,5 +1,6 @@
 """Hugging Face in and out: transformers, safetensors, tokenizers and gguf are the judges of what we write and read."""
 
+import functools
 import json
 import logging
 import os
@@ -9,21 +10,31 @@ import shlex
 import shutil
 import sys
 import unicodedata
-from dataclasses import asdict
 from pathlib import Path
 
 import gguf
 import huggingface_hub
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 import yaml
-from conftest import TINY_RUN, program, random_gpt, random_tokens, stdlib_source, tiny_config
+from conftest import (
+    TINY_RUN,
+    TRAIN,
+    byte_level_bpe,
+    contents,
+    log_of,
+    program,
+    random_gpt,
+    random_tokens,
+    save_model,
+    stdlib_source,
+    tiny_config,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, pre_tokenizers, processors, trainers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -74,14 +85,10 @@ def small(arch: str = "llama", tokenizer: model.Tokenizer | None = None, **overr
     return random_gpt(tiny_config(arch, **{"vocab_size": n_vocab, "block_size": 128, **overrides}))
 
 
-def save(gpt: model.GPT, tokenizer: model.Tokenizer | None = None) -> None:
-    """As the checkpoint a_model.pt."""
-    spec = (tokenizer or model.byte_tokenizer()).spec
-    state = {"config": asdict(gpt.config), "model": gpt.state_dict(), "tokenizer": spec}
-    model.save_checkpoint(Path("a_model.pt"), state)
+save = functools.partial(save_model, "a_model.pt")
 
 
-def export(cli, gpt: model.GPT, tokenizer: model.Tokenizer | None = None, *flags, to: str = "exported") -> Path:
+def export(cli, gpt: model.GPT, *flags, tokenizer: model.Tokenizer | None = None, to: str = "exported") -> Path:
     """The directory that the command line makes of a model."""
     save(gpt, tokenizer)
     done = cli(*EXPORT, to, *flags).ok()
@@ -175,9 +182,8 @@ def test_config_says_the_same_to_transformers_4_and_5(arch, overrides):
     assert j["tie_word_embeddings"] is c.tie_word_embeddings
     assert [j[f"{t}_token_id"] for t in ("bos", "eos", "pad")] == [256] * 3
     only_4, only_5 = {"rope_theta", "rope_scaling", "torch_dtype", "rotary_emb_base", "rotary_pct"}, {"rope_parameters"}
-    read, *others = (
-        model.config_from_hf({k: v for k, v in j.items() if k not in out}, Path()) for out in ({}, only_4, only_5)
-    )
+    parts = [{k: v for k, v in j.items() if k not in left_out} for left_out in ((), only_4, only_5)]
+    read, *others = (model.config_from_hf(part, Path()) for part in parts)
     assert others == [read] * 2 and read.context == c.context
     rope = j.get("rope_parameters", {})
     if rope.get("rope_type", "default") != "default":
@@ -191,7 +197,7 @@ def test_config_says_the_same_to_transformers_4_and_5(arch, overrides):
 def test_shards(cli, complaints, size, limit, files):
     """As save_pretrained lays them out: every tensor in one file of at most the size, an index that says in which."""
     gpt = small("qwen2")
-    folder = export(cli, gpt, None, "--max_shard_size", size)
+    folder = export(cli, gpt, "--max_shard_size", size)
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) >= files
     found = {}
@@ -210,7 +216,7 @@ def test_shards(cli, complaints, size, limit, files):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_export_in_half_precision(cli, complaints, dtype):
     gpt, kind = small("qwen3"), getattr(torch, dtype)
-    folder = export(cli, gpt, None, "--dtype", dtype)
+    folder = export(cli, gpt, "--dtype", dtype)
     assert config_of(folder)["dtype"] == config_of(folder)["torch_dtype"] == dtype
     with safe_open(folder / "model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
@@ -223,7 +229,7 @@ def test_export_in_half_precision(cli, complaints, dtype):
 def test_scaling_chosen_at_export(cli, complaints):
     """--rope_scaling stretches a trained context, as `sample` does with the same flags."""
     gpt = small("llama", block_size=32)
-    folder = export(cli, gpt, None, "--rope_scaling", "yarn", "--rope_factor", 4)
+    folder = export(cli, gpt, "--rope_scaling", "yarn", "--rope_factor", 4)
     gpt.extend_context(rope_scaling="yarn", rope_factor=4.0)
     theirs = open_theirs(folder)
     assert theirs.config.max_position_embeddings == 128
@@ -238,10 +244,6 @@ def test_an_export_is_of_one_model(cli):
     assert "a_model.pt" in error and "b_model.pt" in error and not Path("x").exists()
 
 
-def tree() -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in Path(".").rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize("output", [".", "..", "checkpoints", "folder", "exported", "a_model.pt"])
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
 def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch, output, kind):
@@ -252,18 +254,18 @@ def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch
     for path in ("../above.txt", "precious.txt", "checkpoints/other_model.pt", "folder/a.txt", "exported/notes.txt"):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text("precious")
-    before, run = tree(), (*EXPORT, output, "--format", kind)
+    before, run = contents(), (*EXPORT, output, "--format", kind)
     for flags in ((), ("--overwrite",)):
         assert "no export wrote" in (error := cli(*run, *flags).error) and "add --overwrite" not in error
-    assert tree() == before and Path("../above.txt").exists()
+    assert contents() == before and Path("../above.txt").exists()
 
 
 def test_overwrite_leaves_no_file_of_the_export_before(cli):
     Path("exported").mkdir()  # an empty folder is free
-    folder = export(cli, small(), None, "--max_shard_size", "30KB")
+    folder = export(cli, small(), "--max_shard_size", "30KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     gpt = small("gpt2")
-    export(cli, gpt, None, "--overwrite")
+    export(cli, gpt, "--overwrite")
     assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]
     assert_same_logits(gpt, open_theirs(folder))
 
@@ -358,16 +360,6 @@ def fuzzed_strings(n: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choice(rng.choice(pools)) for _ in range(rng.randrange(12))) for _ in range(n)]
 
 
-@pytest.fixture(scope="module")
-def corpus() -> list[str]:
-    return stdlib_source("argparse", "textwrap", "datetime", "typing").splitlines(keepends=True)
-
-
-@pytest.fixture(scope="module")
-def bpe(corpus):
-    return model.train_bpe(corpus, 1000)
-
-
 SYSTEM_TEMPLATE = (  # in the manner of published ones: a default system turn
     "{{ bos_token }}"
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
@@ -379,14 +371,7 @@ SYSTEM_TEMPLATE = (  # in the manner of published ones: a default system turn
 def save_foreign(folder: Path, corpus: list[str], names: list[str], before: str = "", **tokens: str) -> Path:
     """A directory with a tokenizer that is none of ours: digits one by one, special tokens first, perhaps one that is
     put before every text, a chat template of its own."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, special_tokens=names, show_progress=False)
-    backend.train_from_iterator(corpus, trainer)
+    backend = byte_level_bpe(corpus, 900, names, pre_tokenizers.Digits(individual_digits=True))
     if before:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{before} $A", pair=f"{before} $A {before} $B", special_tokens=[(before, names.index(before))]
@@ -413,7 +398,7 @@ def tokenizer(request) -> model.Tokenizer:
 
 def test_exported_tokenizer_gives_our_ids(cli, tokenizer, shakespeare):
     """On 10,000 fuzzed strings, Tiny Shakespeare and code; and it decodes them to what they were."""
-    theirs = AutoTokenizer.from_pretrained(export(cli, small(tokenizer=tokenizer, n_embd=8), tokenizer))
+    theirs = AutoTokenizer.from_pretrained(export(cli, small(tokenizer=tokenizer, n_embd=8), tokenizer=tokenizer))
     strings = fuzzed_strings(10_000)
     ids = theirs(strings, add_special_tokens=False).input_ids
     different = [s for s, row in zip(strings, ids, strict=True) if row != tokenizer.encode(s)]
@@ -428,7 +413,7 @@ def test_exported_tokenizer_gives_our_ids(cli, tokenizer, shakespeare):
 def test_exported_tokenizer_is_ours_beside_every_architecture(cli, complaints, arch, kind, bpe, foreign_folder):
     """transformers has tokenizers of its own for some, which split and compose texts in their own way."""
     tokenizer = bpe if kind == "bpe" else model.hf_tokenizer(foreign_folder)
-    theirs = AutoTokenizer.from_pretrained(export(cli, small(arch, tokenizer), tokenizer))
+    theirs = AutoTokenizer.from_pretrained(export(cli, small(arch, tokenizer), tokenizer=tokenizer))
     strings = ["12 x=56789", "e\u0301a\u0308 \u2126", "They'LL", "a\r\n\n  b\t\tc ", "½³一二 123", *fuzzed_strings(500)]
     assert theirs(strings).input_ids == [tokenizer.bos + tokenizer.encode(s) for s in strings]
 
@@ -436,7 +421,7 @@ def test_exported_tokenizer_is_ours_beside_every_architecture(cli, complaints, a
 def test_exported_tokenizer_opens_texts_as_ours_opens_prompts(cli, complaints, tokenizer):
     """With what the tokenizer puts before a text, if anything; special tokens in a text are special over there only.
     Generation ends at the end of a turn and at the end of a text."""
-    folder = export(cli, small(tokenizer=tokenizer, n_embd=8), tokenizer)
+    folder = export(cli, small(tokenizer=tokenizer, n_embd=8), tokenizer=tokenizer)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs("Hello 12").input_ids == tokenizer.prompt("Hello 12")
     rendered = "<|im_start|>user\n 12<|im_end|>"
@@ -445,7 +430,7 @@ def test_exported_tokenizer_opens_texts_as_ours_opens_prompts(cli, complaints, t
     assert plain(rendered, add_special_tokens=False).input_ids == tokenizer.encode(rendered)
     assert theirs.convert_tokens_to_ids("<|im_end|>") == tokenizer.special["<|im_end|>"]
     assert theirs.model_max_length == 128
-    ids = {"gpt2": (50256,) * 3, "byte": (256,) * 3, "bpe": (997,) * 3, "hf": (0, 2, 2)}[tokenizer.kind]
+    ids = {"gpt2": (50256,) * 3, "byte": (256,) * 3, "bpe": (1997,) * 3, "hf": (0, 2, 2)}[tokenizer.kind]
     generation = transformers.GenerationConfig.from_pretrained(folder)
     assert set(generation.eos_token_id) == {tokenizer.special[t] for t in (model.EOT, model.IM_END)}
     config = config_of(folder)
@@ -468,7 +453,7 @@ def test_special_ids_and_the_template_come_back(cli, workdir, corpus, listed):
         (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
     tokenizer = model.hf_tokenizer(source)
     shutil.rmtree(source)
-    folder = export(cli, small(tokenizer=tokenizer), tokenizer)
+    folder = export(cli, small(tokenizer=tokenizer), tokenizer=tokenizer)
     again = AutoTokenizer.from_pretrained(folder)
     for name, i in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 2)):
         assert getattr(first, name) == getattr(again, name) == config_of(folder)[name] == i
@@ -480,11 +465,9 @@ def test_special_ids_and_the_template_come_back(cli, workdir, corpus, listed):
 @pytest.fixture
 def trained(cli, text_file) -> dict:
     """A run of a few steps, its own command line, and the last record of its log."""
-    flags = ("--name", "said", "--tokenizer", "byte", "--max_iters", 4, "--eval_interval", 2)
-    args = ("train", "--data", "input.txt", *TINY_RUN, *flags)
+    args = (*TRAIN, "--name", "said", "--max_iters", 4, "--eval_interval", 2)
     cli(*args).ok()
-    records = [json.loads(line) for line in Path("checkpoints/said_model.jsonl").read_text().splitlines()]
-    return {"args": [str(a) for a in args], "last": records[-1]}
+    return {"args": list(map(str, args)), "last": log_of("said")[-1]}
 
 
 @pytest.mark.parametrize("name", ["tiny", "7M: the best", "null", "1e3", "a 'b' \"c\" #d", "[x]", "é🙂"])
@@ -588,12 +571,10 @@ def test_modelfile(cli):
     cli(*EXPORT, "out", *GGUF, "--quantize", "q8_0").ok()
     text = Path("out/Modelfile").read_text()
     (template,) = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M)
-    messages = [
-        {"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "Hi\n{{x}}"), ("assistant", "Ho"))
-    ]
-    assert filled_in(template, messages) == model.render_chat(
-        model.byte_tokenizer(), messages, add_generation_prompt=True
-    )
+    said = (("system", "Be brief."), ("user", "Hi\n{{x}}"), ("assistant", "Ho"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    rendered = model.render_chat(model.byte_tokenizer(), messages, add_generation_prompt=True)
+    assert filled_in(template, messages) == rendered
     assert text.startswith("FROM ./out-q8_0.gguf\n") and Path("out/out-q8_0.gguf").exists()
     assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.M) == ["<|im_end|>", "<|endoftext|>"]
 
@@ -739,10 +720,8 @@ def test_old_checkpoints(workdir, config, prefix):
     gpt2, mask = config.model_type == "gpt2", torch.ones(128, 128).tril()[None, None]
     for i in range(2):
         attention = f"transformer.h.{i}.attn" if gpt2 else f"gpt_neox.layers.{i}.attention"
-        tensors |= {
-            f"{attention}.bias": mask.clone() if gpt2 else mask.bool(),
-            f"{attention}.masked_bias": torch.tensor(-1e9),
-        }
+        tensors[f"{attention}.bias"] = mask.clone() if gpt2 else mask.bool()
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9)
         tensors |= {} if gpt2 else {f"{attention}.rotary_emb.inv_freq": torch.ones(1)}
     if not prefix:
         tensors = {k.removeprefix("transformer.").removeprefix("gpt_neox."): v for k, v in tensors.items()}
@@ -865,12 +844,10 @@ def test_tensors_that_do_not_fit(cli, exported):
     file = exported / "model.safetensors"
     whole, shapes = file.read_bytes(), [(3,), (2, 32), (320, 32), (2, 2, 2), (0,), ()]
     for name, tensor in load_file(file).items():
-        changes = {(): f"{name} is missing"} | {
-            (torch.zeros(shape),): f"{name}.*shape" for shape in shapes if shape != tuple(tensor.shape)
-        }
-        for new, words in changes.items():
-            change_tensors(exported, lambda t, name=name, new=new: t.update({name: new[0]}) if new else t.pop(name))
-            with pytest.raises(model.UserError, match=words):
+        for shape in [None, *(shape for shape in shapes if shape != tuple(tensor.shape))]:
+            new = {} if shape is None else {name: torch.zeros(shape)}
+            change_tensors(exported, lambda t, name=name, new=new: (t.pop(name), t.update(new)))
+            with pytest.raises(model.UserError, match=f"{name}.*shape" if new else f"{name} is missing"):
                 model.load_hf_model(exported)
             file.write_bytes(whole)
     for stranger in ("lm_heads.weight", "model.layers.2.mlp.up_proj.weight", "score.weight", "x"):
@@ -982,7 +959,7 @@ def test_a_corrupt_safetensors_file(cli, llama, damage):
 
 def test_damaged_shards(cli):
     """An index that says nothing, or leads out of the folder; and a shard that is not there."""
-    shards = export(cli, small(), None, "--max_shard_size", "30KB")
+    shards = export(cli, small(), "--max_shard_size", "30KB")
     index, lost = shards / "model.safetensors.index.json", sorted(shards.glob("*.safetensors"))[1]
     whole = index.read_text()
     for content in ("{}", '{"weight_map": 3}', '{"weight_map": {"a": "../../etc/passwd"}}', "[]"):

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-import tokenizers
-from conftest import stdlib_source
+from conftest import byte_level_bpe, stdlib_source
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 
 import model
 
@@ -25,18 +24,7 @@ HARD = [
 text = st.one_of(st.text(), st.text(alphabet=" \n\t'abcdest019.é🙂\u3000", max_size=60), st.sampled_from(HARD))
 
 
-def train_with_tokenizers(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """GPT-2's kind of vocabulary, trained and used by the tokenizers package alone."""
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    return bpe
-
-
-def saved(backend: tokenizers.Tokenizer, folder: Path, **config) -> model.Tokenizer:
+def saved(backend: Tokenizer, folder: Path, **config) -> model.Tokenizer:
     """As our tokenizer, through a Hugging Face folder."""
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -56,20 +44,10 @@ token_bytes = functools.cache(model.Tokenizer.token_bytes)  # a tenth of a secon
 
 
 @pytest.fixture(scope="session")
-def corpus() -> list[str]:
-    return stdlib_source("argparse", "textwrap", "datetime", "tarfile", "typing").splitlines(keepends=True)
-
-
-@pytest.fixture(scope="session")
-def bpe(corpus):
-    return model.train_bpe(corpus, 2000)
-
-
-@pytest.fixture(scope="session")
 def hf_folder(corpus, tmp_path_factory):
     """A Hugging Face folder: a byte-level tokenizer.json with special tokens, and its chat template."""
     folder = tmp_path_factory.mktemp("hf")
-    backend = train_with_tokenizers(corpus, 1500)
+    backend = byte_level_bpe(corpus, 1500)
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     saved(backend, folder, eos_token={"content": "<|endoftext|>"}, chat_template="{{ messages }}")
     return folder
@@ -110,7 +88,7 @@ def test_streamed_pieces_join_to_the_decoded_text(ids):
 
 def test_added_tokens_are_streamed_as_written(corpus, tmp_path):
     """Their text is text, where ordinary tokens are written with a character for each byte."""
-    backend = train_with_tokenizers(corpus, 300)
+    backend = byte_level_bpe(corpus, 300)
     backend.add_tokens(["two words é"])
     ids = backend.encode("é two words é.").ids
     assert backend.token_to_id("two words é") in ids
@@ -142,13 +120,12 @@ def test_trained_bpe_ids_are_those_of_the_tokenizers_package(bpe, trained_elsewh
 
 @pytest.fixture(scope="session")
 def trained_elsewhere(corpus):
-    return train_with_tokenizers(corpus, 2000 - 3)
+    return byte_level_bpe(corpus, 2000 - 3)
 
 
 def test_trained_bpe_on_text_it_has_not_seen(bpe, trained_elsewhere, shakespeare):
     for sample in (shakespeare[:200_000], stdlib_source("pydoc_data/topics")[:200_000], stdlib_source("inspect")):
-        ids = trained_elsewhere.encode(sample).ids
-        assert bpe.encode(sample) == ids and bpe.encode_array(sample).tolist() == ids
+        assert bpe.encode(sample) == bpe.encode_array(sample).tolist() == trained_elsewhere.encode(sample).ids
     assert bpe.n_vocab == 2000 and bpe.name == "bpe-2000"
     assert len(bpe.encode(stdlib_source("argparse"))) < 0.5 * len(stdlib_source("argparse"))
 
@@ -208,7 +185,7 @@ def test_any_cut_keeps_the_tokens(bpe, text):
 @pytest.mark.parametrize("as_file", [False, True])
 def test_a_hugging_face_tokenizer(hf_folder, as_file):
     ours = model.load_tokenizer(str(hf_folder / "tokenizer.json" if as_file else hf_folder))
-    theirs = tokenizers.Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    theirs = Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
     sample = stdlib_source("inspect")[:20_000]
     assert ours.encode(sample) == theirs.encode(sample).ids
     assert ours.n_vocab == theirs.get_vocab_size()
@@ -217,9 +194,9 @@ def test_a_hugging_face_tokenizer(hf_folder, as_file):
     assert ours.bos == []
 
 
-def sentencepiece_like(prepend: str) -> tokenizers.Tokenizer:
+def sentencepiece_like(prepend: str) -> Tokenizer:
     """Llama's kind: no byte level, spaces as ▁, bytes in angle brackets for what is not in the vocabulary."""
-    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     if prepend == "normalizer":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -232,7 +209,7 @@ def sentencepiece_like(prepend: str) -> tokenizers.Tokenizer:
     # as converted Llama files have it: the byte tokens are in the vocabulary and are not special
     spec = json.loads(backend.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
-    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 @pytest.mark.parametrize("prepend", ["none", "normalizer"])
@@ -255,7 +232,7 @@ def test_a_sentencepiece_like_tokenizer(prepend, tmp_path, monkeypatch):
 
 def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
     """Of what it puts around a text only the beginning goes before a prompt; no ids of padding or of a cut text."""
-    backend = train_with_tokenizers(corpus, 400)
+    backend = byte_level_bpe(corpus, 400)
     backend.add_special_tokens(["<s>", "</s>", "<pad>"])
     bos, eos, pad = (backend.token_to_id(t) for t in ("<s>", "</s>", "<pad>"))
     hello = backend.encode("hello").ids
@@ -298,13 +275,12 @@ def sentencepiece(added: tuple = (), **more) -> model.Tokenizer:
     """As Llama 2's: a space is written "▁", and one is put before a text, also before what follows a special token."""
     characters = ["<unk>", "</s>", "▁", "\n", *map(chr, range(33, 127)), "▁a"]
     vocab = {c: i for i, c in enumerate(characters)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>"))
-    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
-    backend.normalizer = tokenizers.normalizers.Sequence(steps)
-    space, strip = tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Strip(" ", 1, 0)
-    backend.decoder = tokenizers.decoders.Sequence([space, tokenizers.decoders.Fuse(), strip])
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
     backend.add_special_tokens(["<unk>", "</s>"])
-    backend.add_tokens([tokenizers.AddedToken(t, normalized=True) for t in added])
+    backend.add_tokens([AddedToken(t, normalized=True) for t in added])
     return model.Tokenizer({"kind": "hf", "name": "sp", "json": backend.to_str(), "special": {model.EOT: 1}, **more})
 
 
