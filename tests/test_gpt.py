@@ -2,6 +2,7 @@
 derivatives, closed forms."""
 
 import copy
+import functools
 import math
 import os
 import platform
@@ -83,11 +84,9 @@ def test_post_norm_equals_pytorch_encoder_layers():
     """torch.nn.TransformerEncoderLayer with norm_first=False is the original transformer's block."""
     c = tiny_config("gpt2", norm_position="post")
     gpt, idx = random_gpt(c), random_tokens(2, 20)
-    x = gpt.wte(idx) + gpt.wpe.weight[:20]
+    x, gelu = gpt.wte(idx) + gpt.wpe.weight[:20], functools.partial(F.gelu, approximate="tanh")
     for block in gpt.blocks:
-        layer = torch.nn.TransformerEncoderLayer(
-            c.n_embd, c.n_head, c.n_inner, 0.0, lambda x: F.gelu(x, approximate="tanh"), batch_first=True
-        ).eval()
+        layer = torch.nn.TransformerEncoderLayer(c.n_embd, c.n_head, c.n_inner, 0.0, gelu, batch_first=True).eval()
         names = {
             "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc.",
             "linear2.": "mlp.proj.", "norm1.": "norm_1.", "norm2.": "norm_2.",
@@ -111,9 +110,7 @@ def test_without_positions_the_order_of_the_past_is_unknown():
 @pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_dropout_is_active_in_training_only(name, kernel):
-    plain = random_gpt(tiny_config("gpt2"))
-    gpt = model.GPT(tiny_config("gpt2", attn_implementation=kernel, **{name: 0.5}))
-    gpt.load_state_dict(plain.state_dict())
+    plain, gpt = random_gpt(tiny_config()), random_gpt(tiny_config(attn_implementation=kernel, **{name: 0.5}))
     idx = random_tokens(2, 16)
     torch.testing.assert_close(gpt.eval()(idx), plain(idx), atol=1e-5, rtol=0)
     gpt.train()
@@ -128,11 +125,9 @@ def test_dropout_is_active_in_training_only(name, kernel):
 # --- Fast and plain agree: kernels, the cache, packing
 
 
-def eager_and_sdpa(arch: str, **overrides) -> tuple[model.GPT, model.GPT]:
-    eager = random_gpt(tiny_config(arch, attn_implementation="eager", **overrides))
-    sdpa = model.GPT(tiny_config(arch, attn_implementation="sdpa", **overrides)).eval()
-    sdpa.load_state_dict(eager.state_dict())
-    return eager, sdpa
+def eager_and_sdpa(arch: str, **overrides) -> list[model.GPT]:
+    """The same model with both kernels."""
+    return [random_gpt(tiny_config(arch, attn_implementation=kernel, **overrides)) for kernel in ("eager", "sdpa")]
 
 
 @pytest.mark.parametrize("arch, n_kv_head", [("gpt2", 4), ("llama", 4), ("llama", 2), ("qwen3", 1), ("nanochat", 2)])
@@ -156,37 +151,6 @@ def test_eager_equals_sdpa(arch, n_kv_head):
             return hidden if pad is None else torch.cat([row[p:] for row, p in zip(hidden, pad, strict=True)])
 
         compare(in_two_goes)
-
-
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-@pytest.mark.parametrize("arch, overrides", [
-    ("gpt2", {}),
-    ("gpt2", dict(norm_position="post", pos_embd="none")),
-    ("gpt_neox", dict(rope_pct=0.5, parallel_residual=True)),
-    ("llama", dict(n_kv_head=2)),
-    ("llama", dict(n_kv_head=1, rope_scaling="yarn", rope_factor=2.0)),
-    ("qwen2", dict(n_kv_head=2)),
-    ("qwen3", dict(n_kv_head=2)),
-    ("nanochat", dict(n_kv_head=2)),
-])  # fmt: skip
-@torch.no_grad()
-def test_cached_decoding_equals_the_full_pass(arch, overrides, kernel):
-    """Prompts of different lengths in one batch, token by token; each row must be what it is on its own."""
-    gpt = random_gpt(tiny_config(arch, attn_implementation=kernel, **overrides))
-    rows, lengths, total = random_tokens(3, 24), (3, 9, 6), 15
-    prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
-    idx, pad = model.left_pad(prompts, torch.device("cpu"))
-    assert pad.tolist() == [6, 0, 3]
-    cache = model.KVCache(gpt, 3, 9 + total, pad)
-    c = gpt.config  # GQA's cache is smaller
-    assert sum(kv.numel() for kv in cache.kv) == 2 * c.n_layer * 3 * c.n_kv_head * (9 + total) * c.head_dim
-    logits = gpt(idx, cache)[:, -1:]
-    for i in range(total + 1):
-        for row, n in enumerate(lengths):
-            alone = gpt(rows[row : row + 1, : n + i])[:, -1]
-            torch.testing.assert_close(logits[row : row + 1, -1], alone, atol=1e-4, rtol=0)
-        if i < total:
-            logits = gpt(torch.stack([rows[row, n + i] for row, n in enumerate(lengths)])[:, None], cache)
 
 
 def has_compiler() -> bool:
@@ -246,20 +210,35 @@ def test_the_decoder_equals_the_plain_pass(arch, overrides, quantize):
         torch.testing.assert_close(torch.cat(logits, dim=1), expected[:rows], atol=2e-4, rtol=1e-4)
 
 
-@needs_compiler
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("how", ["eager", "sdpa", pytest.param("in C", marks=needs_compiler)])
+@pytest.mark.parametrize("arch, overrides", [
+    ("gpt2", {}),
+    ("gpt2", dict(n_kv_head=2)),
+    ("gpt2", dict(norm_position="post", pos_embd="none")),
+    ("gpt_neox", dict(rope_pct=0.5, parallel_residual=True)),
+    ("llama", dict(n_kv_head=2)),
+    ("llama", dict(n_kv_head=1, rope_scaling="yarn", rope_factor=2.0)),
+    ("qwen2", dict(n_kv_head=2)),
+    ("qwen3", dict(n_kv_head=2)),
+    ("nanochat", dict(n_kv_head=2)),
+])  # fmt: skip
 @torch.no_grad()
-def test_the_decoder_and_padded_prompts(arch):
-    gpt, idx, lengths = half_gpt(arch, n_kv_head=2), random_tokens(3, 12), (3, 1, 5)
-    prompts = [row[:n].tolist() for row, n in zip(idx, lengths, strict=True)]
-    expected = [gpt(idx[i : i + 1, : n + 6])[0, n - 1 :] for i, n in enumerate(lengths)]
-    model.prepare_generation(gpt, "auto")
+def test_cached_decoding_equals_the_full_pass(arch, overrides, how):
+    """Prompts of different lengths in one batch, token by token; each row must be what it is on its own."""
+    gpt = half_gpt(arch, attn_implementation="sdpa" if how == "in C" else how, **overrides)
+    rows, lengths, steps = random_tokens(3, 25), (3, 1, 5), 20
+    prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
+    expected = [[gpt(row[None, : n + i])[0, -1] for i in range(steps)] for row, n in zip(rows, lengths, strict=True)]
+    if how == "in C":
+        model.prepare_generation(gpt, "auto")
     new, pad = model.left_pad(prompts, torch.device("cpu"))
-    cache = model.KVCache(gpt, 3, 12, pad)
-    for step in range(7):
+    assert pad.tolist() == [2, 4, 0]
+    cache, c = model.KVCache(gpt, 3, 24, pad), gpt.config
+    assert sum(kv.numel() for kv in cache.kv) == 2 * c.n_layer * 3 * c.n_kv_head * 24 * c.head_dim  # GQA's is smaller
+    for i in range(steps):
         logits = gpt(new, cache)[:, -1]
-        torch.testing.assert_close(logits, torch.stack([e[step] for e in expected]), atol=2e-4, rtol=1e-4)
-        new = torch.stack([idx[i, n + step] for i, n in enumerate(lengths)])[:, None] if step < 6 else None
+        torch.testing.assert_close(logits, torch.stack([e[i] for e in expected]), atol=1e-4, rtol=0)
+        new = torch.stack([row[n + i] for row, n in zip(rows, lengths, strict=True)])[:, None]
 
 
 @needs_compiler
@@ -287,6 +266,17 @@ def loss_and_gradients(gpt: model.GPT, segments: torch.Tensor | None) -> list[to
     return [loss.detach(), *(p.grad for p in gpt.parameters())]
 
 
+def assert_close_each(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> None:
+    """Within 1e-5 of the largest number of each."""
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
+
+
+def mean_error(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> torch.Tensor:
+    """Of tensors, each relative to its norm."""
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, plain, strict=True)]).mean()
+
+
 TRAINED = [
     *((arch, {}) for arch in ARCHS),
     ("qwen3", dict(n_kv_head=2, rope_pct=0.5, gradient_checkpointing=True)),
@@ -311,17 +301,10 @@ def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, threa
     plain_short = loss_and_gradients(gpt, segments)
     model.set_precision(gpt, "float32", training=True)
     plain = loss_and_gradients(gpt, segments)
-    assert any(not torch.equal(a, b) for a, b in zip(ours, plain, strict=True))  # it was not the plain pass
-    for a, b, c in zip(ours, plain, again, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
-        assert torch.equal(a, c)  # the same sums in the same order
-    error, plain_error = (
-        torch.stack(
-            [torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b) for a, b in zip(x, plain, strict=True)]
-        )
-        for x in (short, plain_short)
-    )
-    assert error.mean() <= 1.5 * plain_error.mean()
+    assert not all(map(torch.equal, ours, plain))  # it was not the plain pass
+    assert all(map(torch.equal, ours, again))  # the same sums in the same order
+    assert_close_each(ours, plain)
+    assert mean_error(short, plain) <= 1.5 * mean_error(plain_short, plain)
 
 
 @needs_compiler
@@ -334,8 +317,7 @@ def test_training_in_c_on_other_processors(march, monkeypatch):
     for library in (in_c, None):
         monkeypatch.setattr(model, "training_library", lambda x, library=library: library)
         found.append(loss_and_gradients(gpt, None))
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-5)
+    assert_close_each(*found)
 
 
 @needs_compiler
@@ -437,13 +419,21 @@ def test_packed_documents_are_as_if_alone(arch):
 # --- Gradients
 
 
+def gradients(gpt: model.GPT) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in gpt.named_parameters()}
+
+
+def assert_gradients_point_alike(gpt: model.GPT, reference: model.GPT) -> None:
+    for (name, p), q in zip(gpt.named_parameters(), reference.parameters(), strict=True):
+        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+
+
 @pytest.mark.parametrize("overrides", [{}, dict(logit_softcap=4.0, norm_position="post")])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradient_of_the_loss_is_the_numerical_derivative(arch, overrides):
     """Central differences in double precision, at random coordinates of every parameter; float32 must agree too."""
-    size = dict(
-        vocab_size=20, block_size=8, n_layer=2, n_embd=8, n_head=2, n_kv_head=0 if arch in MHA else 1, n_inner=12
-    )
+    n_kv_head = 0 if arch in ("gpt2", "gpt_neox") else 1
+    size = dict(vocab_size=20, block_size=8, n_layer=2, n_embd=8, n_head=2, n_kv_head=n_kv_head, n_inner=12)
     gpt, idx = random_gpt(tiny_config(arch, **size, **overrides), seed=1), random_tokens(2, 9, vocab_size=20)
     x, y = idx[:, :-1], idx[:, 1:].clone()
     y[0, 3:5] = -1
@@ -463,12 +453,8 @@ def test_gradient_of_the_loss_is_the_numerical_derivative(arch, overrides):
                 with torch.no_grad():
                     f.append(double.loss(x, y).item())
             flat[i] = value
-            assert p.grad.view(-1)[i].item() == pytest.approx((f[0] - f[1]) / (2 * h), rel=1e-5, abs=1e-7), (
-                f"{name}[{i}]"
-            )
-
-
-MHA = ("gpt2", "gpt_neox")
+            numerical = pytest.approx((f[0] - f[1]) / (2 * h), rel=1e-5, abs=1e-7)
+            assert p.grad.view(-1)[i].item() == numerical, f"{name}[{i}]"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -480,11 +466,10 @@ def test_gradients_of_eager_and_sdpa_agree(arch, n_kv_head, dtype):
     idx = random_tokens(2, 33)
     for gpt in (eager, sdpa):
         gpt.train().loss(idx[:, :-1], idx[:, 1:]).backward()
-    for (name, p), q in zip(eager.named_parameters(), sdpa.parameters(), strict=True):
-        if dtype == torch.float32:
-            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-        else:
-            assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+    if dtype == torch.float32:
+        torch.testing.assert_close(gradients(sdpa), gradients(eager), rtol=1e-3, atol=1e-4)
+    else:
+        assert_gradients_point_alike(sdpa, eager)
 
 
 @pytest.mark.parametrize("fused", [None, model.fusible_cross_entropy])
@@ -506,8 +491,7 @@ def test_fused_loss_equals_cross_entropy_of_full_logits(overrides, rows, fused, 
     loss = gpt.loss(x, y)
     (loss / 7).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    for (name, p), q in zip(gpt.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(gradients(gpt), gradients(reference), rtol=1e-4, atol=1e-5)
     assert gpt.config.padded_vocab_size == 128 and not gpt.head_weight.grad[100:].any()
     with torch.no_grad():
         torch.testing.assert_close(gpt.loss(x, y), expected.detach(), rtol=1e-5, atol=0)
@@ -553,16 +537,15 @@ def test_loss_where_nothing_is_a_target_is_zero():
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "nanochat"])
 def test_gradient_checkpointing_gives_the_same_gradients(arch):
     """With dropout as well: the recomputed pass must drop the same elements."""
-    grads = []
+    found = []
     for checkpointing in (False, True):
         gpt = random_gpt(tiny_config(arch, gradient_checkpointing=checkpointing, resid_pdrop=0.2, attn_pdrop=0.2))
         idx = random_tokens(2, 17)
         torch.manual_seed(3)
         gpt.train().loss(idx[:, :-1], idx[:, 1:]).backward()
-        grads.append({n: p.grad for n, p in gpt.named_parameters()})
-    assert all(g.abs().max() > 0 for g in grads[0].values())
-    for name in grads[0]:
-        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-6)
+        found.append(gradients(gpt))
+    assert all(g.abs().max() > 0 for g in found[0].values())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 # --- Sizes and initial weights
@@ -641,10 +624,6 @@ def test_flops_per_token_of_gpt2_small():
     assert model.training_flops_per_token(c) == 6 * weights + 12 * 12 * 12 * 64 * 1024
 
 
-def stds(gpt: model.GPT) -> dict[str, float]:
-    return {n: p.std().item() for n, p in gpt.named_parameters() if p.dim() > 1}
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_initial_weights(arch):
     """gpt2: GPT-2 paper 2.3 and nanoGPT; the others: transformers' initializer_range 0.02; nanochat: its gpt.py."""
@@ -654,14 +633,14 @@ def test_initial_weights(arch):
     for name, p in gpt.named_parameters():
         if p.dim() == 1:
             assert torch.all(p == (0 if name.endswith("bias") else 1)), name
-    for name, std in stds(gpt).items():
+            continue
         expected = 0.02
         if arch == "gpt2" and name.endswith("proj.weight"):
             expected = 0.02 / math.sqrt(6)
         if arch == "nanochat":
             kind = name.split(".")[-2]
             expected = {"wte": 1.0, "lm_head": 0.001, "proj": 0.0}.get(kind, 128**-0.5)
-        assert std == pytest.approx(expected, rel=0.03), name
+        assert p.std().item() == pytest.approx(expected, rel=0.03), name
     if arch == "nanochat":
         assert gpt.blocks[0].mlp.fc.weight.abs().max() <= math.sqrt(3 / 128)  # uniform, not normal
 
@@ -695,28 +674,23 @@ def test_bfloat16_loss_is_that_of_the_same_logits_in_float32(vocab_size, scale):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_half_precision_is_close_to_float32(arch, dtype):
-    gpt, idx = model.GPT(tiny_config(arch)).eval(), random_tokens(2, 17)
-    gpt.load_state_dict(random_gpt(tiny_config(arch)).state_dict())
-    expected = gpt(idx)
+    plain, gpt, idx = random_gpt(tiny_config(arch)), random_gpt(tiny_config(arch)), random_tokens(2, 17)
     gpt.compute_dtype = dtype
-    half = gpt(idx)
+    expected, half = plain(idx), gpt(idx)
     assert half.dtype == torch.float32 and gpt.wte.weight.dtype == torch.float32
     assert 0 < (half - expected).abs().max() < 0.06 * expected.abs().max()
-    plain = random_gpt(tiny_config(arch))
-    plain.loss(idx[:, :-1], idx[:, 1:]).backward()
-    gpt.loss(idx[:, :-1], idx[:, 1:]).backward()
-    for (name, p), q in zip(gpt.named_parameters(), plain.parameters(), strict=True):
-        assert p.grad.dtype == torch.float32, name
-        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+    for each in (plain, gpt):
+        each.loss(idx[:, :-1], idx[:, 1:]).backward()
+    assert {g.dtype for g in gradients(gpt).values()} == {torch.float32}
+    assert_gradients_point_alike(gpt, plain)
 
 
 def test_flash_attention_where_it_cannot_be(monkeypatch, workdir):
     """In float32 and on a CPU it is PyTorch's kernel; and what was trained with it opens where it is not installed."""
     q, k, v = torch.randn(3, 2, 4, 10, 8).unbind()
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=None))
-    torch.testing.assert_close(
-        model.flash_attention_2(q, k, v, None, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    )
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(model.flash_attention_2(q, k, v, None, 0.0), expected)
     gpt = random_gpt(tiny_config("llama", vocab_size=259, attn_implementation="flash_attention_2"))
     save_model("flash.pt", gpt)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
