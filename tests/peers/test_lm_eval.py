@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import save, small
+from conftest import small
+from tests_conftest import save_model
 
 RANDOM = random.Random(0)
 WORDS = ["".join(RANDOM.choices(["ne", "ta", "ko", "(", "é", "ri", "s", ".", "n"], k=3)) for _ in range(600)]
@@ -62,7 +63,7 @@ test_split: test
 @pytest.mark.parametrize("arch, flags", [("gpt2", []), ("qwen3", ["--limit", "5"])], ids=str)
 def test_tasks_equal_lm_evals_own(cli, tasks, bpe, arch, flags):
     """By a checkpoint and by the folder exported from it, at two batch sizes; nothing but JSON is printed."""
-    save("a_model.pt", small(arch, bpe.n_vocab), bpe)
+    save_model("a_model.pt", small(arch, bpe.n_vocab), bpe)
     cli("export", "--model_path", "a_model.pt", "--output_dir", "exported").ok()
     common = ["--tasks", tasks, "--include_path", "tasks", "--device", "cpu", "--batch_size", "3", *flags]
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", *common, "--output_path", "out"]
@@ -82,6 +83,6 @@ def test_tasks_equal_lm_evals_own(cli, tasks, bpe, arch, flags):
 
 def test_what_cannot_be_exported_says_so(cli, tasks, bpe):
     """No Hugging Face model of this architecture has this setting; and nothing is left behind."""
-    save("a_model.pt", small("gpt2", bpe.n_vocab, pos_embd="none"), bpe)
+    save_model("a_model.pt", small("gpt2", bpe.n_vocab, pos_embd="none"), bpe)
     error = cli("eval", "--model_path", "a_model.pt", "--tasks", tasks, "--include_path", "tasks").error
     assert "pos_embd none" in error and "export" in error and "gpt2" in error

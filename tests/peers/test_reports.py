@@ -7,20 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, shared, stdlib_source
+from tests_conftest import TRAIN, log_of, model_py, stdlib_source
 
-RUN = (
-    "train",
-    "--data",
-    "input.txt",
-    "--tokenizer",
-    "byte",
-    *shared.TINY_RUN,
-    "--log_interval",
-    2,
-    "--eval_interval",
-    4,
-)
+RUN = (*TRAIN, "--log_interval", 2, "--eval_interval", 4)
 
 
 @pytest.fixture
@@ -32,18 +21,14 @@ def log(workdir, monkeypatch):
 
     def train(kind: str) -> dict[int, dict]:
         for words in ((*RUN, "--max_iters", 8, "--report_to", kind), ("train", "--resume", "--max_iters", 12)):
-            subprocess.run([sys.executable, str(ROOT / "model.py"), *map(str, words)], check=True, timeout=300)
-        records = map(json.loads, Path("checkpoints/7M_model.jsonl").read_text().splitlines())
-        return {r.pop("step"): r for r in records}
+            subprocess.run(model_py(*words), check=True, timeout=300)
+        return {r.pop("step"): r for r in log_of(timing=True)}
 
     return train
 
 
 def test_trackio(log):
     records = log("trackio")
-    code = (
-        "import json, trackio; r, = trackio.Api().runs('model.py'); print(json.dumps([r.name, r.config, r.metrics()]))"
-    )
     code = (
         "import json; from trackio.sqlite_storage import SQLiteStorage as S; (run,) = S.get_runs('model.py');"
         "print(json.dumps([run, S.get_run_config('model.py', run), S.get_logs('model.py', run)], default=str))"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import stdlib_source
 from safetensors.torch import load_file
+from tests_conftest import stdlib_source
 
 import model
 
@@ -20,12 +20,20 @@ def opened(smollm2):
     return model.open_model(str(smollm2))
 
 
+@pytest.fixture(scope="module")
+def theirs(smollm2):
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(smollm2):
+    return transformers.AutoTokenizer.from_pretrained(smollm2)
+
+
 @torch.no_grad()
-def test_logits_equal_transformers(smollm2, opened):
+def test_logits_equal_transformers(opened, theirs, their_tokenizer):
     """Within 2e-3 in float32, on the source of the standard library and on its English."""
     gpt, tokenizer = opened.model, opened.tokenizer
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     worst = 0.0
     for text in (stdlib_source("argparse"), stdlib_source("pydoc_data/topics")[5000:]):
         ids = tokenizer.encode(text[:8000])
@@ -41,17 +49,15 @@ def test_sample_knows_the_capital_of_france(cli, smollm2):
     assert out.ok().out.startswith("The capital of France is Paris")
 
 
-def test_sample_continues_as_transformers_does(cli, smollm2):
+def test_sample_continues_as_transformers_does(cli, smollm2, theirs, their_tokenizer):
     """40 greedy tokens."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     prompt = "Once upon a time, in a small village,"
-    ids = theirs.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=40, do_sample=False)[0]
+    ids = theirs.generate(**their_tokenizer(prompt, return_tensors="pt"), max_new_tokens=40, do_sample=False)[0]
     out = cli("sample", "--model_checkpoint", smollm2, "--prompt", prompt, "--length", 40, *GREEDY).ok().out
-    assert out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert out == their_tokenizer.decode(ids, skip_special_tokens=True) + "\n"
 
 
-def test_chat_answers(cli, smollm2):
+def test_chat_answers(cli, smollm2, theirs, their_tokenizer):
     """With the model's own template, default system turn included, and with what was said before."""
     lines = b"What is the capital of France?\nAnd of Italy?\n/save talk.jsonl\n"
     out = cli("chat", "--model_checkpoint", smollm2, "--length", 40, *GREEDY, stdin=lines).ok().out
@@ -60,16 +66,13 @@ def test_chat_answers(cli, smollm2):
     messages = json.loads(Path("talk.jsonl").read_text())["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and messages[1]["content"] == first
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    inputs = tokenizer.apply_chat_template(
-        messages[:3], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    as_prompt = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    inputs = their_tokenizer.apply_chat_template(messages[:3], **as_prompt)
     ids = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == messages[3]["content"]
+    assert their_tokenizer.decode(ids, skip_special_tokens=True) == messages[3]["content"]
 
 
-def test_an_export_of_the_import_is_the_same_model(cli, smollm2):
+def test_an_export_of_the_import_is_the_same_model(cli, smollm2, their_tokenizer):
     """Tensor for tensor, bit for bit; tokenizer and template too."""
     cli("export", "--model_path", smollm2, "--output_dir", "again", "--dtype", "bfloat16").ok()
     first, again = load_file(smollm2 / "model.safetensors"), load_file("again/model.safetensors")
@@ -77,12 +80,11 @@ def test_an_export_of_the_import_is_the_same_model(cli, smollm2):
     assert all(first[k].dtype == again[k].dtype and torch.equal(first[k], again[k]) for k in first)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained("again", output_loading_info=True)
     assert not any(info.values()) and theirs.config.rope_parameters["rope_theta"] == 100000.0
-    tokenizers = [transformers.AutoTokenizer.from_pretrained(p) for p in (smollm2, "again")]
     messages = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": " Yes\n"}]
+    again = transformers.AutoTokenizer.from_pretrained("again")
     ids, again_ids = (
-        [t("It's 1234.").input_ids, t.apply_chat_template(messages, return_dict=False)]
-        + [t.eos_token_id, t.bos_token_id, t.pad_token_id]
-        for t in tokenizers
+        [t("It's 1234.").input_ids, t.apply_chat_template(messages), t.eos_token_id, t.bos_token_id, t.pad_token_id]
+        for t in (their_tokenizer, again)
     )
     assert ids == again_ids
 

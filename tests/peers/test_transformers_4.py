@@ -7,38 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fuzzed_strings, random_tokens, save, small, stdlib_source
+from conftest import LLAMA3, MODELS, YARN, fuzzed_strings, small
+from tests_conftest import random_tokens, save_model, stdlib_source
 
 import model
 
 # nanochat came with transformers 5; NTK-aware scaling is a larger theta
-YARN = dict(rope_scaling="yarn", rope_factor=4.0)
-LLAMA3 = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_block_size=32)
+YARN_ALL = dict(rope_attention_factor=1.3, rope_beta_fast=8.0, rope_beta_slow=0.5, rope_theta=100.0, **YARN)
+PYTHIA = dict(parallel_residual=True, rope_pct=0.25, activation="gelu", tie_word_embeddings=False)
 MODELS = {
-    "gpt2": ("gpt2", {}),
-    "gpt2_untied_relu": ("gpt2", dict(tie_word_embeddings=False, activation="relu")),
-    "gpt_neox": ("gpt_neox", {}),
-    "gpt_neox_as_pythia": (
-        "gpt_neox",
-        dict(parallel_residual=True, rope_pct=0.25, activation="gelu", tie_word_embeddings=False),
-    ),
-    "gpt_neox_linear": ("gpt_neox", dict(rope_scaling="linear", rope_factor=2.0, rope_theta=500.0)),
-    "llama": ("llama", dict(n_kv_head=2)),
-    "llama_untied_geglu": ("llama", dict(n_kv_head=1, tie_word_embeddings=False, activation="geglu")),
-    "llama_all_biases": ("llama", dict(bias="all")),
-    "llama_wide_heads": ("llama", dict(head_dim=32, rope_theta=1e6)),
-    "llama_linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
-    "llama_ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
-    "llama_yarn": ("llama", dict(rope_theta=500.0, **YARN)),
-    "llama_yarn_all": (
-        "llama",
-        dict(rope_attention_factor=1.3, rope_beta_fast=8.0, rope_beta_slow=0.5, rope_theta=100.0, **YARN),
-    ),
-    "llama_llama3": ("llama", LLAMA3),
-    "qwen2": ("qwen2", dict(n_kv_head=2)),
-    "qwen2_untied_yarn": ("qwen2", dict(tie_word_embeddings=False, **YARN)),
-    "qwen3": ("qwen3", dict(n_kv_head=2)),
-    "qwen3_untied_wide_heads": ("qwen3", dict(tie_word_embeddings=False, head_dim=32, **LLAMA3)),
+    **MODELS,
+    "gpt2, untied, relu": ("gpt2", dict(tie_word_embeddings=False, activation="relu")),
+    "gpt_neox as Pythia": ("gpt_neox", PYTHIA),
+    "gpt_neox, linear": ("gpt_neox", dict(rope_scaling="linear", rope_factor=2.0, rope_theta=500.0)),
+    "llama, untied, geglu": ("llama", dict(n_kv_head=1, tie_word_embeddings=False, activation="geglu")),
+    "llama, all biases": ("llama", dict(bias="all")),
+    "llama, wide heads": ("llama", dict(head_dim=32, rope_theta=1e6)),
+    "llama, linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
+    "llama, yarn, all its settings": ("llama", YARN_ALL),
+    "qwen3, untied, wide heads": ("qwen3", dict(tie_word_embeddings=False, head_dim=32, **LLAMA3)),
 }
 SCRIPT = """
 import json, logging, sys, warnings
@@ -94,15 +81,15 @@ def test_every_architecture(cli, python_4, bpe, strings):
     """No warning, logits within 1e-4, the same 30 greedy tokens."""
     models = {name: small(arch, bpe.n_vocab, **overrides) for name, (arch, overrides) in MODELS.items()}
     for name, gpt in models.items():
-        cli("export", "--model_path", save("a_model.pt", gpt, bpe), "--output_dir", name).ok()
+        cli("export", "--model_path", save_model("a_model.pt", gpt, bpe), "--output_dir", name).ok()
     found = in_transformers_4(python_4, list(models), strings[:100])
     for name, gpt in models.items():
         logits, tokens = ours_of(gpt)
         difference = float(np.abs(logits - found[name]["logits"]).max())
         print(f"{name}: logits differ by at most {difference:.1e}")
         assert difference <= 1e-4, name
-        ends = [i for i, t in enumerate(tokens) if t >= 997]
-        assert found[name]["tokens"].tolist()[: ends[0] if ends else 30] == tokens[: ends[0] if ends else 30], name
+        end = next((i for i, t in enumerate(tokens) if t in bpe.special.values()), 30)
+        assert found[name]["tokens"].tolist()[:end] == tokens[:end], name
 
 
 def test_every_tokenizer(cli, python_4, bpe, gpt2, strings, smollm2):
@@ -110,12 +97,11 @@ def test_every_tokenizer(cli, python_4, bpe, gpt2, strings, smollm2):
     made = {"bpe": bpe, "gpt2": gpt2, "byte": model.byte_tokenizer(), "imported": model.hf_tokenizer(smollm2)}
     for name, tokenizer in made.items():
         gpt = small("llama", max(tokenizer.n_vocab, 900), n_embd=16)
-        cli("export", "--model_path", save("a_model.pt", gpt, tokenizer), "--output_dir", name).ok()
+        cli("export", "--model_path", save_model("a_model.pt", gpt, tokenizer), "--output_dir", name).ok()
     found = in_transformers_4(python_4, list(made), strings)
     for name, tokenizer in made.items():
-        ids = [tokenizer.encode(s) for s in strings]
         theirs = np.split(found[name]["ids"], np.cumsum(found[name]["lengths"])[:-1])
-        different = [s for s, a, b in zip(strings, ids, theirs, strict=True) if a != b.tolist()]
+        different = [s for s, ids in zip(strings, theirs, strict=True) if tokenizer.encode(s) != ids.tolist()]
         assert not different, (name, different[:5])
         rendered = model.render_chat(tokenizer, TALK)
         assert found[name]["chat"].tolist() == tokenizer.encode_rendered(rendered), name
