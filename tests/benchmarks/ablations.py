@@ -118,13 +118,11 @@ class Campaign:
             words = ("--data", "test.txt", "--block_size", context, "--dtype", "float32", "--json", *words)
             return round(math.log(json.loads(self.model_py("eval", *words))[0]["perplexity"]), 4)
 
-        result = {
+        self.record(name, {
             "plain": loss("--model_checkpoint", base), "yarn": loss("--model_checkpoint", base, *yarn),
             "finetuned": loss("--model_checkpoint", f"{name}_model.pt"),
-        }  # fmt: skip
-        self.record(
-            name, {**result, "command": f"finetune {' '.join(map(str, (*yarn, *tune)))} --block_size {context}"}
-        )
+            "command": f"finetune {' '.join(map(str, (*yarn, *tune)))} --block_size {context}",
+        })  # fmt: skip
 
     def run(self) -> None:
         a = self.a
@@ -214,9 +212,8 @@ def show(c: Campaign) -> None:
     print(f"\n**{YARN}**. Published: {published}. Here: {verdict[YARN]}.\n")
     print("| context | RoPE as it is | YaRN | YaRN, 40 steps more |\n|---|---|---|---|")
     for f in FACTORS:
-        print(
-            f"| {f * BLOCK} | " + " | ".join(shown(c.extended(f, how)) for how in ("plain", "yarn", "finetuned")) + " |"
-        )
+        columns = [shown(c.extended(f, how)) for how in ("plain", "yarn", "finetuned")]
+        print(f"| {f * BLOCK} | {' | '.join(columns)} |")
     seconds = sum(r.get("seconds", 0) for r in c.results.values())
     print(f"\n{len(c.results)} results, {seconds / 3600:.1f} hours of training in all.")
 
@@ -238,9 +235,7 @@ def draw(c: Campaign, path: Path) -> None:
             if whole:
                 ax.hlines(statistics.mean(whole), i - 0.25, i + 0.25, color=blue, linewidth=2)
             if len(whole) < len(losses):
-                ax.annotate(
-                    "diverged", (i, 0.97), xycoords=("data", "axes fraction"), ha="center", va="top", color=orange
-                )
+                ax.text(i, 0.97, "diverged", transform=ax.get_xaxis_transform(), ha="center", va="top", color=orange)
         names = [f"{n}\n{cache_kb(int(n)):.2f} kB" if group == "KV heads" else n.replace(", ", ",\n") for n in cells]
         ax.set_xticks(range(len(cells)), names)
         ax.set_xlim(-0.6, len(cells) - 0.4)
@@ -268,9 +263,7 @@ def draw(c: Campaign, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--text", type=Path, help="what is learned, in UTF-8: Tiny Shakespeare, or another text of a megabyte"
-    )
+    parser.add_argument("--text", type=Path, help="a text in UTF-8: Tiny Shakespeare, or another megabyte")
     parser.add_argument("--work", type=Path, default=Path("ablations"), help="folder for data and checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "ablations.json")
     parser.add_argument("--picture", type=Path, default=Path("ablations.png"))

@@ -364,8 +364,8 @@ def gpu(row: Row) -> None:
         shutil.copytree(row.args.nanogpt, folder, ignore=shutil.ignore_patterns(".git", "out*", "*.bin"))
         runs: dict[str, list[dict]] = {"ours": [], "nanoGPT": []}
         for _ in range(min(3, row.args.rounds)):
-            runs["ours"].append(train_on_gpu_ours(folder, steps, GPT2_SMALL))
-            runs["nanoGPT"].append(train_on_gpu_nanogpt(folder, steps, GPT2_SMALL))
+            runs["ours"].append(train_on_gpu_ours(folder, steps))
+            runs["nanoGPT"].append(train_on_gpu_nanogpt(folder, steps))
     ours, nano = map(medians, runs.values())
     a, b = (f"{m['tokens_per_s']:,.0f} tokens/s, {m['peak_mb']:,.0f} MB" for m in (ours, nano))
     row.line("train GPT-2 small, 12 x 1024, compiled", a, f"nanoGPT {b}", ours["tokens_per_s"] / nano["tokens_per_s"])
@@ -382,28 +382,29 @@ def gpu(row: Row) -> None:
         row.line(work, texts[0], f"transformers {texts[1]}", a["tokens_per_s"] / b["tokens_per_s"])
 
 
-def train_on_gpu_ours(folder: Path, steps: int, shape: dict, *flags: str) -> dict:
+def train_on_gpu_ours(folder: Path, steps: int) -> dict:
     """`model.py train` on the tokens of data/random/, which are made if they are not there."""
     worker("random_tokens", folder=str(folder / "data" / "random"), n=2_000_000)
-    arguments = [part for k, v in shape.items() for part in (f"--{k}", str(v))]
+    arguments = [part for k, v in GPT2_SMALL.items() for part in (f"--{k}", str(v))]
     arguments += ["--variant", "120M", "--recipe", "published", "--bias", "none", "--data", "data/random"]
     arguments += ["--max_iters", str(steps), "--eval_interval", str(10**9), "--sample_interval", "-1"]
-    arguments += ["--compile", "true", "--name", "gpu", "--overwrite", "true", *flags]
+    arguments += ["--compile", "true", "--name", "gpu", "--overwrite", "true"]
     result = worker("program", file=str(MODEL_PY), arguments=["train", *arguments], folder=str(folder))
     log = (folder / "checkpoints" / "gpu_model.jsonl").read_text().splitlines()
     speeds = [json.loads(line)["tokens_per_s"] for line in log]
     return {"tokens_per_s": statistics.median(speeds[len(speeds) // 2 :]), "peak_mb": result["gpu_mb"]}
 
 
-def train_on_gpu_nanogpt(folder: Path, steps: int, shape: dict, *flags: str) -> dict:
+def train_on_gpu_nanogpt(folder: Path, steps: int) -> dict:
     """nanoGPT's train.py on the same tokens; it prints the time of each tenth step."""
-    arguments = [f"--{k}={v}" for k, v in shape.items()]
+    arguments = [f"--{k}={v}" for k, v in GPT2_SMALL.items()]
     arguments += ["--dataset=random", f"--max_iters={steps}", f"--lr_decay_iters={steps}", "--eval_iters=1"]
-    arguments += [f"--eval_interval={10**9}", "--gradient_accumulation_steps=1", *flags]
+    arguments += [f"--eval_interval={10**9}", "--gradient_accumulation_steps=1"]
     result = worker("program", file="train.py", arguments=arguments, folder=str(folder))
     seconds = [float(x) / 1000 for x in re.findall(r"^iter \d+: .*time ([\d.]+)ms", result["output"], re.M)]
     median = statistics.median(seconds[len(seconds) // 2 :])
-    return {"tokens_per_s": shape["batch_size"] * shape["block_size"] / median, "peak_mb": result["gpu_mb"]}
+    tokens = GPT2_SMALL["batch_size"] * GPT2_SMALL["block_size"]
+    return {"tokens_per_s": tokens / median, "peak_mb": result["gpu_mb"]}
 
 
 def median_curve(runs: list[dict]) -> list[tuple[float, float]]:

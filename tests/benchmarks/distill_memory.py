@@ -57,8 +57,9 @@ def measure(
     student = model.GPT(model.GPTConfig(**shape, n_embd=n_embd))
     d = model.DistillConfig()
     objective = model.Distillation(teacher, d, vocab_size)
+    row = student.config.padded_vocab_size * DISTRIBUTIONS
     if rows:
-        model.LOSS_CHUNK_ELEMENTS = rows * student.config.padded_vocab_size * DISTRIBUTIONS
+        model.LOSS_CHUNK_ELEMENTS = rows * row
     tokens = torch.randint(vocab_size, (batch_size, block_size + 1))
     batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
     before, seconds = peak_bytes(), []
@@ -68,16 +69,9 @@ def measure(
         loss = plain_loss(teacher, student, batch, d) if method == "plain" else objective(student, batch)[0]
         loss.backward()
         seconds.append(time.perf_counter() - begin)
-    rows = min(
-        batch_size * block_size,
-        max(64, model.LOSS_CHUNK_ELEMENTS // (student.config.padded_vocab_size * DISTRIBUTIONS)),
-    )
-    return {
-        "rows_at_once": batch_size * block_size if method == "plain" else rows,
-        "peak_mb": (peak_bytes() - before) / 1e6,
-        "seconds": min(seconds[1:]),
-        "loss": loss.item() / batch["targets"].numel(),
-    }
+    n, chunk = batch_size * block_size, max(64, model.LOSS_CHUNK_ELEMENTS // row)
+    at_once, peak = n if method == "plain" else min(n, chunk), peak_bytes() - before
+    return {"rows_at_once": at_once, "peak_mb": peak / 1e6, "seconds": min(seconds[1:]), "loss": loss.item() / n}
 
 
 def available_bytes() -> float:
@@ -124,12 +118,9 @@ def main() -> None:
                 command = [sys.executable, __file__, "--measure", json.dumps(child)]
                 made = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
                 results.append({**case, "logits_mb": logits_mb, **made})
-                if not args.json:
-                    print(
-                        f"{line}  {made['rows_at_once']:>12,}  {logits_mb:>14,.0f}  {made['peak_mb']:>8,.0f}"
-                        f"  {made['seconds']:>7.2f}  {made['loss']:.4f}",
-                        flush=True,
-                    )
+                line += f"  {made['rows_at_once']:>12,}  {logits_mb:>14,.0f}  {made['peak_mb']:>8,.0f}"
+                line += f"  {made['seconds']:>7.2f}  {made['loss']:.4f}"
+                print(line, flush=True) if not args.json else None
     if args.json:
         print(json.dumps(results))
 

@@ -48,22 +48,18 @@ class Fused(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def launches_of_a_step(variant: str, optimizer: str = "adamw", recipe: str = "published", **shape: int) -> Counter:
+def launches_of_a_step(variant: str, optimizer: str, recipe: str) -> Counter:
     """Operators by name, in forward and backward pass and in the update, of the second step in bfloat16."""
     config = model.make_config(variant, 300, {}, recipe)
-    n_kv_head = config.n_head // config.n_kv_head
-    small = dict(n_embd=8 * config.n_head, head_dim=8, n_inner=32, block_size=16)
-    config = replace(config, **small, **shape, n_kv_head=config.n_head // n_kv_head)
+    config = replace(config, n_embd=8 * config.n_head, head_dim=8, n_inner=32, block_size=16)
     with pretend("cuda"), Fused():
         gpt = model.set_precision(model.GPT(config).to("cuda"), "bfloat16", training=True).train()
         t = model.TrainConfig(optimizer=optimizer, batch_size=2)
         run = model.Run.__new__(model.Run)
         run.model, run.t, run.step, run.sums, run.trained_rows = gpt, t, 0, {}, {}
         run.params, run.optimizers = {p: p for p in gpt.parameters()}, model.make_optimizers(gpt, t)
-        run.scaler, run.bad = (
-            torch.amp.GradScaler("cuda", enabled=False),
-            torch.zeros(4, dtype=torch.int64, device="cuda"),
-        )
+        run.scaler = torch.amp.GradScaler("cuda", enabled=False)
+        run.bad = torch.zeros(4, dtype=torch.int64, device="cuda")
         batch = {k: torch.randint(300, (2, 16)).to("cuda") for k in ("idx", "targets")}
         for _ in range(2):
             device.launches.clear()

@@ -37,9 +37,8 @@ def rank_main(arguments: list[str]) -> None:
 def run_of(n: int, arguments: list[str], folder: str) -> str:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), __file__]
     command = [*(start if n > 1 else start[:1] + start[-1:]), "rank", *arguments]
-    run = subprocess.run(
-        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr)
     return run.stdout

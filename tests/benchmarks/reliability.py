@@ -38,8 +38,9 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 SHAPE = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4 --dtype float32 --device cpu "
          "--compile false --eval_tokens 256 --sample_interval -1").split()  # fmt: skip
-TRAIN = ["train", "--data", "input.txt", "--tokenizer", "byte", *SHAPE, "--max_iters", "400", "--eval_interval", "20",
-         "--log_interval", "5", "--name", "run", "--resume", "auto"]  # fmt: skip
+BEGIN = ["train", "--data", "input.txt", "--tokenizer", "byte", *SHAPE, "--max_iters", "400", "--eval_interval", "20",
+         "--log_interval", "5"]  # fmt: skip
+TRAIN = [*BEGIN, "--name", "run", "--resume", "auto"]
 DISTILL = ["distill", "--teacher_model_path", "checkpoints/teacher_model.pt", "--student_variant", "7M", "--data",
            "input", *SHAPE, "--cache_teacher", "8", "--max_iters", "150", "--eval_interval", "20", "--name", "student",
            "--resume", "auto"]  # fmt: skip
@@ -66,16 +67,16 @@ def prepare(folder: Path) -> None:
     (folder / "input.txt").write_text("\n".join((source / f"{m}.py").read_text() for m in ("textwrap", "heapq", "ast")))
     talks = ({"utterances": [f"What is {i}?", f"It is {i}, and then {i + 1}."]} for i in range(3000))
     (folder / "talks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in talks))
-    start = [*TRAIN[:-4], "--name", "teacher"]
-    start[start.index("400")] = "20"
-    start[start.index("16")] = "64"
-    finish(folder, start)
+    finish(folder, [*BEGIN, "--name", "teacher", "--max_iters", "20", "--block_size", "64"])
     finish(folder, ["tokenize", "--dataset", "talks", "--txt", "talks.jsonl", "--tokenizer", "byte"])
 
 
-def finish(folder: Path, args: list[str]) -> None:
+def finish(folder: Path, args: list[str]) -> float:
+    """The seconds that a command takes to its end."""
+    begun = time.monotonic()
     done = subprocess.run(command(args), cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{args}: {done.stderr[-2000:]}"
+    return time.monotonic() - begun
 
 
 def fingerprint(folder: Path, pattern: str) -> dict[str, str]:
@@ -102,8 +103,16 @@ def fingerprint(folder: Path, pattern: str) -> dict[str, str]:
     return found
 
 
-def left_over(folder: Path) -> list[str]:
-    return [str(p) for p in folder.rglob(".*") if p.is_file() or p.is_dir()]
+def clear(folder: Path, *patterns: str) -> None:
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def finish_and_count(folder: Path, args: list[str], pattern: str, wanted: dict, count: Counter, name: str = "") -> None:
+    """Run a command to its end; count whether what it made differs, and what was left over."""
+    finish(folder, args)
+    count[f"{name}differ"] += fingerprint(folder, pattern) != wanted
+    count[f"{name}left over"] += sum(p.is_file() or p.is_dir() for p in folder.rglob(".*"))
 
 
 def kill_at_random(folder: Path, args: list[str], seconds: float, rng: random.Random) -> bool:
@@ -121,19 +130,14 @@ def kill_at_random(folder: Path, args: list[str], seconds: float, rng: random.Ra
 def kill(trials: int, folder: Path) -> Counter:
     """A run is killed again and again until it is done, then compared with one that was not, and begun anew."""
     prepare(folder)
-    begun, rng, count = time.monotonic(), random.Random(0), Counter()
-    finish(folder, TRAIN)
-    seconds, pattern = time.monotonic() - begun, "checkpoints/run*"
-    wanted = fingerprint(folder, pattern)
+    seconds, pattern = finish(folder, TRAIN), "checkpoints/run*"
+    wanted, rng, count = fingerprint(folder, pattern), random.Random(0), Counter()
     while count["kills"] < trials:
-        for path in folder.glob(pattern):
-            path.unlink()
+        clear(folder, pattern)
         for _ in range(rng.randrange(2, 8)):
             count["kills"] += kill_at_random(folder, TRAIN, seconds, rng)
-        finish(folder, TRAIN)
+        finish_and_count(folder, TRAIN, pattern, wanted, count)
         count["runs"] += 1
-        count["differ"] += fingerprint(folder, pattern) != wanted
-        count["left over"] += len(left_over(folder))
     return count
 
 
@@ -160,39 +164,30 @@ print("calls", calls)
 def aimed(trials: int, folder: Path) -> Counter:
     """A kill before the first, second, ... rename or fsync that a run makes, until none is left."""
     prepare(folder)
-    args, pattern, count = list(TRAIN), "checkpoints/run*", Counter()
-    args[args.index("400")] = "60"
+    args, pattern, count = [*TRAIN, "--max_iters", "60"], "checkpoints/run*", Counter()
     finish(folder, args)
     wanted = fingerprint(folder, pattern)
-    for nth in range(1, 10**6):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for nth in itertools.count(1):
+        clear(folder, pattern)
         code = AIMED.format(root=str(ROOT), nth=nth, args=args)
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return count
         assert done.returncode == -signal.SIGKILL, done.stderr
-        finish(folder, args)
         count["kills"] += 1
-        count["differ"] += fingerprint(folder, pattern) != wanted
-        count["left over"] += len(left_over(folder))
+        finish_and_count(folder, args, pattern, wanted, count)
 
 
 def commands(trials: int, folder: Path) -> Counter:
     prepare(folder)
     count, rng = Counter(), random.Random(0)
     for name, (args, pattern) in COMMANDS.items():
-        begun = time.monotonic()
-        finish(folder, args)
-        seconds, wanted = time.monotonic() - begun, fingerprint(folder, pattern)
+        seconds, wanted = finish(folder, args), fingerprint(folder, pattern)
         for trial in range(trials):
             if trial % 2:  # else over what stands there
-                for path in [*folder.glob(pattern), *folder.glob("data/input/teacher_cache")]:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                clear(folder, pattern, "data/input/teacher_cache")
             count[f"{name}: kills"] += kill_at_random(folder, args, seconds, rng)
-            finish(folder, args)
-            count[f"{name}: differ"] += fingerprint(folder, pattern) != wanted
-            count[f"{name}: left over"] += len(left_over(folder))
+            finish_and_count(folder, args, pattern, wanted, count, f"{name}: ")
         print(name, dict(count), flush=True)
     return count
 
@@ -332,9 +327,9 @@ def guided(trials: int, folder: Path) -> Counter:
     """Every text file that commands read, changed by libFuzzer towards lines of model.py that no input has reached."""
     prepare_for_fuzz(folder)
     count, whole = Counter(), {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for name in [
-        name for name in fuzz_targets() if Path(name).suffix not in (".pt", ".bin", ".parquet", ".safetensors")
-    ]:
+    for name in fuzz_targets():
+        if Path(name).suffix in (".pt", ".bin", ".parquet", ".safetensors"):
+            continue
         for path, content in whole.items():
             path.write_bytes(content)
         command = [sys.executable, __file__, "guided_on", "--file", name, "--trials", str(trials)]
@@ -420,11 +415,8 @@ def fuzz_from(trials: int, seed: int) -> None:
 def long(minutes: float, folder: Path) -> Counter:
     """Memory and open files after five minutes and at the end."""
     prepare(folder)
-    args = [*TRAIN, "--save_minutes", "1"]
-    args[args.index("400")] = "100000000"
-    args[args.index("20")] = "2000"
-    args[args.index("--log_interval") + 1] = "100"
-    run = subprocess.Popen(command(args), cwd=folder, stdout=subprocess.DEVNULL)
+    forever = ["--max_iters", "100000000", "--eval_interval", "2000", "--log_interval", "100", "--save_minutes", "1"]
+    run = subprocess.Popen(command([*TRAIN, *forever]), cwd=folder, stdout=subprocess.DEVNULL)
     measured, begun = [], time.monotonic()
     while time.monotonic() - begun < 60 * minutes:
         time.sleep(10)
@@ -434,11 +426,9 @@ def long(minutes: float, folder: Path) -> Counter:
         measured.append((time.monotonic() - begun, rss, len(os.listdir(f"/proc/{run.pid}/fd"))))
     run.send_signal(signal.SIGTERM)
     run.wait()
-    first = next(m for m in measured if m[0] >= min(300, 30 * minutes))
-    last = measured[-1]
-    print(
-        f"after {first[0]:.0f} s: {first[1]:,} kB, {first[2]} files; after {last[0]:.0f} s: {last[1]:,} kB, {last[2]}"
-    )
+    first, last = next(m for m in measured if m[0] >= min(300, 30 * minutes)), measured[-1]
+    for seconds, rss, files in (first, last):
+        print(f"after {seconds:.0f} s: {rss:,} kB, {files} files")
     return Counter({"differ": int(abs(last[1] / first[1] - 1) > 0.02 or last[2] != first[2]), "exit": run.returncode})
 
 
@@ -446,9 +436,9 @@ def chat(trials: int, folder: Path) -> Counter:
     """Rounds of one conversation, whose oldest turns fall out of the context."""
     import model
 
-    torch_gpt = model.GPT(model.GPTConfig(**{**model.ARCHS["llama"], "arch": "llama"}, vocab_size=259, block_size=512,
-                                          n_layer=2, n_head=4, n_embd=64))  # fmt: skip
-    session = model.ChatSession(torch_gpt, model.byte_tokenizer(), model.SamplingSettings(), 30, 0)
+    shape = dict(vocab_size=259, block_size=512, n_layer=2, n_head=4, n_embd=64)
+    gpt = model.GPT(model.GPTConfig(**model.ARCHS["llama"], arch="llama", **shape))
+    session = model.ChatSession(gpt, model.byte_tokenizer(), model.SamplingSettings(), 30, 0)
     sizes = []
     for i in range(trials):
         session.answer(f"round {i}", lambda text: None)

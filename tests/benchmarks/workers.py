@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import resource
 import runpy
 import statistics
@@ -119,7 +118,9 @@ def random_batches(n: int, batch_size: int, block_size: int, vocab_size: int) ->
     return [(w[:, :-1].contiguous(), w[:, 1:].contiguous()) for w in windows]
 
 
-def ours_for_training(variant: str, vocab_size: int, block_size: int | None, batch_size: int | None):
+def ours_for_training(
+    variant: str, vocab_size: int = GPT2_VOCABULARY, block_size: int | None = None, batch_size: int | None = None
+):
     """model.py, a variant's TrainConfig and its GPTConfig, as `model.py train --recipe published` makes them."""
     model = load()
     overrides = {"block_size": block_size} if block_size else {}
@@ -131,16 +132,9 @@ def ours_for_training(variant: str, vocab_size: int, block_size: int | None, bat
     return model, t, c
 
 
-def train_ours(
-    steps: int,
-    warmup: int,
-    variant: str = "7M",
-    vocab_size: int = GPT2_VOCABULARY,
-    block_size: int | None = None,
-    batch_size: int | None = None,
-) -> dict:
+def train_ours(steps: int, warmup: int, variant: str = "7M", **sizes: int) -> dict:
     """The steps of model.fit: the same functions in the same order, on random tokens."""
-    model, t, c = ours_for_training(variant, vocab_size, block_size, batch_size)
+    model, t, c = ours_for_training(variant, **sizes)
     import torch
 
     model.keep_freed_memory()
@@ -148,14 +142,13 @@ def train_ours(
     optimizers, scaler = model.make_optimizers(net, t), torch.amp.GradScaler("cpu", enabled=False)
     model.compile_model(net, t, net.config.block_size)
     params = list(net.parameters())
-    batches = random_batches(warmup + steps, t.batch_size, c.block_size, vocab_size)
+    batches = random_batches(warmup + steps, t.batch_size, c.block_size, c.vocab_size - 2)
     n_targets = torch.tensor(float(t.batch_size * c.block_size))
 
     def step(i: int) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        idx, targets = batches[i]
-        batch = {"idx": idx, "targets": targets}
+        batch = dict(zip(("idx", "targets"), batches[i], strict=True))
         model.accumulate_gradients(
             model=net, batches=[batch], n_targets=n_targets, loss_fn=model.language_modelling, scaler=scaler
         )
@@ -167,21 +160,11 @@ def train_ours(
     return {**result, "flops_per_token": model.training_flops_per_token(c), "dtype": str(net.compute_dtype)}
 
 
-def training_memory(
-    variant: str,
-    vocab_size: int = GPT2_VOCABULARY,
-    block_size: int | None = None,
-    batch_size: int | None = None,
-    **others,
-) -> dict:
-    """Whether a training step fits into the memory that is free now."""
-    model, t, c = ours_for_training(variant, vocab_size, block_size, batch_size)
+def training_memory(variant: str, steps: int, warmup: int, **sizes: int) -> dict:
+    """Whether these steps fit into the memory that is free now."""
+    model, t, c = ours_for_training(variant, **sizes)
     needed = model.training_memory_bytes(c, t.batch_size)
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1])
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = model.available_memory() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {"needed": needed, "free": free, "fits": needed + 2e9 < free}
 
 
@@ -195,23 +178,27 @@ SHAPE_7M = dict(n_layer=4, n_head=4, n_embd=128, block_size=128)  # train_* do n
 PADDED_VOCABULARY = 50304  # nanoGPT's own
 
 
-def train_nanogpt(steps: int, warmup: int, folder: str) -> dict:
-    """nanoGPT as --device=cpu --compile=False set it up: float32, with its train.py's optimizer and clipping."""
+def time_plain_steps(net, optimizer, loss_of: Callable, steps: int, warmup: int) -> dict:
+    """Steps of loss_of(tokens, targets) as plain PyTorch takes them."""
     import torch
 
-    nano = load(folder)
-    net = nano.GPT(nano.GPTConfig(**SHAPE_7M, vocab_size=PADDED_VOCABULARY, dropout=0.0, bias=False)).train()
-    optimizer = net.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
     batches = random_batches(warmup + steps, 16, 128, GPT2_VOCABULARY)
 
     def step(i: int) -> None:
-        _, loss = net(*batches[i])
-        loss.backward()
+        loss_of(*batches[i]).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return time_steps(step, steps, warmup, 16 * 128)
+
+
+def train_nanogpt(steps: int, warmup: int, folder: str) -> dict:
+    """nanoGPT as --device=cpu --compile=False set it up: float32, with its train.py's optimizer and clipping."""
+    nano = load(folder)
+    net = nano.GPT(nano.GPTConfig(**SHAPE_7M, vocab_size=PADDED_VOCABULARY, dropout=0.0, bias=False)).train()
+    optimizer = net.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+    return time_plain_steps(net, optimizer, lambda idx, targets: net(idx, targets)[1], steps, warmup)
 
 
 def gpt2_of_transformers(shape: dict):
@@ -230,16 +217,8 @@ def train_transformers(steps: int, warmup: int) -> dict:
 
     net = gpt2_of_transformers(SHAPE_7M).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
-    batches = random_batches(warmup + steps, 16, 128, GPT2_VOCABULARY)
-
-    def step(i: int) -> None:
-        idx, _ = batches[i]
-        net(input_ids=idx, labels=idx).loss.backward()  # shifts the labels itself
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return time_steps(step, steps, warmup, 16 * 128)
+    loss_of = lambda idx, _: net(input_ids=idx, labels=idx).loss  # noqa: E731  (shifts the labels itself)
+    return time_plain_steps(net, optimizer, loss_of, steps, warmup)
 
 
 def nanogpt_val_loss(folder: str) -> dict:
@@ -282,6 +261,17 @@ def stamps(tokens, n: int) -> list[float]:
     return times
 
 
+def warmed_up(times_of: Callable[[int], list[float]], n: int, cold: bool = False) -> list[float]:
+    """times_of(n), after a run of a few tokens unless it is to be cold."""
+    if not cold:
+        times_of(4)
+    return times_of(n)
+
+
+def times_of_ours(model, net, prompt: list[int], n: int) -> list[float]:
+    return stamps(model.generate(net, [prompt], n, model.SamplingSettings(**model.PLAIN_SAMPLING)), n)
+
+
 class Clock:
     """A streamer for transformers' generate: the first call brings the prompt."""
 
@@ -305,8 +295,7 @@ def times_of_transformers(net, idx, n: int, **options) -> list[float]:
     return [begin, *clock.times[1:]]
 
 
-def short_prompt() -> list[int]:
-    return list(range(1000, 1008))
+SHORT_PROMPT = list(range(1000, 1008))
 
 
 def generate_ours(variant: str, n: int, device: str = "cpu") -> dict:
@@ -316,11 +305,7 @@ def generate_ours(variant: str, n: int, device: str = "cpu") -> dict:
     torch.manual_seed(0)
     net = model.GPT(model.make_config(variant, GPT2_VOCABULARY + 2, {}, "published")).eval().to(device)
     model.prepare_generation(net, "auto")
-    run = functools.partial(
-        model.generate, net, [short_prompt()], settings=model.SamplingSettings(**model.PLAIN_SAMPLING)
-    )
-    stamps(run(max_new_tokens=4), 4)
-    measured = speeds(stamps(run(max_new_tokens=n), n))
+    measured = speeds(warmed_up(functools.partial(times_of_ours, model, net, SHORT_PROMPT), n))
     return {**measured, "dtype": str(net.compute_dtype), "peak_mb": peak_mb(), "gpu_mb": gpu_mb()}
 
 
@@ -332,23 +317,25 @@ def generate_nanogpt(variant: str, n: int, folder: str) -> dict:
     nano = load(folder)
     torch.manual_seed(0)
     net = nano.GPT(nano.GPTConfig(**shape, vocab_size=PADDED_VOCABULARY, dropout=0.0, bias=True)).eval()
-    times: list[float] = []
+    prompt, times = torch.tensor([SHORT_PROMPT]), []
     net.register_forward_hook(lambda *_: times.append(time.perf_counter()))
-    prompt = torch.tensor([short_prompt()])
-    net.generate(prompt, 4)
-    times[:] = [time.perf_counter()]
-    net.generate(prompt, n)
-    return {**speeds(times), "peak_mb": peak_mb()}
+
+    def times_of(n: int) -> list[float]:
+        times[:] = [time.perf_counter()]
+        net.generate(prompt, n)
+        return times
+
+    return {**speeds(warmed_up(times_of, n)), "peak_mb": peak_mb()}
 
 
 def generate_transformers(variant: str, n: int, device: str = "cpu") -> dict:
     """float32 on a CPU, bfloat16 on a GPU."""
     import torch
 
-    net, prompt = gpt2_of_transformers(shape_of(variant)).eval(), torch.tensor([short_prompt()], device=device)
+    net, prompt = gpt2_of_transformers(shape_of(variant)).eval(), torch.tensor([SHORT_PROMPT], device=device)
     net = net.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
-    times_of_transformers(net, prompt, 4, do_sample=True, top_k=0)
-    measured = speeds(times_of_transformers(net, prompt, n, do_sample=True, top_k=0))
+    times_of = functools.partial(times_of_transformers, net, prompt, do_sample=True, top_k=0)
+    measured = speeds(warmed_up(times_of, n))
     return {**measured, "peak_mb": peak_mb(), "gpu_mb": gpu_mb()}
 
 
@@ -369,11 +356,15 @@ def sample_ours(folder: str, prompt: str, n: int, flags: tuple = (), cold: bool 
             yield token
 
     model.generate, model.prepare_generation = clocked, weighed
-    for length in (n,) if cold else (4, n):
-        sample = ["sample", "--model_checkpoint", folder, "--prompt", prompt, "--temperature", 0, "--length", length]
+
+    def times_of(n: int) -> list[float]:
+        sample = ["sample", "--model_checkpoint", folder, "--prompt", prompt, "--temperature", 0, "--length", n]
         sys.argv = ["model.py", *map(str, sample), *flags]
         with contextlib.suppress(SystemExit):
             model.main()
+        return times
+
+    warmed_up(times_of, n, cold)
     print()
     return {**speeds(times), "weight_bytes": weight_bytes[0], "peak_mb": peak_mb()}
 
@@ -409,8 +400,7 @@ def sample_transformers(folder: str, prompt: str, n: int, cold: bool = False) ->
     dtype = torch.bfloat16 if load().cpu_has_bfloat16() else torch.float32
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     idx = tokenizer(prompt, return_tensors="pt").input_ids
-    for length in (n,) if cold else (4, n):
-        times = times_of_transformers(net, idx, length, do_sample=False)
+    times = warmed_up(functools.partial(times_of_transformers, net, idx, do_sample=False), n, cold)
     return {**speeds(times), "peak_mb": peak_mb()}
 
 
@@ -424,10 +414,12 @@ def sample_llama_cpp(folder: str, prompt: str, n: int, file: str, cold: bool = F
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     llm = llama_cpp.Llama(file, n_ctx=512, n_threads=cores, n_threads_batch=cores, verbose=False)
     tokens = llm.tokenize(prompt.encode())
-    for length in (n,) if cold else (4, n):
+
+    def times_of(n: int) -> list[float]:
         llm.reset()  # else the prompt would be found in the cache
-        times = stamps(llm.generate(tokens, temp=0.0, top_k=1), length)
-    return {**speeds(times), "peak_mb": peak_mb()}
+        return stamps(llm.generate(tokens, temp=0.0, top_k=1), n)
+
+    return {**speeds(warmed_up(times_of, n, cold)), "peak_mb": peak_mb()}
 
 
 CONTEXT_SHAPE = dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=256, n_inner=768)
@@ -445,9 +437,7 @@ def context_ours(tokens: int, block_size: int) -> dict:
     model = load()
     net = model.GPT(model.make_config("26M", 8192, dict(CONTEXT_SHAPE, block_size=block_size))).eval()
     model.prepare_generation(net, "auto")
-    run = functools.partial(model.generate, net, [[1]], settings=model.SamplingSettings(**model.PLAIN_SAMPLING))
-    stamps(run(max_new_tokens=4), 4)
-    return windows(stamps(run(max_new_tokens=tokens), tokens))
+    return windows(warmed_up(functools.partial(times_of_ours, model, net, [1]), tokens))
 
 
 def context_transformers(tokens: int, block_size: int) -> dict:
@@ -461,8 +451,8 @@ def context_transformers(tokens: int, block_size: int) -> dict:
         tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     net, prompt = LlamaForCausalLM(config).eval(), torch.tensor([[1]])
-    times_of_transformers(net, prompt, 4, do_sample=True, top_k=0)
-    return windows(times_of_transformers(net, prompt, tokens, do_sample=True, top_k=0))
+    times_of = functools.partial(times_of_transformers, net, prompt, do_sample=True, top_k=0)
+    return windows(warmed_up(times_of, tokens))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
