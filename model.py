@@ -6297,7 +6297,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
-                long at = t * c->rope_dim;  // RoPE is relative: it does not matter that padding counts
+                long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // as the plain pass, which reads long prompts
                 float *y = qkv + i * d;
                 Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {

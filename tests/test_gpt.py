@@ -210,6 +210,7 @@ def test_the_decoder_equals_the_plain_pass(arch, overrides, quantize):
         torch.testing.assert_close(torch.cat(logits, dim=1), expected[:rows], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [(3, 1, 5), (3, 1, 6)])
 @pytest.mark.parametrize("how", ["eager", "sdpa", pytest.param("in C", marks=needs_compiler)])
 @pytest.mark.parametrize("arch, overrides", [
     ("gpt2", {}),
@@ -223,16 +224,17 @@ def test_the_decoder_equals_the_plain_pass(arch, overrides, quantize):
     ("nanochat", dict(n_kv_head=2)),
 ])  # fmt: skip
 @torch.no_grad()
-def test_cached_decoding_equals_the_full_pass(arch, overrides, how):
-    """Prompts of different lengths in one batch, token by token; each row must be what it is on its own."""
+def test_cached_decoding_equals_the_full_pass(arch, overrides, how, lengths):
+    """Prompts of different lengths in one batch, token by token; each row must be what it is on its own. Prompts of
+    3 x 6 tokens are read by the plain pass, and continued in C."""
     gpt = half_gpt(arch, attn_implementation="sdpa" if how == "in C" else how, **overrides)
-    rows, lengths, steps = random_tokens(3, 25), (3, 1, 5), 20
+    rows, steps = random_tokens(3, 25), 25 - max(lengths)
     prompts = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
     expected = [[gpt(row[None, : n + i])[0, -1] for i in range(steps)] for row, n in zip(rows, lengths, strict=True)]
     if how == "in C":
         model.prepare_generation(gpt, "auto")
     new, pad = model.left_pad(prompts, torch.device("cpu"))
-    assert pad.tolist() == [2, 4, 0]
+    assert pad.tolist() == [max(lengths) - n for n in lengths]
     cache, c = model.KVCache(gpt, 3, 24, pad), gpt.config
     assert sum(kv.numel() for kv in cache.kv) == 2 * c.n_layer * 3 * c.n_kv_head * 24 * c.head_dim  # GQA's is smaller
     for i in range(steps):
