@@ -45,6 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 TINY_SHAPE = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4)
 HERE = ("--dtype", "float32", "--device", "cpu", "--compile", "false", "--eval_tokens", 256)
 TINY_RUN = (*TINY_SHAPE, *HERE, "--recipe", "published")
+N_BYTES = 259  # tokens of the byte tokenizer
 
 
 def tiny_config(arch: str = "gpt2", **overrides) -> "model.GPTConfig":
@@ -63,16 +64,38 @@ def random_gpt(config: "model.GPTConfig", seed: int = 0) -> "model.GPT":
     return gpt.eval()
 
 
+def byte_gpt(arch: str = "gpt2", seed: int = 0, **overrides) -> "model.GPT":
+    """Such a GPT, whose tokens are bytes."""
+    return random_gpt(tiny_config(arch, **{"vocab_size": N_BYTES, **overrides}), seed)
+
+
 def random_tokens(*shape: int, vocab_size: int = 100, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def save_model(path: str, gpt: "model.GPT", tokenizer: "model.Tokenizer | None" = None) -> str:
+def save_model(path: str, gpt: "model.GPT", tokenizer: "model.Tokenizer | None" = None, **more) -> str:
     """A checkpoint of a model, of bytes unless told otherwise."""
     tokenizer = tokenizer or model.byte_tokenizer()
-    content = {"config": model.asdict(gpt.config), "model": gpt.state_dict(), "tokenizer": tokenizer.spec}
+    content = {"config": model.asdict(gpt.config), "model": gpt.state_dict(), "tokenizer": tokenizer.spec, **more}
     model.save_checkpoint(Path(path), content)
     return path
+
+
+def assert_same_weights(a: str, b: str) -> None:
+    """Bit for bit, of two runs: in the last state and in the best model, which are of the same steps."""
+    for last in (True, False):
+        first, second = ({k: checkpoint_of(name, last)[k] for k in ("step", "model")} for name in (a, b))
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path: str | Path, records: list[dict]) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return str(path)
 
 
 def all_tokens(data: "model.Data") -> np.ndarray:
@@ -110,6 +133,10 @@ class Result:
         lines = self.err.strip().splitlines()
         assert [": error: " in line for line in lines] == [False] * (len(lines) - 1) + [True], self.err
         return lines[-1].split(": error: ", 1)[1]
+
+    def fails_with(self, *words: str) -> None:
+        """A user's mistake, whose sentence has all of these words."""
+        assert not [word for word in words if word not in self.error], self.error
 
 
 class Cli:
