@@ -2,7 +2,6 @@
 
 A machine is a torchrun in a folder of its own."""
 
-import json
 import shutil
 import signal
 import socket
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TWO, Torchrun
-from test_training import BYTES, SIXTEEN, checkpoint_of, close_runs, conversation_data, log_of
+from conftest import BYTES, HERE, TWO, Torchrun, checkpoint_of, log_of, write_jsonl
+from test_training import SIXTEEN, close_runs, conversation_data
 
 import model
 
@@ -34,10 +33,8 @@ model.DataWriter.finish = lambda *args: (time.sleep(1), print("made"), finish(*a
 """
 
 
-def assert_same_weights(a: dict, b: dict, atol: float = 5e-4) -> None:  # a few of Adam's steps of 3e-4
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
+def assert_close_weights(a: dict, b: dict, atol: float = 5e-4) -> None:  # a few of Adam's steps of 3e-4
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def ends(folder: str = ".") -> set[str]:
@@ -61,27 +58,24 @@ def test_two_processes_equal_one_and_a_restart_changes_nothing(one, cli):
     two = Torchrun(*RUN, "--name", "two", "--overwrite", patch=SLOW_DATA).result().ok()
     assert two.out.count("step 3:") == two.out.count("made\n") == 1  # only the first process speaks, and makes data
     close_runs(one, log_of("two"))
-    assert_same_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"])
+    assert_close_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"])
 
-    kill = (
-        "before_step = lambda step: step == 5 and rank == 1 and attempt == 0 and os.kill(os.getpid(), signal.SIGKILL)"
-    )
+    kill = "before_step = lambda step: (step, rank, attempt) == (5, 1, 0) and os.kill(os.getpid(), signal.SIGKILL)"
     run = Torchrun(*RUN, "--name", "killed", "--resume", "auto", flags=(*TWO, "--max_restarts", 1), patch=kill)
     killed = run.result().ok()
     assert "resuming killed at step 3" in killed.out
     assert killed.err.count("a process has vanished, killed") == killed.err.count("model.py train: error:") == 1
     assert "Traceback" not in killed.err
     assert log_of("killed") == log_of("two")
-    assert_same_weights(checkpoint_of("killed")["model"], checkpoint_of("two")["model"], atol=0)
+    assert_close_weights(checkpoint_of("killed")["model"], checkpoint_of("two")["model"], atol=0)
 
 
 def test_two_processes_fit_their_steps_into_a_time(workdir):
     """The first process's clock decides how long is measured, and the number of steps of both."""
     conversation_data("chat")
     late = "import time; clock = time.perf_counter; time.perf_counter = lambda: clock() * (0.4 + 9 * rank)"
-    Torchrun(
-        "train", "--data", "chat", *SIXTEEN[: SIXTEEN.index("--max_iters")], "--max_minutes", 0.1, patch=late
-    ).result().ok()
+    run = ("train", "--data", "chat", *SIXTEEN[: SIXTEEN.index("--max_iters")], "--max_minutes", 0.1)
+    Torchrun(*run, patch=late).result().ok()
     assert log_of("7M")[-1]["step"] == checkpoint_of("7M")["train_config"]["max_iters"] >= 10
 
 
@@ -116,33 +110,21 @@ def test_a_state_of_two_goes_on_in_three_and_in_one(cli, text_file):
     for name in ("three", "alone"):
         close_runs(log_of("one"), log_of(name))
         found = checkpoint_of(name)
-        assert_same_weights(expected["model"], found["model"], atol=1e-5)
+        assert_close_weights(expected["model"], found["model"], atol=1e-5)
         for ours, theirs in zip(found["optimizer"], expected["optimizer"], strict=True):
-            for i, state in theirs["state"].items():
-                assert_same_weights(state, ours["state"][i], atol=1e-6)
+            assert_close_weights(ours["state"], theirs["state"], atol=1e-6)
 
 
 def test_adapters_by_muon_in_two_processes(cli, workdir):
     conversation_data("chat")
     cli("train", "--data", "chat", *SIXTEEN, "--block_size", 64, "--name", "base").ok()
-    machine = ("--device", "cpu", "--dtype", "float32", "--compile", "false")
-    run = (
-        "finetune",
-        "--model_checkpoint",
-        "base_model.pt",
-        "--data",
-        "chat",
-        *SIXTEEN[-8:],
-        *machine,
-        "--block_size",
-        16,
-    )
-    run = (*run, "--lora_rank", 3, "--optimizer", "muon")
+    run = ("finetune", "--model_checkpoint", "base_model.pt", "--data", "chat", *SIXTEEN[-8:], *HERE)
+    run += ("--block_size", 16, "--lora_rank", 3, "--optimizer", "muon")
     cli(*run, "--name", "one").ok()
     two = Torchrun(*run, "--name", "two", "--fsdp", "--prompt", "a").result().ok()
     assert two.out.count("after finetuning") == 1
     close_runs(log_of("one"), log_of("two"))
-    assert_same_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"], atol=1e-5)
+    assert_close_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"], atol=1e-5)
 
 
 def test_a_process_without_a_matrix_to_orthogonalise(cli, text_file):
@@ -175,7 +157,7 @@ def before_step(step):
     assert code == str(128 + signal.SIGINT) and 2 <= int(steps) < 5
     assert checkpoint_of("two")["step"] == int(steps)
     cli(*SILENT, "--name", "two", "--resume").ok()
-    assert_same_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"])
+    assert_close_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"])
 
 
 def test_an_error_in_one_process_ends_all(cli, text_file):
@@ -191,8 +173,7 @@ def before_step(step):
 
 
 def test_tokenize_under_torchrun_is_done_once(workdir):
-    conversation = {"utterances": ["How are you?", "Fine, and you?"]}
-    Path("chats.jsonl").write_text((json.dumps(conversation) + "\n") * 200)
+    write_jsonl("chats.jsonl", [{"utterances": ["How are you?", "Fine, and you?"]}] * 200)
     made = ("--hf_dataset", "chats.jsonl", "--dataset", "chats", "--tokenizer", "byte")
     run = Torchrun("hf_tokenize", *made).result().ok()
     assert run.out.count("data/chats: ") == 1 and run.err.count("rror") == 0
@@ -234,7 +215,7 @@ def before_step(step):
     for run in on_two_machines(*SILENT, "--name", "two", "--resume"):
         run.ok()
     two = torch.load("0/checkpoints/two_model_last.pt", weights_only=True)["model"]
-    assert_same_weights(checkpoint_of("one")["model"], two)
+    assert_close_weights(checkpoint_of("one")["model"], two)
 
 
 def test_machines_with_different_data_are_told(two_folders):
