@@ -202,17 +202,13 @@ class Functions(TorchFunctionMode):
             pinned = args[0].clone()
             pinned.pinned = True
             return pinned
-        if (
-            func is F.scaled_dot_product_attention
-            and isinstance(args[0], Pretended)
-            and args[3] is None
-            and not args[4]
-        ):
+        is_ours = bool(args) and isinstance(args[0], Pretended)
+        if func is F.scaled_dot_product_attention and is_ours and args[3] is None and not args[4]:
             q, k, v = args[:3]  # one kernel, as on CUDA: flash attention
             return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, kwargs["is_causal"])[0]
         if func is torch.tensor and kwargs.get("device") is not None:  # a copy from the host, in disguise
             return torch.tensor(*args, **{**kwargs, "device": None}).to(self.known(kwargs["device"]))
-        if func is torch.Tensor.__getitem__ and isinstance(args[0], Pretended) and isinstance(args[1], list):
+        if func is torch.Tensor.__getitem__ and is_ours and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1]).to(HERE))
         if func is not torch.device:
             args, kwargs = tree_map(self.known, (args, kwargs))
@@ -233,7 +229,7 @@ class Generator(torch.Generator):
 
 
 @contextlib.contextmanager
-def pretend(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[Device]:
+def pretend(kind: str) -> Iterator[Device]:
     """There is a device, cuda or mps, in here."""
     device.reset(kind)
     module, precision = getattr(torch, kind), torch.get_float32_matmul_precision()
@@ -256,7 +252,7 @@ def pretend(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[Device]
         if kind == "cuda":
             patch.setattr(torch.cuda, "_initialized", True)
             patch.setattr(torch.cuda, "device", contextlib.nullcontext)
-            patch.setattr(torch.cuda, "get_device_capability", lambda where=None: capability)
+            patch.setattr(torch.cuda, "get_device_capability", lambda where=None: (8, 0))
             _foreach_supported_types.append(Pretended)
         # subclasses of tensors and inference_mode do not go together
         patch.setattr(model, "generate", torch.no_grad()(model.generate.__wrapped__))
@@ -264,9 +260,8 @@ def pretend(kind: str, capability: tuple[int, int] = (8, 0)) -> Iterator[Device]
         patch.setattr(model.Run, "report", during("reporting", model.Run.report))
         try:
             device.there = True
-            torch.__future__.set_overwrite_module_params_on_conversion(
-                True
-            )  # p.data = x would leave p.numbers as it is
+            # p.data = x would leave p.numbers as it is
+            torch.__future__.set_overwrite_module_params_on_conversion(True)
             yield device
         finally:
             device.there = False

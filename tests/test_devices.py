@@ -5,12 +5,11 @@ devices add in another order, so equal here says that the same is computed, not 
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_gpt, save_model, stop_at, tiny_config, write_conversations
+from conftest import byte_gpt, log_of, random_gpt, save_model, stop_at, tiny_config, write_conversations
 from pretended import pretend
 
 import model
@@ -30,29 +29,22 @@ def files(workdir, text_file) -> None:
     talk = [([72, 105, 10 + i, *[65] * (i % 7)] * 2, [0, 1, 1, *[1] * (i % 7)] * 2) for i in range(60)]
     write_conversations(Path("data/talks"), talk)
     for name, arch in (("base.pt", "qwen3"), ("teacher.pt", "llama")):
-        save_model(name, random_gpt(tiny_config(arch, vocab_size=259)))
+        save_model(name, byte_gpt(arch))
 
 
 @pytest.fixture
 def plain(monkeypatch) -> None:
     """The CPU computes as other devices do: by the plain operators, with Newton-Schulz in bfloat16."""
-    monkeypatch.setattr(model, "make_optimizers", as_on_a_gpu(model.make_optimizers))
-    monkeypatch.setattr(model, "training_library", lambda x: None)
+    original = model.make_optimizers
 
-
-def as_on_a_gpu(make):
     def make_optimizers(*args):
-        made = make(*args)
+        made = original(*args)
         for muon in made[1:]:
             muon.dtype = torch.bfloat16
         return made
 
-    return make_optimizers
-
-
-def log_of(name: str) -> list[dict]:
-    records = [json.loads(line) for line in Path(f"checkpoints/{name}_model.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in records]
+    monkeypatch.setattr(model, "make_optimizers", make_optimizers)
+    monkeypatch.setattr(model, "training_library", lambda x: None)
 
 
 def run_on(where: str, cli, *command, name: str | None = None):
@@ -105,11 +97,12 @@ def test_a_run_is_that_of_the_cpu_and_waits_for_nothing(files, plain, cli, comma
 @pytest.mark.parametrize("where", DEVICES)
 def test_a_teachers_cache_is_filled_and_read(files, cli, where):
     """Filling it takes the teacher's probabilities to the host, once for each block."""
-    _, device = run_on(where, cli, *DISTILL, "--dtype", "float32", "--cache_teacher", 8, name="first")
+    command = (*DISTILL, "--dtype", "float32", "--cache_teacher", 8)
+    _, device = run_on(where, cli, *command, name="first")
     check_waits(device, 4 * 4, fills_cache=True)
     done = sum(Path("data/text/teacher_cache/done.bin").read_bytes())
     assert done == 4 * 4 and device.waits["training"]["copy to the host in TeacherCache.write"] == 2 * done
-    _, device = run_on(where, cli, *DISTILL, "--dtype", "float32", "--cache_teacher", 8, name="second")
+    _, device = run_on(where, cli, *command, name="second")
     check_waits(device, 4 * 4)
     assert log_of("first") == log_of("second")
 
@@ -167,14 +160,13 @@ def test_text_is_that_of_the_cpu_and_each_token_is_read_once(files, cli, where):
 def test_unequal_prompts_make_one_batch_on_a_device(where):
     gpt, prompts = random_gpt(tiny_config("gpt2")), [[1, 2, 3, 4, 5], [6], [7, 8]]
     s = model.SamplingSettings(repetition_penalty=1.2, top_k=20)
-    rows = [torch.stack(list(model.generate(gpt, prompts, 40, s, torch.Generator().manual_seed(1)))).tolist()]
+    expected = torch.stack(list(model.generate(gpt, prompts, 40, s, torch.Generator().manual_seed(1)))).tolist()
     with pretend(where) as device:
         gpt.to(where)
-        generator = torch.Generator(where).manual_seed(1)
-        tokens = list(model.generate(gpt, prompts, 40, s, generator))
+        tokens = list(model.generate(gpt, prompts, 40, s, torch.Generator(where).manual_seed(1)))
         assert device.waits["preparing"].pop("copy to the device in left_pad") == 2
         assert set(device.waits["preparing"]) == {"copy to the device in GPT._apply"}
-        assert torch.stack(tokens).tolist() == rows[0]
+        assert torch.stack(tokens).tolist() == expected
 
 
 @pytest.mark.parametrize("where", DEVICES)
