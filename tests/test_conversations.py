@@ -9,19 +9,32 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
-from conftest import ROOT, all_tokens, at_each_step, random_gpt, stdlib_source, stop_at, text_of, tiny_config
+from conftest import (
+    ROOT,
+    all_tokens,
+    assert_same_weights,
+    at_each_step,
+    byte_level_bpe,
+    checkpoint_of,
+    random_gpt,
+    read_jsonl,
+    save_model,
+    stdlib_source,
+    stop_at,
+    text_of,
+    tiny_config,
+    write_jsonl,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 import model
 
@@ -33,12 +46,6 @@ def turns(*contents: str, system: str | None = None) -> list[dict]:
     """user, assistant, user, ..."""
     first = [{"role": "system", "content": system}] if system is not None else []
     return first + [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-
-
-def write_jsonl(path: str | Path, records: list[dict]) -> str:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return str(path)
 
 
 def opened(name: str) -> model.Data:
@@ -243,17 +250,12 @@ def bpe() -> model.Tokenizer:
 
 def foreign(folder: Path, template: str | None, eos: str = "<|im_end|>", chat_tokens: bool = True) -> model.Tokenizer:
     """Someone else's tokenizer, with its own template: ids in another order, digits apart, other special tokens."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
     names = ["<|endoftext|>", "<s>", "<extra>"] + ["<|im_start|>", "<|im_end|>"] * chat_tokens
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=names, show_progress=False)
-    backend.train_from_iterator(stdlib_source("textwrap").splitlines(keepends=True), trainer)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos,
-                                                   unk_token="<extra>")  # fmt: skip
+    lines = stdlib_source("textwrap").splitlines(keepends=True)
+    backend = byte_level_bpe(lines, 600, names, pre_tokenizers.Digits(individual_digits=True))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token=eos, unk_token="<extra>"
+    )
     theirs.chat_template = template
     theirs.save_pretrained(folder)
     return model.hf_tokenizer(folder)
@@ -268,15 +270,10 @@ def tokenizer(request, tmp_path, bpe, gpt2) -> model.Tokenizer:
     return {"byte": model.byte_tokenizer(), "bpe": bpe, "gpt2": gpt2}[request.param]
 
 
-def save(path: str, gpt: model.GPT, tokenizer: model.Tokenizer, variant: str = "tiny") -> model.GPT:
-    state = {"config": asdict(gpt.config), "model": gpt.state_dict(), "tokenizer": tokenizer.spec, "variant": variant}
-    model.save_checkpoint(Path(path), state)
-    return gpt
-
-
 def save_random(path: str, tokenizer: model.Tokenizer, n_embd: int = 16, block_size: int = 256) -> model.GPT:
-    config = tiny_config("llama", vocab_size=tokenizer.n_vocab, block_size=block_size, n_embd=n_embd)
-    return save(path, random_gpt(config), tokenizer)
+    gpt = random_gpt(tiny_config("llama", vocab_size=tokenizer.n_vocab, block_size=block_size, n_embd=n_embd))
+    save_model(path, gpt, tokenizer)
+    return gpt
 
 
 def without(names: list[str], text: str) -> str:
@@ -363,11 +360,16 @@ def check_documents(cli, kind: str, *flags) -> None:
         assert (all_tokens(opened("x")) == 256).sum() == 3  # the one that a document spells is text
 
 
+@pytest.fixture
+def saves_each_record(monkeypatch) -> None:
+    """A run saves its progress every two seconds: here at each record."""
+    clock = itertools.count(step=3).__next__
+    monkeypatch.setattr(model, "time", types.SimpleNamespace(**{**vars(time), "monotonic": clock}))
+
+
 @STREAMING
 @pytest.mark.parametrize("kind", WRITERS)
-def test_text_in_every_kind_of_file(cli, monkeypatch, kind, flags):
-    clock = itertools.count(0, 3).__next__  # a run saves its progress every two seconds, so here at each record
-    monkeypatch.setattr(model, "time", types.SimpleNamespace(**{**vars(time), "monotonic": clock}))
+def test_text_in_every_kind_of_file(cli, saves_each_record, kind, flags):
     check_documents(cli, kind, *flags)
 
 
@@ -402,8 +404,7 @@ def test_splits(cli):
     for split in names:
         hub(cli, "local", "--hf_split", split, name=split).ok()
         assert read(split)[0] == f"this is {split}"
-    error = hub(cli, "local", "--hf_split", "test").error
-    assert "test" in error and "validation" in error
+    hub(cli, "local", "--hf_split", "test").fails_with("test", "validation")
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
@@ -438,9 +439,9 @@ def test_other_tokenizers(cli, tokenizer, gpt2):
 
 def test_conversations_by_subject_are_mixed(cli):
     """Half is of apples, then half of pears: the tenth held out is of both. Text stays in its order."""
-    turns = [{"utterances": [f"{fruit}?", f"{fruit} {i}."]} for fruit in ("apple", "pear") for i in range(100)]
-    write_jsonl("talks.jsonl", turns)
-    write_jsonl("text.jsonl", [{"text": t["utterances"][1]} for t in turns])
+    talks = [{"utterances": [f"{fruit}?", f"{fruit} {i}."]} for fruit in ("apple", "pear") for i in range(100)]
+    write_jsonl("talks.jsonl", talks)
+    write_jsonl("text.jsonl", [{"text": t["utterances"][1]} for t in talks])
     for flags in ((), ("--num_proc", 2)):
         hub(cli, "talks.jsonl", *flags, "--overwrite").ok()
         train, val = (opened("x").tokenizer.decode(s.tokens.tolist()) for s in opened("x").splits.values())
@@ -449,15 +450,12 @@ def test_conversations_by_subject_are_mixed(cli):
             found = {*re.findall(rf"{fruit} \d+", train), *re.findall(rf"{fruit} \d+", val)}
             assert found == {f"{fruit} {i}" for i in range(100)}
     hub(cli, "text.jsonl", "--overwrite").ok()
-    assert read("x")[0] == "<|endoftext|>".join(t["utterances"][1] for t in turns)
+    assert read("x")[0] == "<|endoftext|>".join(t["utterances"][1] for t in talks)
 
 
-def test_a_data_file_that_is_not_there(cli):
-    """Told at once, and not after asking the Hub for it."""
+def test_no_data_set(cli):
+    """A file that is not there is told at once, and not after asking the Hub for it."""
     assert "nosuch.parquet: no such file" in hub(cli, "nosuch.parquet").error
-
-
-def test_no_data_set_is_named(cli):
     assert "needs --hf_dataset" in cli("hf_tokenize", "--dataset", "x", *BYTES).error
 
 
@@ -469,47 +467,41 @@ def test_a_split_without_conversations(cli, base, flags):
     assert words in finetune(cli, data="few").error
 
 
-def test_a_lost_connection_loses_nothing(cli, monkeypatch):
+def lose_connection(monkeypatch, lost_with) -> None:
+    """The connection is lost, once: with the first record of which lost_with holds."""
+    encode, lost = model.encode_record, []
+
+    def encode_record(r, spec, record):
+        if lost_with(record) and not lost:
+            lost.append(record)
+            raise ConnectionError("the connection is lost")
+        return encode(r, spec, record)
+
+    monkeypatch.setattr(model, "encode_record", encode_record)
+
+
+def test_a_lost_connection_loses_nothing(cli, monkeypatch, saves_each_record):
     """Streaming goes on where it was saved, and remembers what kind of records those were."""
     lines = stdlib_source("textwrap").splitlines()[:60]
     write_jsonl("a.jsonl", [{"text": line} for line in lines])
     hub(cli, "a.jsonl", "--streaming", name="whole").ok()
-    encode, clock = model.encode_record, itertools.count(step=3)
-    monkeypatch.setattr(model.time, "monotonic", lambda: next(clock))
-
-    def lost(r, spec, record):
-        if record["text"] == lines[40]:
-            raise ConnectionError("the connection is lost")
-        return encode(r, spec, record)
-
-    monkeypatch.setattr(model, "encode_record", lost)
+    lose_connection(monkeypatch, lambda record: record["text"] == lines[40])
     assert "connection is lost" in hub(cli, "a.jsonl", "--streaming").error
-    monkeypatch.setattr(model, "encode_record", encode)
     again = hub(cli, "a.jsonl", "--streaming").ok()
     assert "resuming after" in again.out and read("x") == read("whole")
 
 
-def test_text_then_conversations_across_a_stop(cli, monkeypatch):
+def test_text_then_conversations_across_a_stop(cli, monkeypatch, saves_each_record):
     write_jsonl("a.jsonl", [{"text": "some text"}] * 5 + [{"utterances": ["a", "b"]}] * 5)
-    encode, clock, stopped = model.encode_record, itertools.count(step=3), []
-    monkeypatch.setattr(model.time, "monotonic", lambda: next(clock))
-
-    def lost(r, spec, record):
-        if not record.get("text") and not stopped:
-            stopped.append(True)
-            raise ConnectionError("lost")
-        return encode(r, spec, record)
-
-    monkeypatch.setattr(model, "encode_record", lost)
-    assert "lost" in hub(cli, "a.jsonl", "--streaming").error
+    lose_connection(monkeypatch, lambda record: not record.get("text"))
+    assert "connection is lost" in hub(cli, "a.jsonl", "--streaming").error
     assert "conversations and other text" in hub(cli, "a.jsonl", "--streaming").error
 
 
 def test_a_missing_column_lists_those_there_are(cli):
     write_jsonl("local/a.jsonl", [{"body": "a", "title": "b"}])
     for flags in ((), ("--hf_text_column", "text"), ("--hf_text_column", "text", "--streaming")):
-        error = hub(cli, "local", *flags).error
-        assert "'text'" in error and "body, title" in error
+        hub(cli, "local", *flags).fails_with("'text'", "body, title")
         assert not Path("data/x").exists()
     hub(cli, "local", "--hf_text_column", "body").ok()
 
@@ -606,14 +598,15 @@ FINETUNE = (
 
 @pytest.fixture
 def base(cli) -> str:
-    """A random model of bytes and the conversations, mixed so that the last tenth is a fair sample."""
+    """A random model of bytes, and the conversations."""
     write_talks()
     torch.manual_seed(0)
-    save("base.pt", model.GPT(tiny_config("llama", vocab_size=259, block_size=128, n_embd=64)), model.byte_tokenizer())
-    return "base.pt"
+    gpt = model.GPT(tiny_config("llama", vocab_size=259, block_size=128, n_embd=64))
+    return save_model("base.pt", gpt, variant="tiny")
 
 
 def write_talks() -> None:
+    """Mixed, so that the last tenth is a fair sample."""
     random.Random(0).shuffle(talks := list(TALKS))
     write_jsonl("talks.jsonl", talks)
 
@@ -621,10 +614,6 @@ def write_talks() -> None:
 def finetune(cli, *flags, data: str = "talks.jsonl", start: str = "base.pt", iters: int = 1, command: str = "finetune"):
     source = {"finetune": "--data", "hf_finetune": "--hf_dataset"}[command]
     return cli(command, "--model_checkpoint", start, source, data, *FINETUNE, "--finetune_iters", iters, *flags)
-
-
-def checkpoint(name: str) -> dict:
-    return torch.load(f"checkpoints/{name}.pt", weights_only=True)
 
 
 def test_packed_conversations_do_not_see_each_other(cli, base):
@@ -674,8 +663,8 @@ def test_lora_trains_adapters_only(cli, base):
     """What is saved to go on from holds the base's weights bit for bit; what is saved to use is W + 2 B A; and the
     two models say the same."""
     out = finetune(cli, "--lora_rank", 4, "--eval_interval", 20, iters=20).ok().out
-    first, last = model.load_checkpoint(Path(base)).model, checkpoint("finetuned_tiny_model_last")
-    merged = checkpoint("finetuned_tiny_model")["model"]
+    first, last = model.load_checkpoint(Path(base)).model, checkpoint_of("finetuned_tiny")
+    merged = checkpoint_of("finetuned_tiny", last=False)["model"]
     assert merged.keys() == first.keys()
     adapted = {n.removesuffix("lora_a") + "weight" for n in last["model"] if n.endswith("lora_a")}
     layers = [f"blocks.{i}.{n}.weight" for i in range(2) for n in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")]
@@ -711,32 +700,25 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     if start == "theirs":
         save_theirs()
     flags = (*(("--lora_rank", lora) if lora else ()), "--eval_interval", 6, "--resid_pdrop", 0.1)
-    run, parts_name = (
-        {"start": start, "iters": 12, "command": command},
-        f"{command}d_{start.replace('base.pt', 'tiny')}",
-    )
+    run, parts = dict(start=start, iters=12, command=command), f"{command}d_{start.replace('base.pt', 'tiny')}"
     finetune(cli, *flags, "--name", "whole", **run).ok()
     stop_at(monkeypatch, 5)
     assert finetune(cli, *flags, **run).code == 130
-    assert checkpoint(f"{parts_name}_model_last")["step"] == 5
-    again = cli(command, "--name", parts_name, "--resume") if by_name else finetune(cli, *flags, "--resume", **run)
+    assert checkpoint_of(parts)["step"] == 5
+    again = cli(command, "--name", parts, "--resume") if by_name else finetune(cli, *flags, "--resume", **run)
     again.ok()
-    for suffix in ("_model", "_model_last"):
-        whole, parts = checkpoint("whole" + suffix), checkpoint(parts_name + suffix)
-        assert whole["step"] == parts["step"]
-        assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+    assert_same_weights("whole", parts)
 
 
 def test_finetuning_can_be_resumed_for_longer_but_not_on_other_data(cli, base):
-    save("base.pt", model.GPT(model.make_config("7M", 259, {"arch": "gpt2"})), model.byte_tokenizer(), "7M")
+    save_model("base.pt", model.GPT(model.make_config("7M", 259, {"arch": "gpt2"})), variant="7M")
     finetune(cli, "--variant", "7M", iters=2).ok()
     write_jsonl("other.jsonl", TALKS[:40])
     run = ("finetune", "--variant", "7M", "--resume", "--finetune_iters", 3)
-    error = cli(*run, "--data", "other.jsonl").error
-    assert "other" in error and "finetuned_7M_model_last.pt" in error
-    assert checkpoint("finetuned_7M_model_last")["step"] == 2
+    cli(*run, "--data", "other.jsonl").fails_with("other", "finetuned_7M_model_last.pt")
+    assert checkpoint_of("finetuned_7M")["step"] == 2
     cli(*run, "--data", "talks.jsonl").ok()
-    assert checkpoint("finetuned_7M_model_last")["step"] == 3
+    assert checkpoint_of("finetuned_7M")["step"] == 3
 
 
 def test_a_flag_by_two_names(cli, base):
@@ -759,7 +741,7 @@ def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
 
     def trained_on(data: str, *flags) -> tuple[str, int]:
         finetune(cli, "--overwrite", *flags, data=data, command="hf_finetune").ok()
-        path = Path(checkpoint("hf_finetuned_tiny_model")["data"]["path"])
+        path = Path(checkpoint_of("hf_finetuned_tiny")["data"]["path"])
         return text_of(model.Data(path)), (path / "data.bin").stat().st_mtime_ns
 
     first = trained_on("a/talks")
@@ -779,7 +761,7 @@ def test_hf_finetune_heeds_every_flag_of_its_data(cli, base, flags):
     finetune(cli, data="both.jsonl", command="hf_finetune").ok()
     finetune(cli, "--name", "second", *flags, data="both.jsonl", command="hf_finetune").ok()
     hub(cli, "both.jsonl", *flags).ok()
-    made = model.Data(Path(checkpoint("second_model")["data"]["path"]))
+    made = model.Data(Path(checkpoint_of("second")["data"]["path"]))
     for name, split in opened("x").splits.items():
         assert np.array_equal(made.splits[name].tokens, split.tokens)
         assert np.array_equal(made.splits[name].mask, split.mask)
@@ -807,13 +789,12 @@ def test_hf_finetune_does_not_replace_a_run_unasked(cli, base):
     assert "--overwrite" in finetune(cli, command="hf_finetune").error
     assert Path("checkpoints/hf_finetuned_tiny_model.pt").read_bytes() == first
     finetune(cli, "--name", "second", command="hf_finetune").ok()
-    assert "Something new" in text_of(model.Data(Path(checkpoint("second_model")["data"]["path"])))
+    assert "Something new" in text_of(model.Data(Path(checkpoint_of("second")["data"]["path"])))
 
 
 def test_finetuning_with_another_tokenizers_data(cli, base):
     cli("tokenize", "--dataset", "other", "--txt", "talks.jsonl", "--tokenizer", "bpe", "--vocab_size", 300).ok()
-    error = finetune(cli, data="other").error
-    assert "bpe-300" in error and "byte" in error and "base.pt" in error
+    finetune(cli, data="other").fails_with("bpe-300", "byte", "base.pt")
     cli("tokenize", "--dataset", "same", "--txt", "talks.jsonl", "--tokenizer", base).ok()
     finetune(cli, data="same").ok()
 
@@ -831,8 +812,7 @@ def test_conversations_longer_than_a_block_are_counted(cli, base):
     assert "2 of 47 conversations are longer than a block of 128 and will be cut: this is the model's context" in out
     out = finetune(cli, "--block_size", 64, "--overwrite", data="long.jsonl").ok().out
     assert "longer than a block of 64 and will be cut: raise --block_size" in out and "4 x 64 tokens" in out
-    error = finetune(cli, "--block_size", 129, "--overwrite", data="long.jsonl").error
-    assert "129" in error and "128" in error
+    finetune(cli, "--block_size", 129, "--overwrite", data="long.jsonl").fails_with("129", "128")
 
 
 def test_eval_of_conversations_is_trainings(cli, base):
@@ -859,7 +839,7 @@ def test_blocks_without_a_target_are_an_error(cli, base, short):
 
 
 def save_theirs(steps: int = 0, tie: bool = True) -> None:
-    """A Hugging Face directory without chat tokens, which has seen the words of the conversations for some steps."""
+    """The conversations, and a Hugging Face directory without chat tokens that has seen their words for some steps."""
     tokenizer = foreign(Path("theirs"), None, "<|endoftext|>", chat_tokens=False)
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -874,12 +854,12 @@ def save_theirs(steps: int = 0, tie: bool = True) -> None:
         optimizer.step()
         optimizer.zero_grad()
     theirs.save_pretrained("theirs")
+    write_talks()
 
 
 def test_a_base_model_of_someone_elses(cli):
     """Chat tokens are added, learned, and exported with the rest."""
     save_theirs()
-    write_talks()
     assert "chat" in cli("chat", "--model_checkpoint", "theirs", stdin=b"hello\n").error
     Path("text.txt").write_text("some words " * 500)
     cli("tokenize", "--dataset", "old", "--txt", "text.txt", "--tokenizer", "theirs").ok()
@@ -904,7 +884,6 @@ def test_a_base_model_of_someone_elses(cli):
 def test_lora_trains_the_rows_of_the_chat_tokens_it_adds(cli, monkeypatch, tie):
     """And no others."""
     save_theirs(tie=tie)
-    write_talks()
     start: dict[str, torch.Tensor] = {}
 
     def rows(model: model.GPT) -> dict[str, torch.Tensor]:
@@ -921,7 +900,6 @@ def test_lora_trains_the_rows_of_the_chat_tokens_it_adds(cli, monkeypatch, tie):
 
 def test_an_answer_of_a_lora_finetuned_base_ends_by_itself(cli):
     save_theirs(steps=60)
-    write_talks()
     finetune(cli, "--lora_rank", 16, "--learning_rate", 2e-2, start="theirs", iters=100).ok()
     made = model.open_model("finetuned_theirs_model.pt")
     for color in ANSWERS:
@@ -995,7 +973,7 @@ def chat(cli, *lines: str, flags: tuple = ()):
 
 
 def saved(path: str) -> list[list[dict]]:
-    return [json.loads(line)["messages"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [record["messages"] for record in read_jsonl(path)]
 
 
 def test_chat_in_the_terminal(cli, chatty, bpe):
@@ -1065,5 +1043,4 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chatty, bpe):
 def test_a_model_without_chat_tokens_cannot_chat(cli):
     spec = {**model.byte_tokenizer().spec, "special": {model.EOT: 256}}
     save_random("base.pt", model.Tokenizer(spec))
-    error = cli("chat", "--model_checkpoint", "base.pt", stdin=b"hello\n").error
-    assert "no chat" in error and "finetune" in error
+    cli("chat", "--model_checkpoint", "base.pt", stdin=b"hello\n").fails_with("no chat", "finetune")
