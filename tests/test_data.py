@@ -17,17 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TINY_RUN,
-    all_tokens,
-    program,
-    save_model,
-    stdlib_source,
-    text_of,
-    tiny_config,
-    write_conversations,
-)
+from conftest import TINY_RUN, all_tokens, program, save_model, stdlib_source, text_of, tiny_config, write_conversations
 
 import model
 
@@ -130,14 +120,12 @@ def test_the_line_of_a_byte_that_is_no_text(tokenize, before, bad, flags):
     assert made().decode() == content.decode("utf-8" if flags else "utf-8-sig", "replace")
 
 
-def test_utf16_without_its_mark(tokenize):
-    error = tokenize("--encoding", "utf-16", content="naïve".encode("utf-16-le")).error
-    assert "in.txt" in error and "--encoding" in error
-
-
-@pytest.mark.parametrize("encoding", ["no-such", "hex", "rot13"])
-def test_an_encoding_that_is_none(tokenize, encoding):
-    assert encoding in tokenize("--encoding", encoding, content=b"text").error
+@pytest.mark.parametrize("encoding, content, words", [
+    ("utf-16", "naïve".encode("utf-16-le"), ["in.txt", "--encoding"]),  # without its mark
+    ("no-such", b"text", ["no-such"]), ("hex", b"text", ["hex"]), ("rot13", b"text", ["rot13"]),
+])  # fmt: skip
+def test_an_encoding_that_is_not_the_texts_or_none(tokenize, encoding, content, words):
+    tokenize("--encoding", encoding, content=content).fails_with(*words)
 
 
 def test_only_overwrite_replaces_and_a_failed_one_keeps_the_old_data(tokenize):
@@ -263,8 +251,7 @@ def test_a_url_that_cannot_be_had(tokenize, server, monkeypatch, path, words, re
     url = path if "://" in path else server + path
     monkeypatch.setattr(model, "MAX_DOWNLOAD", 1e6)
     monkeypatch.setattr(model, "download", functools.partial(model.download, timeout=0.5))
-    error = tokenize(url).error
-    assert url in error and words in error
+    tokenize(url).fails_with(url, words)
     assert len(Handler.requests) == requests and nothing_left()
 
 
@@ -280,7 +267,7 @@ def test_memory_does_not_grow_with_the_text(workdir):
     with open("big.txt", "wb") as f:
         for _ in range(300):
             f.write(line * (1_000_000 // len(line)))
-    command = f"{ROOT / 'model.py'} tokenize --dataset big --tokenizer byte --txt big.txt".split(" ")
+    command = [model.__file__, *"tokenize --dataset big --tokenizer byte --txt big.txt".split()]
     measure = ("import resource, subprocess as s, sys; s.check_call([sys.executable, *sys.argv[1:]]); "
                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)")  # fmt: skip
     run = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=False)
