@@ -30,6 +30,7 @@ hypothesis.settings.register_profile("default_here", deadline=None, database=Non
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default_here"))
 
 import torch  # noqa: E402
+from torch.utils._pytree import keystr, tree_flatten_with_path  # noqa: E402
 
 import model  # noqa: E402
 
@@ -297,8 +298,6 @@ def write_conversations(folder: Path, conversations: list[tuple[list[int], list[
 
 
 # --- What a run is begun with and leaves
-
-from torch.utils._pytree import keystr, tree_flatten_with_path  # noqa: E402
 
 BYTES = ("--data", "input.txt", "--tokenizer", "byte")  # what the fixture text_file makes
 TRAIN = ("train", *BYTES, *TINY_RUN)

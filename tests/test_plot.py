@@ -66,7 +66,8 @@ def test_picture(cli, figures):
     assert raw.get_alpha() < 0.5 and smooth.get_linewidth() > raw.get_linewidth()
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (val, axes.lines[6])}
     assert len({c for c, _, _ in looks}) == len({s for _, s, _ in looks}) == len({m for _, _, m in looks}) == 2
-    assert legend(figures[0])[0] == f"a (best {min(r['val_loss'] for r in validated):.3f})"
+    best = min(r["val_loss"] for r in validated)
+    assert legend(figures[0])[0] == f"a (best {best:.3f})"
     cli("plot", "a", "--y", "lr", "--output", "x.svg").ok()
     assert "<svg" in Path("x.svg").read_text() and set(figures[1].axes[0].lines[0].get_ydata()) == {1e-3}
     Path("a").mkdir()  # say, an export of that name
@@ -85,7 +86,7 @@ def test_legend_has_the_settings_that_differ(cli, text_file, figures):
     assert found == [f"learning_rate {rate}, seed {seed})" for rate, seed in ((0.001, 1), (0.03, 1), (0.03, 2))]
     cli("plot", "b", "c", "--out", "x.png").ok()
     assert [label.rpartition(", ")[2] for label in legend(figures[1])] == ["seed 1)", "seed 2)"]
-    cli("train", *BYTES, *TINY_RUN, "--name", "d", "--n_embd=64", "--seed=5").ok()
+    cli(*TRAIN, "--max_iters", 3, "--name", "d", "--n_embd=64", "--seed=5").ok()
     cli("plot", "c", "d", "--out", "x.png").ok()  # what was typed comes before what follows from it
     assert legend(figures.pop())[1].endswith(", n_embd 64, learning_rate 0.0003, seed 5, head_dim 32)")
     for path in Path("checkpoints").glob("c_*.pt"):
