@@ -4168,9 +4168,9 @@ class Distillation:
         parts = torch.stack((sums, torch.stack((n * (d.alpha > 0), n * (d.alpha < 1)))), dim=1)
         return value * share, {"divergence": parts[0], "cross_entropy": parts[1]}
 
-    def in_c(self, d: DistillConfig, x: Tensor) -> bool:
-        """Whether C works out the divergence, for logits like x."""
-        return self.cache is None and skew(d.divergence, d.beta) in (0, 1) and training_library(x) is not None
+    def in_c(self, d: DistillConfig, x: Tensor) -> ctypes.CDLL | None:
+        """What works out the divergence in C, for logits like x."""
+        return training_library(x) if self.cache is None and skew(d.divergence, d.beta) in (0, 1) else None
 
     def chunk_loss(self, d: DistillConfig, targets: Tensor, teacher: Callable[[slice], Any], sums: Tensor) -> Callable:
         """See linear_loss. teacher(rows) is its logits divided by the temperature (rows, n_vocab), or what
@@ -4189,12 +4189,12 @@ class Distillation:
             return (divergence(log_p.log_softmax(dim=-1), log_q, d.divergence, d.beta) * counted[rows]).sum()
 
         def divergence_and_grad(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-            if not self.in_c(d, logits):
+            if not (library := self.in_c(d, logits)):
                 return by_autograd(divergence_of)(logits, rows, with_grad)
             losses, grad = torch.empty(len(logits)), torch.empty_like(logits) if with_grad else None
             given = targets.flatten()[rows].long(), teacher(rows).contiguous(), logits, grad, losses
             sizes = len(logits), self.n_vocab, logits.size(1), skew(d.divergence, d.beta) == 1
-            run_in_c("kl_divergence", logits, *sizes, *given, d.temperature)
+            run_in_c(library.kl_divergence, *sizes, *given, d.temperature)
             return losses.sum(), grad
 
         parts = [(d.alpha * d.temperature**2, divergence_and_grad)]
