@@ -2092,6 +2092,8 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Dat
         for data in filter(None, map(existing_data, (DATA_DIR / path.stem, folder))):
             source = data.source.get("files") if isinstance(data.source, dict) else data.source
             same = isinstance(tokenizer, str) or data.tokenizer.digest == tokenizer.digest
+            if data.is_chat and same and not isinstance(tokenizer, str):
+                same = chat_template(data.tokenizer) == chat_template(tokenizer)
             if same and source == describe_sources([str(path)]):
                 return data
             if data.folder == folder:

@@ -774,6 +774,16 @@ def test_hf_finetune_makes_its_data_anew_for_another_tokenizer_of_that_name(cli,
         finetune(cli, "--name", name, start=f"{name}.pt", command="hf_finetune").ok()
 
 
+def test_a_file_rendered_by_another_template_is_other_data(workdir):
+    write_talks()
+    template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    first, second = (foreign(Path("theirs"), text) for text in (template, "Now: " + template))
+    made = model.data_of_file(Path("talks.jsonl"), first, 0)
+    assert model.data_of_file(Path("talks.jsonl"), first, 0).path == made.path
+    with pytest.raises(model.UserError, match="tokenize that under another name"):
+        model.data_of_file(Path("talks.jsonl"), second, 0)
+
+
 def test_hf_finetune_has_one_source(cli, base):
     """Not one that is heeded and one that is passed over."""
     for flags in ((), ("--hf_dataset", "talks.jsonl", "--data", "talks.jsonl")):
