@@ -496,14 +496,25 @@ def test_a_template_that_never_ends(kind):
 def test_replacements_that_explode(workdir):
     byte = json.loads(model.byte_tokenizer().backend.to_str())
     double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    for n, is_told in ((5, False), (40, True)):
+    for n, escape, is_told in ((5, False, False), (40, False, True), (40, True, True)):
         byte["normalizer"] = {"type": "Sequence", "normalizers": [double] * n}
-        Path("tokenizer.json").write_text(json.dumps(byte))
+        text = json.dumps(byte)
+        Path("tokenizer.json").write_text(text.replace("Replace", r"R\u0065place") if escape else text)
         if is_told:
             with pytest.raises(model.UserError, match="a million times"):
                 model.hf_tokenizer(Path("tokenizer.json")).encode("a")
         else:
             assert len(model.hf_tokenizer(Path("tokenizer.json")).encode("a")) == 32
+
+
+def test_a_prefix_of_subwords_in_a_bpe(workdir):
+    """tokenizers may abort the process over it."""
+    bpe = json.loads(model.byte_tokenizer().backend.to_str())
+    bpe["model"]["continuing_subword_prefix"] = "##"
+    for name in ("continuing", r"c\u006fntinuing"):
+        Path("tokenizer.json").write_text(json.dumps(bpe).replace("continuing", name))
+        with pytest.raises(model.UserError, match="continuing_subword_prefix"):
+            model.hf_tokenizer(Path("tokenizer.json"))
 
 
 def test_a_word_of_megabytes(cli):
