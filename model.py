@@ -2321,8 +2321,12 @@ class Records(ChatFormat):
         missing = f"{path} is no local data set, and not to be had from the Hub"
         # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
         with told_as(f"cannot read {path}" if path.exists() else missing):
-            if (path / "state.json").exists():
+            if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # by save_to_disk
                 table = datasets.load_from_disk(str(path))
+                splits = table if isinstance(table, dict) else {self.hf_split.partition("[")[0]: table}
+                if self.hf_split not in splits:
+                    raise ValueError(f"there is no split {self.hf_split!r}, but {', '.join(splits)}")
+                table = splits[self.hf_split]
                 return table.to_iterable_dataset() if self.streaming else table
             if path.is_file():  # it is whatever split is asked for
                 file = {self.hf_split.partition("[")[0]: str(path)}
@@ -3503,7 +3507,7 @@ class RunFiles:
     """What a run writes: the best model, the latest states to go on from, and the log."""
 
     def __init__(self, name: str, overwrite: bool) -> None:
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise UserError(f"--name {name!r} must be a plain name: that of files under {CHECKPOINT_DIR}/")
         self.overwrite, self.run, ends = overwrite, CHECKPOINT_DIR / name, (".pt", "_last.pt", ".jsonl")
         self.model, self.last, self.log = (CHECKPOINT_DIR / f"{name}_model{end}" for end in ends)

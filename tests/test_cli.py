@@ -249,6 +249,7 @@ WRONG = [
     ("--arch llama --rope_theta 1 --rope_scaling yarn --rope_factor 2", "rope_theta"),
     ("--batch_size 6 --grad_accum 4", "grad_accum"), ("--device gpu", "gpu"), ("--device meta", "meta"),
     ("--attn_implementation flash_attention_2", "flash-attn"), ("--name a/b", "name"), ("--name ../x", "name"),
+     ("--name ..", "name"),
 ]  # fmt: skip
 
 

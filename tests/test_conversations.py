@@ -407,6 +407,15 @@ def test_splits(cli):
     hub(cli, "local", "--hf_split", "test").fails_with("test", "validation")
 
 
+def test_splits_saved_to_disk(cli):
+    table = datasets.Dataset.from_dict({"text": ["this is train", "this is test"]})
+    datasets.DatasetDict(train=table.select([0]), test=table.select([1])).save_to_disk("local")
+    for split, flags in (("train", []), ("test", ["--streaming"])):
+        hub(cli, "local", "--hf_split", split, *flags, name=split).ok()
+        assert read(split)[0] == f"this is {split}"
+    hub(cli, "local", "--hf_split", "test[:1]").fails_with("no split 'test[:1]'", "train, test")
+
+
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_a_slice_of_a_split(cli, tokenizer):
     """Of a folder and of a file; a vocabulary is learned from it, too."""
