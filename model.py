@@ -1139,10 +1139,14 @@ class Tokenizer:
             return b""
         if self.is_ours:
             return self.tiktoken.decode_single_token_bytes(token)
+        text, decoder = self.backend.id_to_token(token) or "", self.backend.decoder
+        if type(decoder).__name__ == "WordPiece":  # a space before what does not continue a word
+            return decoder.decode(["a", text])[1:].encode()
         if added := self.added.get(token):
             plain = self.byte_level or added.special
             return (added.content if plain else added.content.replace("▁", " ")).encode()
-        text = self.backend.id_to_token(token) or ""
+        if type(decoder).__name__ == "BPEDecoder":  # a space after what ends a word
+            return decoder.decode([text, "a"])[:-1].encode()
         if self.byte_level:
             return bytes(UNICODE_TO_BYTE[c] for c in text) if UNICODE_TO_BYTE.keys() >= set(text) else b""
         if re.fullmatch("<0x[0-9A-F]{2}>", text):  # SentencePiece's byte fallback

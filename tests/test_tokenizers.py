@@ -11,7 +11,7 @@ import tiktoken
 from conftest import byte_level_bpe, stdlib_source
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import model
 
@@ -228,6 +228,25 @@ def test_a_sentencepiece_like_tokenizer(prepend, tmp_path, monkeypatch):
     pieces = list(model.text_pieces([whole[i : i + 500] for i in range(0, len(whole), 500)]))
     assert len(pieces) > 10
     assert in_pieces(ours, pieces) == backend.encode(whole, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE with </w>"])
+def test_tokenizers_that_leave_spaces_out(kind, corpus, tmp_path):
+    """BERT's kind, whose tokens show where words go on, and GPT-1's, whose tokens show where they end. Truth: what the
+    tokenizers package decodes; a stream continues other text, and may have a space at either end."""
+    options = dict(vocab_size=700, special_tokens=["<unk>", "</s>"], show_progress=False)
+    if kind == "WordPiece":
+        backend, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(**options)
+        backend.decoder = decoders.WordPiece()
+    else:
+        backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+        backend.decoder, trainer = decoders.BPEDecoder(), trainers.BpeTrainer(end_of_word_suffix="</w>", **options)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.train_from_iterator(corpus, trainer)
+    ours, sample = saved(backend, tmp_path, eos_token="</s>"), "formatting paragraphs, don't wrap textwrappers 2025"
+    ids = ours.encode(sample)
+    assert len(ids) > len(sample.split()) + 3 and streamed(ours, ids).strip() == ours.decode(ids)
+    assert token_bytes(ours)[ids].sum() == len(ours.decode(ids)) + 1
 
 
 def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
