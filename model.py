@@ -764,6 +764,8 @@ class GPT(nn.Module):
     def extend_context(self, **changes: Any) -> None:
         """Change rope_scaling and rope_factor, or block_size, of a trained model, so that it reaches further."""
         original = self.config.rope_original_block_size or self.config.block_size
+        if changes.get("rope_factor", self.config.rope_factor) != self.config.rope_factor:
+            changes["rope_attention_factor"] = 0.0  # a model's own, which an export always has, goes with its factor
         self.config = replace(self.config, rope_original_block_size=original, **changes)
         self.build_rope()
 

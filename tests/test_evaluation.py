@@ -276,6 +276,22 @@ def test_a_longer_context_is_transformers(evaluate, scaling):
     assert row["loss"] != pytest.approx(evaluate(*common)[0]["loss"], rel=1e-4)
 
 
+def test_a_checkpoint_and_its_export_reach_further_alike(evaluate):
+    """The export names yarn's factor on cos and sin for 2, which is not that for 4. Truth: the full pass of a model
+    made with 4; and a factor of its own stays where the context does."""
+    made = byte_gpt("llama", block_size=64, rope_scaling="yarn", rope_factor=2.0)
+    save_model("model.pt", made)
+    export(made, "hf")
+    further = byte_gpt("llama", block_size=64, rope_scaling="yarn", rope_factor=4.0)
+    expected = loss_of_one_pass(further, torch.tensor([*TEXT.encode()]))
+    both = ("--model_checkpoint", "model.pt", "--compare", "hf", "--data", "text.txt", "--rope_scaling", "yarn")
+    rows = evaluate(*both, "--rope_factor", 4)
+    assert [row["loss"] for row in rows] == [expected, expected]
+    own = byte_gpt("llama", rope_scaling="yarn", rope_factor=2.0, rope_attention_factor=1.3)
+    own.extend_context(rope_scaling="yarn", rope_factor=2.0)
+    assert own.config.rope_attention_factor == 1.3
+
+
 def test_int8_weights(score, workdir):
     """Truth: the model whose matrices are rounded by hand, the tied head apart from the embedding."""
     gpt = byte_gpt("llama")
