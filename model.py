@@ -4277,7 +4277,7 @@ def every_kth_layer(teacher: GPT, student: GPT) -> None:
     for name, tensor in student.state_dict().items():
         source = re.sub(r"(?<=^blocks\.)\d+", lambda i: str(round(int(i[0]) * last[0] / last[1])), name)
         value = weights.get(source)
-        if value is None or value.shape[1:] != tensor.shape[1:] or len(value) < len(tensor) and name[0] != "w":
+        if value is None or value.shape[1:] != tensor.shape[1:] or len(value) < len(tensor) and name[0] not in "wl":
             raise UserError(f"--init_from_teacher: the teacher has no match for {name}: architectures must agree")
         rows = min(len(tensor), len(value))  # vocabulary and learned positions may be shorter
         tensor[:rows].copy_(value[:rows])
@@ -5442,7 +5442,9 @@ def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
         config = make_config(a.student_variant, data.tokenizer.n_vocab, overrides, a.recipe)
     elif a.init_from_teacher:
         overrides.pop("block_size", None)  # of the windows
-        config = replace(teacher.config, **{"n_layer": max(1, teacher.config.n_layer // 2), **overrides})
+        shape = {"n_layer": max(1, teacher.config.n_layer // 2), **overrides}
+        # the student has the data's tokenizer, which may have chat tokens that the teacher lacks
+        config = replace(teacher.config, vocab_size=max(teacher.config.vocab_size, data.tokenizer.n_vocab), **shape)
     else:
         raise UserError("name the student: --student_variant, --student_checkpoint, or --init_from_teacher")
     torch.manual_seed(1337 if a.seed is None else a.seed)
