@@ -3713,6 +3713,7 @@ class Run:
         self.step, m = c.step, c.metrics
         self.seconds, self.best, self.results = m["seconds"], m["best_val_loss"], m["last"]
         self.best_step = m.get("best_step", 0)
+        self.bad = torch.tensor(m.get("bad", [0] * 4), device=self.model.device)
         for optimizer, state in zip(self.optimizers, c.optimizer, strict=True):
             optimizer.load_state_dict(self.of_each(optimizer, state, scattered))
         self.scaler.load_state_dict(c.scaler)
@@ -3920,6 +3921,7 @@ class Run:
         """What a checkpoint holds: with the optimizers all that the run needs to go on, else a model to use."""
         model, data = self.model, self.data
         metrics = {"seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step}
+        metrics["bad"] = self.bad.tolist()
         return {
             **self.about,
             "config": asdict(model.config),

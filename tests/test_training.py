@@ -544,6 +544,25 @@ def test_a_step_that_is_not_finite_is_skipped(cli, text_file, monkeypatch, bad, 
     assert all(math.isfinite(r["loss"]) for r in log_of())
 
 
+def test_skipped_steps_before_a_stop_are_those_of_the_run_never_stopped(cli, text_file, monkeypatch):
+    """In the log, and in the row that ends a run."""
+    run = (*TRAIN, "--max_iters", 8, "--log_interval", 6, "--eval_interval", 8)
+    for name in ("whole", "parts"):
+        with monkeypatch.context() as patch:
+            spoil(patch, 1, 3, math.nan)
+            if name == "parts":
+                stop_at(patch, 2)
+            cli(*run, "--name", name)
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, 1, math.nan)  # the third
+        assert "3 steps in a row" in cli("train", "--name", "parts", "--resume", "--max_bad_steps", 3).error
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, 1, math.nan)
+        cli("train", "--name", "parts", "--resume").ok()
+    assert_same_run("whole", "parts")
+    assert log_of("parts")[0]["bad_steps"] == 3
+
+
 def test_a_record_of_skipped_steps_alone_has_no_loss(cli, text_file, monkeypatch):
     """It would be 0, better than any."""
     spoil(monkeypatch, 2, 2, math.nan)
