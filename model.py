@@ -1039,11 +1039,10 @@ class Tokenizer:
                     raise ValueError("tokens without a number, or two of one")
                 options = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens=s.special)
                 self.tiktoken = tiktoken.Encoding(s.name, **options)
-            self.n_vocab, self.control = self.tiktoken.n_vocab, s.special
+            self.n_vocab = self.tiktoken.n_vocab
         else:
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
             self.added = self.backend.get_added_tokens_decoder()
-            self.control = {t.content: i for i, t in self.added.items() if t.special}
         self.byte_level = self.is_ours or '"ByteLevel"' in s.json
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
@@ -1056,6 +1055,13 @@ class Tokenizer:
     def eot(self) -> int | None:
         """The id that ends a document."""
         return self.special.get(EOT)
+
+    @property
+    def control(self) -> dict[str, int]:
+        """The tokens that are no text, by how they are written: some tokenizers do not say so of their chat tokens."""
+        if self.is_ours:
+            return self.special
+        return {t.content: i for i, t in self.added.items() if t.special or i in self.special.values()}
 
     @functools.cached_property
     def digest(self) -> str:
@@ -1123,8 +1129,9 @@ class Tokenizer:
 
     def without_special(self, text: str) -> str:
         """Text with the names of special tokens taken out, for what a user wrote into a chat template."""
-        while any(name in text for name in self.control):  # taking one out may put another together
-            for name in self.control:
+        names = list(self.control)
+        while any(name in text for name in names):  # taking one out may put another together
+            for name in names:
                 text = text.replace(name, "")
         return text
 
