@@ -1819,6 +1819,10 @@ def map_tokens(path: Path, dtype: str, n: int | None = None) -> np.ndarray:
     return np.memmap(path, kind, "r")
 
 
+def digest_of(*values: Any) -> str:
+    return hashlib.blake2b(repr([*values]).encode(), digest_size=16).hexdigest()
+
+
 @dataclass
 class Split:
     """A part of a data set: token ids, in a memory map; for conversations also the index of the first token of each
@@ -1888,7 +1892,7 @@ class Split:
 
 class Data:
     """A data folder, or a .bin file of nanoGPT's, opened for reading: splits["train"] and splits["val"]. Nothing is
-    read before it is needed."""
+    read before it is needed. digest identifies all of it, ids_digest the ids alone, as checkpoints had it at first."""
 
     source: Any = None  # of a data folder, as its meta.json has it
     parts: tuple = ()  # of a Mixture
@@ -1916,7 +1920,8 @@ class Data:
         meta = from_dict(Meta, content, where)
         with told_as(str(where), UserError):
             self.tokenizer = Tokenizer(meta.tokenizer)
-        self.digest, self.source = meta.digest, meta.source
+        self.ids_digest, self.source = meta.digest, meta.source
+        self.digest = digest_of(meta.digest, sorted(meta.files.items()), meta.val_start)
         tokens = map_tokens(self.folder / "data.bin", meta.dtype, meta.n_tokens)
         if meta.val_start > meta.n_tokens:
             raise UserError(f"{where} is damaged: validation begins at token {meta.val_start:,} of {meta.n_tokens:,}")
@@ -1939,6 +1944,7 @@ class Data:
         tokens, val = map_tokens(file, "uint16"), file.with_name("val.bin")
         self.tokenizer = load_tokenizer(tokenizer)
         self.digest = hashlib.blake2b(np.ascontiguousarray(tokens[:1_000_000]), digest_size=16).hexdigest()
+        self.ids_digest = self.digest
         if file.name == "train.bin" and val.exists():
             return [(tokens,), (map_tokens(val, "uint16"),)]
         return [(part,) for part in np.split(tokens, [len(tokens) - min(len(tokens) // 10, 10_000_000)])]
@@ -1979,7 +1985,8 @@ class Mixture(Data):
         self.tokenizer, self.folder, self.is_chat = data[0].tokenizer, data[0].folder, any(d.is_chat for d in data)
         self.parts = [f"{d.path}:{w}" for d, w in zip(data, weights, strict=True)]
         self.path = Path("+".join(Path(part).name for part in self.parts))
-        self.digest = hashlib.blake2b(repr([weights, [d.digest for d in data]]).encode(), digest_size=16).hexdigest()
+        self.digest = digest_of(weights, [d.digest for d in data])
+        self.ids_digest = digest_of(weights, [d.ids_digest for d in data])
         shares = [w / sum(weights) for w in weights]
         self.splits = {name: MixedSplit([d.splits[name] for d in data], shares) for name in ("train", "val")}
 
@@ -5177,7 +5184,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     own = Tokenizer(c.tokenizer)
     data = a.data_in(own, c.data.get("parts") or [c.data["path"]])
     same_tokenizer(data.tokenizer, data.path, own, last, "give the run its own data")
-    if data.digest != c.data["digest"]:
+    if c.data["digest"] not in (data.digest, data.ids_digest):
         raise UserError(f"{data.path} is not what {last} was trained on ({c.data['path']}): its contents differ")
     weights = c.model if rank() == 0 else {name: torch.empty_like(x, device="cpu") for name, x in c.model.items()}
     model, teacher_model = build_model(config, weights, last, c.lora_rank), None
@@ -5472,7 +5479,8 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
     if K > n_vocab:
         raise UserError(f"cache_teacher is {K}: the vocabulary has only {n_vocab:,} tokens")
     if K:
-        meta = dict(teacher=digest, data=data.digest, temperature=d.temperature, block_size=block_size, top_k=K)
+        contents = data.digest if data.parts else data.ids_digest  # with other splits a mixture numbers blocks anew
+        meta = dict(teacher=digest, data=contents, temperature=d.temperature, block_size=block_size, top_k=K)
         n_blocks = len(data.splits["train"].windows(block_size))
         cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K, n_vocab)
     return Distillation(teacher, d, n_vocab, cache)

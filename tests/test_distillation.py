@@ -590,6 +590,15 @@ def test_a_run_refuses_the_cache_of_another(distill, text_file):
     assert "another data" in distill(*run, "second").error
 
 
+def test_a_mixture_whose_blocks_have_other_numbers_is_another(distill, text_file):
+    """The same texts, of which one holds out more: the cache would answer for other blocks."""
+    model.tokenize_text(Path("data/more"), [str(text_file)], "byte")
+    run = (*STUDENT, "--data", "text", "more", "--max_iters", 1, "--cache_teacher", 8, "--name")
+    distill(*run, "first").ok()
+    model.tokenize_text(Path("data/text"), [str(text_file)], "byte", val_fraction=0.5, overwrite=True)
+    assert "another data" in distill(*run, "second").error
+
+
 def test_the_published_command(cli, text_file):
     """The command as the issue prints it, on a local teacher of the 120M shape; one step instead of thousands."""
     model.tokenize_text(Path("data/NAME"), [str(text_file)], "byte")

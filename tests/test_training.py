@@ -3,6 +3,7 @@
 import collections
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -176,6 +177,29 @@ def test_resuming_with_another_setting_is_refused(cli, text_file, flags, word):
     before = tensors_of(checkpoint_of())
     assert word in cli("train", "--resume", "--max_iters", 8, *flags).error
     assert str(before) == str(tensors_of(checkpoint_of()))
+
+
+@pytest.mark.parametrize("change", ["val_fraction", "mask"])
+def test_resuming_with_the_same_ids_split_or_masked_otherwise_is_refused(cli, workdir, change):
+    """It would train on what was held out, or on other targets. Earlier checkpoints knew the ids alone."""
+
+    def write(val_fraction: float, answer: int) -> str:
+        shutil.rmtree("data", ignore_errors=True)
+        talks = [([65 + i] * 10, [0] * answer + [1] * (10 - answer)) for i in range(20)]
+        write_conversations(Path("data/talk"), talks, val_fraction)
+        return model.Data(Path("data/talk")).ids_digest
+
+    run = ("train", "--data", "talk", *TINY_RUN)
+    ids = write(0.1, 5)
+    cli(*run, "--max_iters", 4).ok()
+    assert ids == (write(0.5, 5) if change == "val_fraction" else write(0.1, 2))
+    assert "its contents differ" in cli("train", "--resume", "--max_iters", 6).error
+    write(0.1, 5)
+    content = checkpoint_of()
+    assert content["data"]["digest"] != ids
+    content["data"]["digest"] = ids
+    model.save_checkpoint(Path("checkpoints/7M_model_last.pt"), content)
+    cli("train", "--resume", "--max_iters", 6).ok()
 
 
 # --- The fast path learns as the plain one
