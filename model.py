@@ -1943,11 +1943,14 @@ class Data:
             raise UserError(f"{self.path} has neither meta.json nor train.bin: make it by tokenize or hf_tokenize")
         tokens, val = map_tokens(file, "uint16"), file.with_name("val.bin")
         self.tokenizer = load_tokenizer(tokenizer)
-        self.digest = hashlib.blake2b(np.ascontiguousarray(tokens[:1_000_000]), digest_size=16).hexdigest()
-        self.ids_digest = self.digest
+        parts = np.split(tokens, [len(tokens) - min(len(tokens) // 10, 10_000_000)])
         if file.name == "train.bin" and val.exists():
-            return [(tokens,), (map_tokens(val, "uint16"),)]
-        return [(part,) for part in np.split(tokens, [len(tokens) - min(len(tokens) // 10, 10_000_000)])]
+            parts = [tokens, map_tokens(val, "uint16")]
+        self.ids_digest, *begins = (  # the first million: these files may be large
+            hashlib.blake2b(np.ascontiguousarray(x[:1_000_000]), digest_size=16).hexdigest() for x in (tokens, *parts)
+        )
+        self.digest = digest_of(begins, [len(part) for part in parts])
+        return [(part,) for part in parts]
 
 
 class MixedSplit:

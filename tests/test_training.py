@@ -153,6 +153,13 @@ def test_nanogpt_data_can_be_resumed(cli, text_file, monkeypatch):
     assert cli(*run).code == 130
     cli("train", "--resume").ok()
     assert checkpoint_of()["step"] == 13
+    for name in ("train", "val"):  # longer, or with a validation of other text
+        file, more = Path(f"nano/{name}.bin"), np.random.default_rng(1).integers(0, 200, 500).astype("<u2").tobytes()
+        before = file.read_bytes()
+        file.write_bytes(before + more if name == "train" else more)
+        assert "its contents differ" in cli("train", "--resume", "--max_iters", 20).error
+        file.write_bytes(before)
+    cli("train", "--resume", "--max_iters", 20).ok()
 
 
 def test_resuming_keeps_the_precision_that_was_chosen(cli, text_file, monkeypatch):
