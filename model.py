@@ -4535,21 +4535,24 @@ def hf_rope(c: GPTConfig) -> dict[str, Any]:
 def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Our RoPE settings of a config.json, whichever version of transformers wrote it, given all but the scaling."""
     rope = {"rope_theta": values["rope_theta"], "partial_rotary_factor": values.get("rope_pct")}
-    for newer in ("rope_scaling", "rope_parameters"):
-        rope.update({k: v for k, v in (j.get(newer) or {}).items() if v is not None})
-    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor", 1.0)
+    said = j.get("rope_scaling") or j.get("rope_parameters") or {}  # of both, transformers 4 and 5 take the first
+    rope.update({k: v for k, v in said.items() if v is not None})
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in list(HF_ROPE) or not rope.get("truncate", True):
         raise UserError(f"RoPE scaling {kind!r} is not supported; supported are linear, yarn (truncated) and llama3")
-    if kind == "llama3" and not rope.keys() >= set(HF_ROPE[kind]):
-        raise UserError(f"RoPE scaling llama3 needs {', '.join(HF_ROPE[kind])}")
-    if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
-        over, under = (0.1 * rope[k] * math.log(factor) + 1 for k in ("mscale", "mscale_all_dim"))
-        rope.setdefault("attention_factor", over / under)
+    block_size = values["block_size"]
+    original = j.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    if kind == "yarn":
+        rope.setdefault("factor", block_size / (original or block_size))  # null: as the two lengths say
+        if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
+            over, under = (0.1 * rope[k] * math.log(rope["factor"]) + 1 for k in ("mscale", "mscale_all_dim"))
+            rope.setdefault("attention_factor", over / under)
+    elif not rope.keys() >= set(HF_ROPE[kind]):
+        raise UserError(f"RoPE scaling {kind} needs {', '.join(HF_ROPE[kind])}")
     ours = {f"rope_{k}": rope[k] for k in HF_ROPE[kind] if k in rope} | {"rope_theta": rope["rope_theta"]}
     if kind != "default":
-        context = int(values["block_size"] / factor) if kind == "linear" else values["block_size"]
-        ours["rope_original_block_size"] = rope.get("original_max_position_embeddings", context)
-        ours["rope_scaling"] = kind
+        context = int(block_size / rope["factor"]) if kind == "linear" else block_size
+        ours.update(rope_scaling=kind, rope_original_block_size=original or context)
     return ours | ({"rope_pct": rope["partial_rotary_factor"]} if "rope_pct" in values else {})
 
 

@@ -766,6 +766,23 @@ def test_yarn_attention_factors(mscale):
     assert ours == pytest.approx(factor, rel=1e-9)
 
 
+@pytest.mark.parametrize("said", [
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": ROPE_YARN},
+    {"rope_parameters": ROPE_LLAMA3, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+    {"rope_parameters": ROPE_LLAMA3, "original_max_position_embeddings": 64},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16},
+    {"rope_parameters": {**ROPE_YARN, "factor": None}}, {"rope_parameters": {**ROPE_DEEPSEEK, "factor": None}},
+], ids=str)  # fmt: skip
+def test_rope_said_in_other_places(said):
+    """rope_scaling that someone adds to a newer config.json counts, the original length may stand outside, and YaRN's
+    factor may be left to the two lengths."""
+    theirs = transformers.LlamaConfig(**SHAPE, **json.loads(json.dumps(said)))
+    expected, factor = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs, "cpu")
+    freqs, ours = model.rope_frequencies(model.config_from_hf({"model_type": "llama", **SHAPE, **said}, Path()))
+    torch.testing.assert_close(freqs, expected, rtol=1e-6, atol=0)
+    assert ours == pytest.approx(factor, rel=1e-9)
+
+
 PUBLISHED = {  # config.json as transformers 4 wrote them, what they say, and the known sizes
     "Llama 3.2 1B": ({
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "mlp_bias": False,
@@ -885,7 +902,7 @@ def test_a_config_that_lies(cli, exported):
 @pytest.mark.parametrize("rope", [
     {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", "factor": 2.0}, {"type": "su"},
     {"rope_type": "llama3", "factor": 2.0}, {"rope_type": "linear", "factor": "x"},
-    {"rope_type": "linear", "factor": 0.5}, {**ROPE_YARN, "truncate": False},
+    {"rope_type": "linear"}, {"rope_type": "linear", "factor": 0.5}, {**ROPE_YARN, "truncate": False},
 ], ids=str)  # fmt: skip
 def test_rope_scaling_that_we_do_not_have(cli, llama, rope):
     config_of(llama, rope_scaling=rope, rope_parameters=None)
