@@ -4668,14 +4668,17 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
     digests = export_digests(folder)
     state, shapes, wanted = {}, parameter_shapes(config), {theirs: rest for theirs, *rest in hf_tensors(config)}
     prefix = next(iter(wanted)).partition(".")[0]  # which checkpoints of the bare transformer lack
-    unused = (*HF_BUFFERS, "lm_head.weight", "embed_out.weight") if config.tie_word_embeddings else HF_BUFFERS
+    head, heads = None, ("lm_head.weight", "embed_out.weight") if config.tie_word_embeddings else ()
     for file in safetensors_files(folder):
         if digests.get(file.name) and file.exists() and file_digest(file) != digests[file.name]:
             raise UserError(f"{file} is not as export wrote it: damaged; or remove {EXPORT_LIST} if you changed it")
         damaged = told_as(f"{file} cannot be read as safetensors", SafetensorError, FileNotFoundError)
         with damaged, safe_open(file, "pt") as f:
             for name in f.keys():
-                if name.endswith(unused):
+                if name.endswith(HF_BUFFERS):
+                    continue
+                if name.endswith(heads):
+                    head = f.get_tensor(name)
                     continue
                 key = name if name in wanted else f"{prefix}.{name}"
                 if key not in wanted:
@@ -4689,6 +4692,8 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
                 state[ours][rows].copy_(hf_layout(f.get_tensor(name), how, config, back=True))
     if wanted:
         raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} are)")
+    if head is not None and not torch.equal(head.to(device).float(), state["wte.weight"][: config.vocab_size]):
+        return load_hf_model(folder, device, **{**overrides, "tie_word_embeddings": False})  # transformers 5's way too
     return build_model(config, state, folder)
 
 

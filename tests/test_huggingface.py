@@ -736,6 +736,17 @@ def test_a_tied_head_that_was_saved_too(workdir):
     assert_same_logits(model.load_hf_model(Path("a")).eval(), theirs)
 
 
+@pytest.mark.parametrize("name", ["SmolLM2", "GPT-2", "GPT-NeoX, sequential"])
+def test_a_head_of_its_own_that_a_config_calls_tied(workdir, name):
+    """transformers 5 believes the weights."""
+    head = "embed_out.weight" if "NeoX" in name else "lm_head.weight"
+    random_theirs(THEIRS[name]).save_pretrained("a")
+    change_tensors(Path("a"), lambda t: t.update({head: torch.randn(259, 32)}))
+    ours = model.load_hf_model(Path("a")).eval()
+    assert not ours.config.tie_word_embeddings
+    assert_same_logits(ours, AutoModelForCausalLM.from_pretrained("a").eval())
+
+
 @pytest.mark.parametrize("arch", model.ARCHS)
 def test_what_a_config_leaves_out_means_what_transformers_means(arch):
     """Each setting in turn: it is what their class fills in, rms_norm_eps 1e-6 for one, or ours asks for it."""
