@@ -4912,7 +4912,9 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
     if tuple(steps) not in GGUF_SPLITS or not steps and tokenizer.kind != "byte":
         raise UserError(f"tokenizer {tokenizer.name} splits text in a way that llama.cpp has no name for: {steps}")
     token_of, bos = {i: t for t, i in tokenizer.vocab.items()}, special_ids(tokenizer)["bos_token_id"]
-    type_of = dict.fromkeys(token_of, types.NORMAL) | dict.fromkeys(tokenizer.control.values(), types.CONTROL)
+    added = () if tokenizer.is_ours else tokenizer.added  # found in a text before it is split, and kept as they are
+    type_of = dict.fromkeys(token_of, types.NORMAL) | dict.fromkeys(added, types.USER_DEFINED)
+    type_of |= dict.fromkeys(tokenizer.control.values(), types.CONTROL)
     keys = dict(
         tokenizer_model="gpt2", tokenizer_pre=GGUF_SPLITS[tuple(steps)],
         token_list=[token_of.get(i, f"[PAD{i}]") for i in range(c.vocab_size)],

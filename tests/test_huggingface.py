@@ -557,6 +557,18 @@ def test_gguf_holds_the_model(cli, arch, quantize, tolerance):
         assert difference <= tolerance * float(ours.abs().max()), name
 
 
+def test_gguf_says_which_tokens_are_found_before_a_text_is_split(corpus, tmp_path):
+    """Qwen's <tool_call>, Pythia's runs of spaces: as normal tokens they are never found, and written as nothing."""
+    backend = byte_level_bpe(corpus, 300, ["<|endoftext|>"])
+    backend.add_tokens(["<tool_call>", "    "])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = model.hf_tokenizer(tmp_path)
+    keys = model.gguf_tokenizer(tokenizer, small(tokenizer=tokenizer).config)
+    types = dict(zip(keys["token_list"], keys["token_types"], strict=True))
+    assert types["<tool_call>"] == types["    "] == gguf.TokenType.USER_DEFINED
+    assert types["<|endoftext|>"] == gguf.TokenType.CONTROL and types["a"] == gguf.TokenType.NORMAL
+
+
 def filled_in(template: str, messages: list[dict[str, str]]) -> str:
     """A template of Ollama's over messages, by the rules of Go's text/template: a tag's - eats the spaces beside it."""
     template = re.sub(r"\s*\{\{-", "{{", re.sub(r"-\}\}\s*", "}}", template))
