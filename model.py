@@ -4903,6 +4903,8 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
     j, types = json.loads(tokenizer.backend.to_str()), gguf.TokenType
     if j["model"]["type"] != "BPE" or not tokenizer.byte_level:
         raise UserError(f"tokenizer {tokenizer.name} is not a byte-level BPE, the only kind that a GGUF can hold here")
+    if (j["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # Qwen's, which llama.cpp does without
+        raise UserError(f"tokenizer {tokenizer.name} has a normalizer, {j['normalizer']['type']}; llama.cpp has none")
     steps, split = [], j["pre_tokenizer"] or {"pretokenizers": []}
     for p in split.get("pretokenizers", [split]):
         if p["type"] != "ByteLevel":

@@ -34,7 +34,7 @@ from conftest import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -567,6 +567,20 @@ def test_gguf_says_which_tokens_are_found_before_a_text_is_split(corpus, tmp_pat
     types = dict(zip(keys["token_list"], keys["token_types"], strict=True))
     assert types["<tool_call>"] == types["    "] == gguf.TokenType.USER_DEFINED
     assert types["<|endoftext|>"] == gguf.TokenType.CONTROL and types["a"] == gguf.TokenType.NORMAL
+
+
+@pytest.mark.parametrize("normalizer, refused", [
+    (normalizers.Lowercase(), True), (normalizers.Sequence([normalizers.NFKC()]), True), (normalizers.NFC(), False),
+], ids=["Lowercase", "Sequence", "NFC"])  # fmt: skip
+def test_gguf_has_no_normalizer(cli, corpus, workdir, normalizer, refused):
+    """But for Qwen's NFC, which its GGUFs do without."""
+    backend = byte_level_bpe(corpus, 300, ["<|endoftext|>"])
+    backend.normalizer = normalizer
+    backend.save("tokenizer.json")
+    tokenizer = model.hf_tokenizer(workdir)
+    save(small(tokenizer=tokenizer), tokenizer)
+    done = cli(*EXPORT, "out", *GGUF)
+    assert "normalizer" in done.error if refused else done.ok()
 
 
 def filled_in(template: str, messages: list[dict[str, str]]) -> str:
