@@ -4707,6 +4707,8 @@ def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> tuple[Tokenizer, list[i
     special = {**tokenizer.special, **{t: backend.token_to_id(t) for t in (IM_START, IM_END)}}
     made = Tokenizer({**tokenizer.spec, "json": backend.to_str(), "special": special})
     ids, old = [special[t] for t in new], model.config.vocab_size
+    if taken := sorted(t for t, i in tokenizer.vocab.items() if i in ids):
+        raise UserError(f"{tokenizer.name} cannot have chat tokens: its ids have gaps, and {taken[0]!r} has theirs")
     model.config = c = replace(model.config, vocab_size=max(old, made.n_vocab))
     for module in filter(None, (model.wte, model.lm_head)):
         known = module.weight.data[:old]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import byte_level_bpe, stdlib_source
+from conftest import byte_level_bpe, random_gpt, stdlib_source, tiny_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -353,3 +353,16 @@ def test_what_continues_a_text_begins_without_a_space(kind):
         spec["model"]["vocab"] |= {"Ġ": 200, "Ċ": 201, "normalizers": 202}
         tokenizer = model.Tokenizer({**tokenizer.spec, "json": json.dumps(spec)})
     assert tokenizer.encode("a b") + tokenizer.encode("\nb", continues=True) == tokenizer.encode("a b\nb")
+
+
+# --- Chat tokens
+
+
+def test_chat_tokens_take_no_id_that_is_taken():
+    """The tokenizers package numbers a new token by how many there are; where there are gaps, another has that."""
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab={**alphabet, "ab": 258}, merges=[("a", "b")]))
+    tokenizer = model.Tokenizer({"kind": "hf", "name": "gaps", "json": backend.to_str()})
+    gpt = random_gpt(tiny_config(vocab_size=tokenizer.n_vocab))
+    with pytest.raises(model.UserError, match="gaps.*'ab'"):
+        model.add_chat_tokens(gpt, tokenizer)
