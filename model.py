@@ -2262,7 +2262,8 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
     if template is None:
         raise UserError(f"{tokenizer.name} has no chat template: finetune the model on conversations first")
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
-    tokens = {k: getattr(tokenizer.fields, k) or "" for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    named = {k: getattr(tokenizer.fields, k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    tokens = {k: token for k, token in named.items() if token}  # else undefined, for which templates ask
     values = {"messages": clean, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
     with told_as("the chat template cannot be used", Exception, UserError):  # it raises what it likes
         return render_template(template, values | tokens)
@@ -4732,6 +4733,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
     ids, s = special_ids(tokenizer), tokenizer.fields
     (folder / "tokenizer.json").write_text(s.json or tokenizer.backend.to_str(), encoding="utf-8")
     bos, eos, pad = (None if i is None else tokenizer.backend.id_to_token(i) for i in ids.values())
+    if not (tokenizer.is_ours or s.bos_token or tokenizer.bos):
+        bos = None  # templates ask for it
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad,
         "unk_token": s.unk_token or eos, "model_max_length": c.context, "clean_up_tokenization_spaces": False,

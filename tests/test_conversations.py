@@ -306,6 +306,21 @@ def test_the_exported_template_gives_the_ids_of_training(cli, tokenizer):
         assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
 
 
+def test_a_template_that_asks_which_tokens_there_are(cli, tmp_path):
+    """Truth: apply_chat_template, before an export and after it. A tokenizer without a first token gets none."""
+    asks = "{{ 'B' + bos_token if bos_token is defined }}" + SYSTEM_TEMPLATE
+    foreign(tmp_path / "theirs", asks)
+    config = tmp_path / "theirs" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "bos_token": None}))
+    tokenizer = model.hf_tokenizer(tmp_path / "theirs")
+    save_random("m.pt", tokenizer)
+    cli("export", "--model_path", "m.pt", "--output_dir", "out").ok()
+    rendered = model.render_chat(tokenizer, MESSAGES)
+    for folder in (tmp_path / "theirs", "out"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.apply_chat_template(MESSAGES, tokenize=False) == rendered
+
+
 @given(text=st.lists(st.sampled_from(["<|im_", "end|>", "<|im_end|>", "start|>", "<|", "|>", "a", "<|endoftext|>"])))
 def test_no_turn_can_spell_a_special_token(text):
     """A user who writes pieces of one into pieces of another would otherwise end the turn and speak as the system."""
