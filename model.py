@@ -1279,23 +1279,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 @dataclass
 class TokenizerConfig(Settings):
-    """What is read of a tokenizer_config.json."""
+    """What is read of a tokenizer_config.json, and of the special_tokens_map.json beside an old one."""
 
     bos_token: str | dict[str, Any] | None = None
     eos_token: str | dict[str, Any] | None = None
     pad_token: str | dict[str, Any] | None = None
     unk_token: str | dict[str, Any] | None = None
     chat_template: str | list[dict[str, Any]] | None = None
+    added_tokens_decoder: dict[str, Any] | None = None
 
 
 def hf_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, or of a tokenizer.json with what stands beside it."""
     file = path / "tokenizer.json" if path.is_dir() else path
-    config = read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"), {})
-    spec = {k: v.get("content") if isinstance(v, dict) else v for k, v in vars(config).items()}
+    config = vars(read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"), {}))
+    if not config.pop("added_tokens_decoder"):  # before transformers 4.34, another file had the last word on tokens
+        older = vars(read_schema(TokenizerConfig, file.with_name("special_tokens_map.json"), {}))
+        config |= {k: v for k, v in older.items() if v and k in config}
+    spec = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
     if (template := file.with_name("chat_template.jinja")).is_file():
         spec["chat_template"] = read_file(template)
-    elif isinstance(several := config.chat_template, list):
+    elif isinstance(several := config["chat_template"], list):
         default = next((t for t in several if t.get("name") == "default"), several[0] if several else {})
         spec["chat_template"] = default.get("template")
     with told_as(f"{file} is not a Hugging Face tokenizer.json"):

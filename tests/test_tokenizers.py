@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import transformers
 from conftest import byte_level_bpe, random_gpt, stdlib_source, tiny_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -274,6 +275,21 @@ def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
     assert ours.encode("hello") == in_pieces(ours, ["hello"]) == hello
     assert ours.encode("hello " * 9) == in_pieces(ours, ["hello " * 9]) and len(ours.encode("hello " * 9)) > 9
     assert ours.bos == [bos] and ours.prompt("hello") == [bos, *hello] and ours.eot == eos
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"eos_token": "<s>"}, {"eos_token": "<s>", "added_tokens_decoder": {"0": {"content": "<s>", "special": True}}},
+], ids=["only there", "there too", "not there since transformers 4.34"])  # fmt: skip
+def test_a_special_tokens_map(corpus, tmp_path, config):
+    """Truth: transformers. Without its end of text a model goes on for ever."""
+    byte_level_bpe(corpus, 300, ["<s>", "</s>"]).save(str(tmp_path / "tokenizer.json"))
+    bos = {"content": "<s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": bos, "eos_token": "</s>"}))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = model.hf_tokenizer(tmp_path)
+    assert (ours.fields.bos_token, ours.eot) == (theirs.bos_token, theirs.eos_token_id)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2]", "not json", '{"model": {"type": "BPE"}}'])
