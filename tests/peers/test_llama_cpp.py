@@ -20,16 +20,16 @@ import model
 
 MODELS = {
     **MODELS,
-    "gpt2, untied": ("gpt2", dict(tie_word_embeddings=False)),
-    "gpt_neox as Pythia": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.5, tie_word_embeddings=False)),
-    "gpt_neox, linear": ("gpt_neox", dict(rope_scaling="linear", rope_factor=2.0)),
-    "llama, MQA, untied": ("llama", dict(n_kv_head=1, tie_word_embeddings=False)),
-    "llama, attention biases": ("llama", dict(bias="attn", n_kv_head=2)),
-    "llama, wide heads": ("llama", dict(head_dim=32)),
-    "llama, odd width": ("llama", dict(n_embd=40, n_inner=72, head_dim=16)),
-    "llama, linear": ("llama", dict(rope_scaling="linear", rope_factor=2.0)),
-    "llama, yarn, attention factor": ("llama", dict(rope_attention_factor=1.3, **YARN)),
-    "qwen3, untied, wide heads": ("qwen3", dict(tie_word_embeddings=False, head_dim=32)),
+    "gpt2_untied": ("gpt2", dict(tie_word_embeddings=False)),
+    "gpt_neox_as_Pythia": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.5, tie_word_embeddings=False)),
+    "gpt_neox_linear": ("gpt_neox", dict(rope_scaling="linear", rope_factor=2.0)),
+    "llama_MQA_untied": ("llama", dict(n_kv_head=1, tie_word_embeddings=False)),
+    "llama_attention_biases": ("llama", dict(bias="attn", n_kv_head=2)),
+    "llama_wide_heads": ("llama", dict(head_dim=32)),
+    "llama_odd_width": ("llama", dict(n_embd=40, n_inner=72, head_dim=16)),
+    "llama_linear": ("llama", dict(rope_scaling="linear", rope_factor=2.0)),
+    "llama_yarn_attention_factor": ("llama", dict(rope_attention_factor=1.3, **YARN)),
+    "qwen3_untied_wide_heads": ("qwen3", dict(tie_word_embeddings=False, head_dim=32)),
 }
 
 

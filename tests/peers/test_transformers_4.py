@@ -17,15 +17,15 @@ YARN_ALL = dict(rope_attention_factor=1.3, rope_beta_fast=8.0, rope_beta_slow=0.
 PYTHIA = dict(parallel_residual=True, rope_pct=0.25, activation="gelu", tie_word_embeddings=False)
 MODELS = {
     **MODELS,
-    "gpt2, untied, relu": ("gpt2", dict(tie_word_embeddings=False, activation="relu")),
-    "gpt_neox as Pythia": ("gpt_neox", PYTHIA),
-    "gpt_neox, linear": ("gpt_neox", dict(rope_scaling="linear", rope_factor=2.0, rope_theta=500.0)),
-    "llama, untied, geglu": ("llama", dict(n_kv_head=1, tie_word_embeddings=False, activation="geglu")),
-    "llama, all biases": ("llama", dict(bias="all")),
-    "llama, wide heads": ("llama", dict(head_dim=32, rope_theta=1e6)),
-    "llama, linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
-    "llama, yarn, all its settings": ("llama", YARN_ALL),
-    "qwen3, untied, wide heads": ("qwen3", dict(tie_word_embeddings=False, head_dim=32, **LLAMA3)),
+    "gpt2_untied_relu": ("gpt2", dict(tie_word_embeddings=False, activation="relu")),
+    "gpt_neox_as_Pythia": ("gpt_neox", PYTHIA),
+    "gpt_neox_linear": ("gpt_neox", dict(rope_scaling="linear", rope_factor=2.0, rope_theta=500.0)),
+    "llama_untied_geglu": ("llama", dict(n_kv_head=1, tie_word_embeddings=False, activation="geglu")),
+    "llama_all_biases": ("llama", dict(bias="all")),
+    "llama_wide_heads": ("llama", dict(head_dim=32, rope_theta=1e6)),
+    "llama_linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
+    "llama_yarn_all_its_settings": ("llama", YARN_ALL),
+    "qwen3_untied_wide_heads": ("qwen3", dict(tie_word_embeddings=False, head_dim=32, **LLAMA3)),
 }
 SCRIPT = """
 import json, logging, sys, warnings
