@@ -2120,13 +2120,14 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Dat
     def find(folder: Path) -> Data | None:
         for data in filter(None, map(existing_data, (DATA_DIR / path.stem, folder))):
             source = data.source.get("files") if isinstance(data.source, dict) else data.source
-            same = isinstance(tokenizer, str) or data.tokenizer.digest == tokenizer.digest
-            if data.is_chat and same and not isinstance(tokenizer, str):
-                same = chat_template(data.tokenizer) == chat_template(tokenizer)
+            same, own = isinstance(tokenizer, str), data.tokenizer
+            if not same and own.digest == tokenizer.digest:
+                same = not data.is_chat or chat_template(own) == chat_template(tokenizer)
             if same and source == describe_sources([str(path)]):
                 return data
             if data.folder == folder:
-                raise UserError(f"{folder} was made from something else than {path}: tokenize that under another name")
+                other = f"{folder} was made from something else than {path}, or by another tokenizer or chat template"
+                raise UserError(f"{other}: tokenize that under another name")
 
     def make(folder: Path) -> None:
         if path.suffix in RECORD_FILES:
