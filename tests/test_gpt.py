@@ -28,26 +28,6 @@ ARCHS = list(model.ARCHS)
 # --- RoPE
 
 
-def rope_parameters(c: model.GPTConfig) -> dict:
-    """transformers' names for our RoPE settings. Its `dynamic` with factor 1 is static NTK by the input's length."""
-    original = c.rope_original_block_size or c.block_size
-    scaling = {
-        "none": {"rope_type": "default"},
-        "linear": {"rope_type": "linear", "factor": c.rope_factor},
-        "ntk": {"rope_type": "dynamic", "factor": 1.0},
-        "yarn": {
-            "rope_type": "yarn", "factor": c.rope_factor, "original_max_position_embeddings": original,
-            "beta_fast": c.rope_beta_fast, "beta_slow": c.rope_beta_slow,
-            "attention_factor": c.rope_attention_factor or None,
-        },
-        "llama3": {
-            "rope_type": "llama3", "factor": c.rope_factor, "original_max_position_embeddings": original,
-            "low_freq_factor": c.rope_low_freq_factor, "high_freq_factor": c.rope_high_freq_factor,
-        },
-    }[c.rope_scaling]  # fmt: skip
-    return {"rope_theta": c.rope_theta, "partial_rotary_factor": c.rope_pct, **scaling}
-
-
 ROPE = {
     "linear": dict(rope_scaling="linear", rope_factor=8.0, rope_theta=1e4),
     "Qwen2.5's yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_theta=1e6, rope_original_block_size=32768),
@@ -65,13 +45,14 @@ ROPE = {
 def test_rope_frequencies_equal_transformers(overrides, rope_pct):
     """At the sizes of published models: head_dim 128, contexts of thousands."""
     c = tiny_config("llama", n_embd=512, block_size=2048, rope_pct=rope_pct, **overrides)
+    rope, length = {**model.hf_rope(c), "partial_rotary_factor": rope_pct}, c.context
+    rope.pop("attention_factor", None)  # so that transformers finds it itself
+    if c.rope_scaling == "ntk":  # its `dynamic` with factor 1, of a longer input
+        rope, length = {**rope, "rope_type": "dynamic", "rope_theta": c.rope_theta, "factor": 1.0}, c.block_size
     theirs = transformers.LlamaConfig(
-        hidden_size=c.n_embd, num_attention_heads=c.n_head, head_dim=c.head_dim, rope_parameters=rope_parameters(c),
-        max_position_embeddings=c.block_size if c.rope_scaling == "ntk" else c.context,
-    )  # fmt: skip
-    kind = theirs.rope_parameters["rope_type"]
-    length = int(c.rope_factor * c.block_size) if kind == "dynamic" else None
-    expected, attention_factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", seq_len=length)
+        hidden_size=512, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=length
+    )
+    expected, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, "cpu", seq_len=c.context)
     freqs, factor = model.rope_frequencies(c)
     torch.testing.assert_close(freqs, expected, rtol=1e-6, atol=0)
     assert factor == pytest.approx(attention_factor, rel=1e-12)
