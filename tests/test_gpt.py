@@ -79,6 +79,18 @@ def test_post_norm_equals_pytorch_encoder_layers():
     torch.testing.assert_close(gpt(idx), x @ gpt.wte.weight[: c.vocab_size].T, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_no_norm_is_none():
+    """Blocks that add nothing leave the embedding as it is, to the head."""
+    gpt, idx = random_gpt(tiny_config("llama", norm="none")), random_tokens(2, 8)
+    assert not [name for name in gpt.state_dict() if "norm" in name]
+    for block in gpt.blocks:
+        block.attn.proj.weight.zero_()
+        block.mlp.proj.weight.zero_()
+    weight = gpt.wte.weight
+    torch.testing.assert_close(gpt(idx), (weight[idx] @ weight.T)[..., : gpt.config.vocab_size])
+
+
 @pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_dropout_is_active_in_training_only(name, kernel):
@@ -86,12 +98,7 @@ def test_dropout_is_active_in_training_only(name, kernel):
     idx = random_tokens(2, 16)
     torch.testing.assert_close(gpt.eval()(idx), plain(idx), atol=1e-5, rtol=0)
     gpt.train()
-    first, second = gpt(idx), gpt(idx)
-    assert (first - second).abs().max() > 0.1
-    torch.manual_seed(5)
-    again = gpt(idx)
-    torch.manual_seed(5)
-    assert torch.equal(again, gpt(idx))
+    assert (gpt(idx) - gpt(idx)).abs().max() > 0.1
 
 
 # --- Fast and plain agree: kernels, the cache, packing
@@ -107,6 +114,7 @@ def has_compiler() -> bool:
 
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C compiler with OpenMP")
+needs_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs x86 hardware")
 DECODED = [
     *((arch, {}) for arch in ARCHS),
     ("gpt2", dict(norm_position="post", pos_embd="none", bias="none", embd_norm=True)),
@@ -159,7 +167,7 @@ def test_cached_decoding_equals_the_full_pass(arch, overrides, how):
 
 
 @needs_compiler
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs x86 hardware")
+@needs_x86
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])  # AVX2; plain C
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @torch.no_grad()
@@ -225,7 +233,7 @@ def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, threa
 
 
 @needs_compiler
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs x86 hardware")
+@needs_x86
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])  # AVX2; plain C
 def test_training_in_c_on_other_processors(march, monkeypatch):
     gpt = random_gpt(tiny_config("qwen3", n_embd=72, n_head=4, n_kv_head=2, head_dim=18, n_inner=50)).train()
@@ -252,12 +260,12 @@ def test_the_loss_in_c_hides_no_fault(dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.bfloat16, 2**-7)])
-@pytest.mark.parametrize("kind, march", [("forward_kl", "native"), ("reverse_kl", "native"), ("reverse_kl", "x86-64")])
+@pytest.mark.parametrize("kind, march", [
+    ("forward_kl", "native"), ("reverse_kl", "native"), pytest.param("reverse_kl", "x86-64", marks=needs_x86),
+])  # fmt: skip
 def test_the_divergence_in_c(kind, march, dtype, rtol, monkeypatch):
     """Truth: torch's kl_div in float64 of the same numbers. A student of 100 tokens, padded to 128, 90 of them the
     teacher's, of which one never comes; every third row does not count."""
-    if march != "native" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("needs x86 hardware")
     library = model.c_library(march, *["-DBFLOAT16"] * (dtype == torch.bfloat16))
     monkeypatch.setattr(model, "training_library", lambda x: library)
     student, teacher, targets = 3 * torch.randn(40, 128), 3 * torch.randn(40, 90), random_tokens(40, vocab_size=90)
@@ -290,10 +298,10 @@ def fresh_library():
 @needs_compiler
 def test_the_decoder_is_compiled_once(tmp_path, monkeypatch, fresh_library):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert model.c_library() is not None
+    assert model.c_library("native", "-O0") is not None
     model.c_library.cache_clear()
     monkeypatch.setattr(model.subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
-    assert model.c_library() is not None
+    assert model.c_library("native", "-O0") is not None
     assert [p.suffix for p in (tmp_path / "model.py").iterdir()] == [".so"]
 
 
@@ -406,7 +414,7 @@ def test_the_compiled_loss(monkeypatch):
     assert compiler.frame_count == 2
 
 
-@pytest.mark.parametrize("arch", model.ARCHS)
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "qwen3", "nanochat"])  # llama and qwen2 add no part of their own
 def test_a_block_is_one_graph(arch):
     """What torch.compile sees of a block in training has no break: fullgraph raises at one."""
     gpt = random_gpt(tiny_config(arch)).train()
@@ -445,18 +453,6 @@ def test_variant_sizes(variant):
     assert published / 1e6 == pytest.approx(PUBLISHED[variant], rel=0.008)
     assert model.PARAMETERS[variant] == model.count_parameters(model.make_config(variant, n_vocab, {}))
     assert model.PARAMETERS[variant] == pytest.approx(published, rel=0.02)
-
-
-@torch.no_grad()
-def test_no_norm_is_none():
-    """Blocks that add nothing leave the embedding as it is, to the head."""
-    gpt, idx = random_gpt(tiny_config("llama", norm="none")), random_tokens(2, 8)
-    assert not [name for name in gpt.state_dict() if "norm" in name]
-    for block in gpt.blocks:
-        block.attn.proj.weight.zero_()
-        block.mlp.proj.weight.zero_()
-    weight = gpt.wte.weight
-    torch.testing.assert_close(gpt(idx), (weight[idx] @ weight.T)[..., : gpt.config.vocab_size])
 
 
 @settings(max_examples=150)
