@@ -277,7 +277,7 @@ OUT_OF_RANGE = {
     "tokenize --dataset d --txt x": dict(val_fraction=[-1, -0.1, 1.0, 2, "nan"]),
     "hf_tokenize --dataset d --hf_dataset x": dict(num_proc=[10**6]),
     "sample --prompt a": dict(
-        temperature=[-0.5, "nan"], top_k=[-1], top_p=[0, 1.5], min_p=[2], repetition_penalty=[0], length=[0, -1],
+        temperature=[-0.5, "nan"], top_k=[-1], top_p=[0, 1.5], min_p=[-0.1, 2], repetition_penalty=[0], length=[0, -1],
         num_samples=[0], rope_factor=[0.5], seed=[HUGE],
     ),
     "eval": dict(stride=[0, -1], block_size=[0, -4]),
