@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -113,27 +112,22 @@ def test_text_is_streamed_as_soon_as_it_is_whole():
     assert [stream(b) for b in "aé🙂b".encode()] == ["a", "", "é", "", "", "", "🙂", "b"]
 
 
-@property_based
-@given(text=text)
-def test_gpt2_ids_are_tiktokens(gpt2, text):
-    assert gpt2.encode(text) == tiktoken.get_encoding("r50k_base").encode_ordinary(text)
-
-
 def test_gpt2_vocabulary_is_the_known_one(gpt2):
     """50,256 ordinary tokens, end-of-text at 50,256 as everywhere, and ids that anyone can look up."""
     assert gpt2.encode("Hello world") == [15496, 995] and gpt2.decode([50256]) == model.EOT
     assert gpt2.n_vocab == 50259 and gpt2.special == {model.EOT: 50256, model.IM_START: 50257, model.IM_END: 50258}
 
 
-@property_based
-@given(text=text)
-def test_trained_bpe_ids_are_those_of_the_tokenizers_package(bpe, trained_elsewhere, text):
-    assert bpe.encode(text) == trained_elsewhere.encode(text).ids
-
-
 @pytest.fixture(scope="session")
 def trained_elsewhere(corpus):
     return byte_level_bpe(corpus, 2000 - 3)
+
+
+@property_based
+@given(text=text)
+def test_ids_are_those_of_tiktoken_and_of_the_tokenizers_package(gpt2, bpe, trained_elsewhere, text):
+    assert gpt2.encode(text) == tiktoken.get_encoding("r50k_base").encode_ordinary(text)
+    assert bpe.encode(text) == trained_elsewhere.encode(text).ids
 
 
 def test_trained_bpe_on_text_it_has_not_seen(bpe, trained_elsewhere, shakespeare):
@@ -188,7 +182,7 @@ def test_encoding_in_pieces_equals_encoding_in_one_go(tokenizer, passage, piece_
 
 
 @property_based
-@given(text=st.text(alphabet=" \n\t'abs19.,é½³一🙂\u3000\u00a0\x85\x1c", min_size=100, max_size=300))
+@given(text=st.text(alphabet=" \n\t'abs19.,é½³一🙂\u3000\u00a0\x85\x1c", min_size=10, max_size=60))
 def test_any_cut_keeps_the_tokens(bpe, text):
     """split_point's promise, on whatever text: the two sides encode to what the whole encodes to."""
     cut = model.split_point(text)
@@ -207,28 +201,26 @@ def test_a_hugging_face_tokenizer(hf_folder, as_file):
     assert ours.bos == []
 
 
-def sentencepiece_like(prepend: str) -> Tokenizer:
-    """Llama's kind: no byte level, spaces as ▁, bytes in angle brackets for what is not in the vocabulary."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    if prepend == "normalizer":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-    backend.train_from_iterator(re.findall(r"\s*\S+", stdlib_source("textwrap")), trainer)  # no token spans words
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (prepend == "normalizer"))
+def sentencepiece(prepend: bool = True, added: tuple = ()) -> Tokenizer:
+    """Llama 2's kind: no byte level. A space is written "▁", and one may be put before a text, also before what follows
+    a special token; what is not in the vocabulary is written in bytes, which are no special tokens."""
+    characters = ["▁", "\n", *map(chr, range(33, 127)), "▁a"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *characters]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    before, after = [normalizers.Prepend("▁")] * prepend, [decoders.Strip(" ", 1, 0)] * prepend
+    backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    # as converted Llama files have it: the byte tokens are in the vocabulary and are not special
-    spec = json.loads(backend.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
-    return Tokenizer.from_str(json.dumps(spec))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.add_tokens([AddedToken(t, normalized=True) for t in added])
+    return backend
 
 
-@pytest.mark.parametrize("prepend", ["none", "normalizer"])
-def test_a_sentencepiece_like_tokenizer(prepend, tmp_path, monkeypatch):
-    backend = sentencepiece_like(prepend)
-    ours, extra = saved(backend, tmp_path, eos_token="</s>"), " " * (prepend == "normalizer")
+@pytest.mark.parametrize("prepend", [False, True])
+def test_a_sentencepiece_tokenizer(prepend, tmp_path, monkeypatch):
+    backend = sentencepiece(prepend)
+    ours, extra = saved(backend, tmp_path, eos_token="</s>"), " " * prepend
     sample = "Once upon a time: é🙂 def f(x)  # ok"
     ids = backend.encode(sample, add_special_tokens=False).ids
     assert ours.encode(sample) == ids and ours.decode(ids) == sample
@@ -299,13 +291,13 @@ def test_a_file_that_is_no_tokenizer(content, tmp_path):
         model.load_tokenizer(str(tmp_path))
 
 
-def test_digest_is_that_of_the_mapping(bpe, corpus, hf_folder):
-    same = model.train_bpe(corpus, 2000)
-    renamed = model.Tokenizer({**bpe.spec, "name": "another name"})
-    assert bpe.digest == same.digest == renamed.digest
-    others = [model.train_bpe(corpus, 1999), model.train_bpe(corpus[: len(corpus) // 2], 2000)]
-    different = [bpe, *others, model.byte_tokenizer(), model.hf_tokenizer(hf_folder)]
-    assert len({t.digest for t in different}) == 5 and model.byte_tokenizer().digest == different[3].digest
+def test_digest_is_that_of_the_mapping(hf_folder):
+    text = [stdlib_source("textwrap")]
+    ours, same = (model.train_bpe(text, 400) for _ in range(2))
+    renamed = model.Tokenizer({**ours.spec, "name": "another name"})
+    assert ours.digest == same.digest == renamed.digest
+    others = [model.train_bpe(text, 399), model.train_bpe([text[0][:9000]], 400), model.hf_tokenizer(hf_folder)]
+    assert len({t.digest for t in (ours, *others, model.byte_tokenizer(), model.byte_tokenizer())}) == 5
 
 
 def test_spec_is_plain_json(tokenizer):
@@ -315,31 +307,15 @@ def test_spec_is_plain_json(tokenizer):
     assert (again.n_vocab, again.special, again.digest) == (tokenizer.n_vocab, tokenizer.special, tokenizer.digest)
 
 
-# --- SentencePiece's ways, in a tokenizer.json
-
-
-def sentencepiece(added: tuple = (), **more) -> model.Tokenizer:
-    """As Llama 2's: a space is written "▁", and one is put before a text, also before what follows a special token."""
-    characters = ["<unk>", "</s>", "▁", "\n", *map(chr, range(33, 127)), "▁a"]
-    vocab = {c: i for i, c in enumerate(characters)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    backend.add_special_tokens(["<unk>", "</s>"])
-    backend.add_tokens([AddedToken(t, normalized=True) for t in added])
-    return model.Tokenizer({"kind": "hf", "name": "sp", "json": backend.to_str(), "special": {model.EOT: 1}, **more})
-
-
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
-def test_later_turns_get_no_space_of_their_own():
+def test_later_turns_get_no_space_of_their_own(tmp_path):
     """Truth: the ids of the whole conversation, as chat and apply_chat_template have them."""
-    tokenizer = sentencepiece(chat_template=ZEPHYR, eos_token="</s>")
+    tokenizer = saved(sentencepiece(), tmp_path, chat_template=ZEPHYR, eos_token="</s>")
     said = (("user", "hi"), ("assistant", "ho"), ("user", "a b"), ("assistant", "b"))
     messages = [{"role": role, "content": content} for role, content in said]
     ids, mask = model.encode_conversation(tokenizer, messages, False)
@@ -348,26 +324,26 @@ def test_later_turns_get_no_space_of_their_own():
     assert targets == ["h", "o", "</s>", "b", "</s>"]
 
 
-def test_spaces_that_are_added_tokens():
-    tokenizer = sentencepiece(added=("▁▁▁",))
+def test_spaces_that_are_added_tokens(tmp_path):
+    tokenizer = saved(sentencepiece(added=("▁▁▁",)), tmp_path)
     (three,) = tokenizer.encode("   ", continues=True)
-    assert tokenizer.bytes_of(three) == b"   " and tokenizer.bytes_of(1) == b"</s>"
+    assert tokenizer.bytes_of(three) == b"   " and tokenizer.bytes_of(2) == b"</s>"
 
 
 @pytest.mark.parametrize("kind", ["Prepend", "ByteLevel", "old Metaspace", "Metaspace"])
-def test_what_continues_a_text_begins_without_a_space(kind):
+def test_what_continues_a_text_begins_without_a_space(kind, tmp_path):
     """Truth: the ids of the whole text."""
-    tokenizer = sentencepiece()
+    spec = json.loads(sentencepiece().to_str())
     if kind != "Prepend":
-        spec = json.loads(tokenizer.fields.json)
         spec["normalizer"] = None
         spec["pre_tokenizer"] = spec["decoder"] = {
             "ByteLevel": {"type": kind, "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
             "Metaspace": {"type": kind, "replacement": "▁", "prepend_scheme": "always", "split": True},
             "old Metaspace": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True},
         }[kind]
-        spec["model"]["vocab"] |= {"Ġ": 200, "Ċ": 201, "normalizers": 202}
-        tokenizer = model.Tokenizer({**tokenizer.spec, "json": json.dumps(spec)})
+        spec["model"]["vocab"] |= {"Ġ": 400, "Ċ": 401, "normalizers": 402}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = model.hf_tokenizer(tmp_path)
     assert tokenizer.encode("a b") + tokenizer.encode("\nb", continues=True) == tokenizer.encode("a b\nb")
 
 
