@@ -300,13 +300,6 @@ def test_digest_is_that_of_the_mapping(hf_folder):
     assert len({t.digest for t in (ours, *others, model.byte_tokenizer(), model.byte_tokenizer())}) == 5
 
 
-def test_spec_is_plain_json(tokenizer):
-    again = model.Tokenizer(json.loads(json.dumps(tokenizer.spec)))
-    sample = stdlib_source("textwrap")
-    assert again.encode(sample) == tokenizer.encode(sample)
-    assert (again.n_vocab, again.special, again.digest) == (tokenizer.n_vocab, tokenizer.special, tokenizer.digest)
-
-
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
