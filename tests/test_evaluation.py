@@ -66,36 +66,24 @@ def score(evaluate):
 
 @torch.no_grad()
 def loss_of_transformers(hf, ids: torch.Tensor, context: int, stride: int) -> float:
-    """The recipe of transformers' documentation (perplexity.md), with each window's loss weighted by the labels that it
-    is the mean of. A window the length of the stride would leave its first token out: there each block of `context`
-    tokens predicts the `context` that follow."""
-    total, n, previous_end = 0.0, 0, 0
+    """The recipe of transformers' documentation (perplexity.md): of each window count the tokens that none before it
+    had. A window the length of the stride would leave its first token out: there each block of `context` tokens
+    predicts the `context` that follow."""
+    total, previous_end = 0.0, 1
     for begin in range(0, len(ids) - 1, stride):
-        if stride == context:
-            rows = ids[None, begin : begin + context + 1]
-            total += F.cross_entropy(hf(rows[:, :-1]).logits[0], rows[0, 1:], reduction="sum").item()
-            n += rows.size(1) - 1
-            continue
-        end = min(begin + context, len(ids))
-        rows = ids[None, begin:end]
-        labels = rows.clone()
-        labels[:, : -(end - previous_end)] = -100
-        counted = int((labels[:, 1:] != -100).sum())
-        total += hf(rows, labels=labels).loss.item() * counted
-        n, previous_end = n + counted, end
-        if end == len(ids):
-            break
-    assert n == len(ids) - 1  # all of the text but its first token, each once
-    return total / n
+        end = min(begin + context + (stride == context), len(ids))
+        losses = F.cross_entropy(hf(ids[None, begin : end - 1]).logits[0], ids[begin + 1 : end], reduction="none")
+        total += losses[previous_end - begin - 1 :].sum().item()
+        previous_end = end
+    return total / (len(ids) - 1)
 
 
 @pytest.mark.parametrize("context, stride", [
     (32, 32), (32, 31), (32, 8), (32, 1), (16, 16), (17, 5), (300, 300), (300, 7),
 ])  # fmt: skip
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_perplexity_is_transformers(workdir, arch, context, stride):
+def test_perplexity_is_transformers(workdir, context, stride):
     """Truth: transformers' own model, with windows that divide the text, that do not, and one that has it all."""
-    gpt, ids = byte_gpt(arch, block_size=max(32, context)), random_tokens(131, vocab_size=N_BYTES, seed=3)
+    gpt, ids = byte_gpt(block_size=max(32, context)), random_tokens(131, vocab_size=N_BYTES, seed=3)
     hf = AutoModelForCausalLM.from_pretrained(export(gpt, "hf"))
     expected = loss_of_transformers(hf, ids, context, stride) * 130
     for batch_tokens in (1, 100, 16384):
@@ -104,17 +92,17 @@ def test_perplexity_is_transformers(workdir, arch, context, stride):
         assert (total, n, n_bytes) == (pytest.approx(expected, rel=1e-5), 130, 260)
 
 
-@pytest.mark.parametrize("flags", [(), ("--stride", 8), ("--block_size", 20, "--stride", 10)], ids=str)
-@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "qwen3", "nanochat"])
-def test_eval_is_transformers(evaluate, arch, flags):
+@pytest.mark.parametrize("arch, flags, context, stride", [
+    ("gpt2", "", 32, 32), ("gpt_neox", "--stride 8", 32, 8), ("qwen3", "--block_size 20 --stride 10", 20, 10),
+    ("nanochat", "--block_size 20", 20, 20),
+])  # fmt: skip
+def test_eval_is_transformers(evaluate, arch, flags, context, stride):
     """Truth: transformers on the exported directory; and eval gives one number for it and for the checkpoint."""
     gpt = byte_gpt(arch)
     hf = AutoModelForCausalLM.from_pretrained(export(gpt, "hf"))
     save_model("model.pt", gpt)
-    ours, exported = evaluate("--model_checkpoint", "model.pt", "--compare", "hf", "--data", "text.txt", *flags)
-    options = dict(zip(flags[::2], flags[1::2], strict=True))
-    context = options.get("--block_size", 32)
-    expected = loss_of_transformers(hf, torch.tensor([*TEXT.encode()]), context, options.get("--stride", context))
+    ours, exported = evaluate("--model_checkpoint", "model.pt", "--compare", "hf", "--data", "text.txt", *flags.split())
+    expected = loss_of_transformers(hf, torch.tensor([*TEXT.encode()]), context, stride)
     for row in (ours, exported):
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
         assert row["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -150,16 +138,21 @@ def test_numbers_of_a_uniform_model(score):
     assert (row["model"], row["data"]) == ("model.pt", "text.txt")
 
 
-def test_bits_per_byte_counts_the_bytes_of_tokens(score):
-    """Truth: by hand: a token that is a whole word has as many bytes as its UTF-8, é two."""
+def test_bits_per_byte_compare_across_tokenizers(evaluate):
+    """Truth: by hand: each model by its own tokens; one that is a whole word has as many bytes as its UTF-8, é two."""
     tokens = [bytes([b]) for b in range(256)] + ["é".encode(), b" c", b" ca", b" caf", " café".encode()]
-    bpe = model.from_ranks("bpe", tokens, "mine")
-    assert bpe.encode("un café") == [*b"un", 260]
+    words = model.from_ranks("bpe", tokens, "mine")
+    assert words.encode("un café") == [*b"un", 260]
     Path("short.txt").write_text("un café", encoding="utf-8")
-    row = score(uniform(bpe.n_vocab), "short.txt", "--stride", 8, tokenizer=bpe)
-    assert row["tokens"] == 2
-    assert row["bits_per_byte"] == pytest.approx(2 * math.log2(264) / 7)  # of n and 6 bytes of café
-    assert row["word_perplexity"] == pytest.approx(264)
+    save_model("bytes.pt", uniform())
+    save_model("words.pt", uniform(words.n_vocab), words)
+    of_bytes, of_words = evaluate(
+        "--model_checkpoint", "bytes.pt", "--compare", "words.pt", "--data", "short.txt", "--stride", 8
+    )
+    assert (of_bytes["tokens"], of_words["tokens"]) == (7, 2)
+    assert of_bytes["bits_per_byte"] == pytest.approx(math.log2(259))
+    assert of_words["bits_per_byte"] == pytest.approx(2 * math.log2(264) / 7)  # of n and 6 bytes of café
+    assert of_words["perplexity"] == of_words["word_perplexity"] == pytest.approx(264)
 
 
 def test_a_beginning_of_text_token_lets_every_byte_be_scored(evaluate):
@@ -227,17 +220,6 @@ def test_models_side_by_side(evaluate, cli):
     ]
     starts = [head.index(f" {name}") for name in list(rows[0])[1:]]
     assert all(line[at] == " " != line[at + 1] for line in lines for at in starts)  # columns are aligned
-
-
-def test_models_of_different_vocabularies_share_a_text(evaluate):
-    """Bits per byte compare across tokenizers: uniform over 259 bytes or over 300 tokens."""
-    bpe = model.train_bpe([TEXT], 300)
-    save_model("bytes.pt", uniform())
-    save_model("bpe.pt", uniform(300), bpe)
-    a, b = evaluate("--model_checkpoint", "bytes.pt", "--compare", "bpe.pt", "--data", "text.txt", "--stride", 8)
-    assert (a["perplexity"], b["perplexity"]) == (pytest.approx(259), pytest.approx(300))
-    first = len(bpe.decode(bpe.encode(TEXT)[:1]).encode())
-    assert b["bits_per_byte"] == pytest.approx(b["tokens"] * math.log2(300) / (TEXT_BYTES - first))
 
 
 def test_nothing_but_json_is_printed(cli, evaluate, text_file):
