@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import N_BYTES, TINY_RUN, byte_gpt, log_of, random_gpt, random_tokens, save_model, tiny_config
+from conftest import N_BYTES, TINY_RUN, byte_gpt, log_of, random_tokens, save_model, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
@@ -190,16 +190,6 @@ def test_the_validation_split_of_a_data_set(score, text_file):
     assert len({row.pop("data") for row in rows}) == 3  # a data set's file is the data set
     assert all(row == rows[-1] for row in rows)
     assert rows[0]["tokens"] == len(text) // 10 - 1
-
-
-def test_a_validation_file_of_nanogpts(score, gpt2):
-    """Truth: val.bin's own ids, through the model in one pass."""
-    Path("data/nano").mkdir(parents=True)
-    ids = np.arange(1000, 1020, dtype="<u2")
-    np.arange(5000, 5200, dtype="<u2").tofile("data/nano/train.bin")
-    ids.tofile("data/nano/val.bin")
-    gpt = random_gpt(tiny_config(vocab_size=gpt2.n_vocab, n_embd=8, n_head=1, n_layer=1))
-    assert score(gpt, "nano", tokenizer=gpt2)["loss"] == loss_of_one_pass(gpt, torch.from_numpy(ids.astype(np.int64)))
 
 
 # --- Tables and JSON
