@@ -191,10 +191,11 @@ def loss_and_gradients(gpt: model.GPT, segments: torch.Tensor | None) -> list[to
     return [loss.detach(), *(p.grad for p in gpt.parameters())]
 
 
-def assert_close_each(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> None:
-    """Within 1e-5 of the largest number of each."""
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
+def assert_close_each(ours: list[torch.Tensor], plain: list[torch.Tensor], tolerance: float = 1e-5) -> None:
+    """Within so much of the largest number of each, all in one comparison, which is quicker."""
+    largest = [b.abs().max().clamp(min=1e-30) for b in plain]
+    one, other = (torch.cat([(x / m).flatten() for x, m in zip(xs, largest, strict=True)]) for xs in (ours, plain))
+    torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
 def mean_error(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> torch.Tensor:
@@ -481,19 +482,21 @@ def test_any_combination_in_c_and_in_plain_pytorch(arch, heads, overrides):
     """Its size; training in C against the plain operators; tokens one by one, in C, against the full pass."""
     shape = dict(n_head=heads[0], n_kv_head=heads[1], n_embd=24 * heads[0])
     gpt = half_gpt(arch, **{**shape, **overrides}).train()
+    if gpt.config.norm == "none":  # else numbers grow from block to block, and with them what rounding does
+        for p in gpt.parameters():
+            p.data = (p.data / 3).half().float()
     assert model.count_parameters(gpt.config) == sum(p.numel() for p in gpt.parameters())
     ours = loss_and_gradients(gpt, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "training_library", lambda x: None)
         plain = loss_and_gradients(gpt, None)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-4)
+    assert_close_each(ours, plain, 1e-4)
     with torch.no_grad():
         idx, cache = random_tokens(2, 13, vocab_size=gpt.config.vocab_size), model.KVCache(gpt, 2, 13)
         expected = gpt.eval()(idx)
         model.prepare_generation(gpt, "auto")
         logits = torch.cat([gpt(token, cache) for token in idx.split(1, dim=1)], dim=1)
-    torch.testing.assert_close(logits, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    assert_close_each([logits], [expected], 1e-4)
 
 
 def test_flops_per_token_of_gpt2_small():
