@@ -599,20 +599,6 @@ def test_a_mixture_whose_blocks_have_other_numbers_is_another(distill, text_file
     assert "another data" in distill(*run, "second").error
 
 
-def test_the_published_command(cli, text_file):
-    """The command as the issue prints it, on a local teacher of the 120M shape; one step instead of thousands."""
-    model.tokenize_text(Path("data/NAME"), [str(text_file)], "byte")
-    torch.manual_seed(0)
-    save_model("checkpoints/120M_model.pt", model.GPT(model.make_config("120M", N_BYTES, {})))
-    published = "distill --teacher_model_path checkpoints/120M_model.pt --teacher_variant 120M --student_variant 7M "
-    published += "--data data/NAME/data.bin --temperature 2.0 --alpha 0.5"
-    out = cli(*published.split(), "--max_iters", 1, "--batch_size", 2, "--eval_tokens", 256).ok().out
-    assert "teacher checkpoints/120M_model.pt" in out and "alpha 0.5, temperature 2.0, forward_kl" in out
-    config = checkpoint_of("distilled_7M")["config"]
-    assert (config["n_layer"], config["n_embd"], config["block_size"]) == (4, 128, 128)
-    assert "distilled_7M_model.pt" in cli("sample", "--length", 5, "--prompt", "a").ok().err
-
-
 def test_the_teachers_own_tokenizer(cli, text_file):
     """`--data FILE` is tokenized as the teacher does, and so is data made as the error about another one says."""
     bpe = model.train_bpe([text_file.read_text()], 300)
@@ -759,22 +745,12 @@ def test_an_unreachable_teacher(cli, path):
     assert path in result.error and "hub" not in result.err.lower()
 
 
-@pytest.mark.parametrize("flags, name", [
-    (("no-such-owner/no-such-model",), "no-such-owner/no-such-model"),
-    (("hf", "--teacher_variant", "120M"), "openai-community/gpt2"),
-])  # fmt: skip
-def test_an_unreachable_hub(cli, flags, name):
-    """The tests are offline. The error may come after a word on what was tried."""
-    result = cli("distill", *STUDENT, "--teacher_model_path", *flags)
-    assert result.code == 1 and "Traceback" not in result.err
-    assert name in result.err.strip().splitlines()[-1].split(": error: ")[1]
-
-
 def test_a_larger_student_is_warned_about(distill):
     larger = distill(*STUDENT, "--n_embd", 128, "--max_iters", 1, "--name", "larger").ok()
     smaller = distill(*STUDENT, "--max_iters", 1, "--name", "smaller").ok()
     assert "warning: the student" in larger.err and "larger than the teacher" in larger.err
     assert "warning" not in smaller.err
+    assert "teacher teacher.pt: " in smaller.out and "alpha 0.5, temperature 2.0, forward_kl" in smaller.out
 
 
 def swapped_bytes(a: int, b: int) -> model.Tokenizer:
