@@ -637,9 +637,13 @@ def test_a_student_of_the_teachers_layers_has_a_smaller_table(change, name, rows
     assert torch.equal(getattr(student, name).weight, getattr(teacher, name).weight[:rows])
 
 
+# With a rate of next to nothing, what comes out is what the student started as.
+ONE_STEP = (*TINY_RUN[8:], "--batch_size", 2, "--max_iters", 1, "--learning_rate", 1e-9, "--sample_interval", -1)
+HALF_OF_THE_TEACHER = ("--init_from_teacher", *ONE_STEP, "--name", "half")
+
+
 def test_init_from_teacher_without_a_variant_halves_the_depth(distill):
-    run = ("--dtype", "float32", "--device", "cpu", "--max_iters", 1, "--batch_size", 2, "--eval_tokens", 64)
-    distill("--init_from_teacher", *run, "--learning_rate", 1e-9, "--sample_interval", -1, "--name", "half").ok()
+    distill(*HALF_OF_THE_TEACHER).ok()
     checkpoint = checkpoint_of("half")
     assert checkpoint["config"]["n_layer"] == 1 and checkpoint["config"]["n_embd"] == 64
     torch.testing.assert_close(checkpoint["model"]["wte.weight"], mild_gpt().wte.weight.detach(), atol=1e-6, rtol=0)
@@ -654,8 +658,7 @@ def test_a_student_of_a_teacher_without_chat_tokens_has_those_of_the_data(distil
     spec["added_tokens"] = [{**spec["added_tokens"][0], "id": n_vocab - 1}]
     plain = {"kind": "hf", "name": "plain", "json": json.dumps(spec), "special": {model.EOT: n_vocab - 1}}
     save_model("teacher.pt", teacher, model.Tokenizer(plain))
-    run = ("--dtype", "float32", "--device", "cpu", "--max_iters", 1, "--batch_size", 2, "--eval_tokens", 64)
-    distill("--init_from_teacher", *run, "--learning_rate", 1e-9, "--sample_interval", -1, "--name", "half").ok()
+    distill(*HALF_OF_THE_TEACHER).ok()
     student = model.open_model("half_model.pt").model
     assert student.config.vocab_size == N_BYTES
     for ours, theirs in ((student.wte.weight, teacher.wte.weight), (student.head_weight, teacher.head_weight)):
@@ -674,14 +677,13 @@ def test_layers_of_other_widths_are_refused(arch, change):
         model.every_kth_layer(teacher, student)
 
 
-STUDENT_CHECKPOINT = ("--student_checkpoint", "student.pt", *TINY_RUN[8:], "--batch_size", 2, "--max_iters", 1)
+STUDENT_CHECKPOINT = ("--student_checkpoint", "student.pt", *ONE_STEP)
 
 
 def test_a_student_can_start_from_a_checkpoint(distill):
-    """Truth: with a rate of next to nothing, what comes out is what went in."""
     start = mild_gpt(3, n_layer=1)
     save_model("student.pt", start)
-    distill(*STUDENT_CHECKPOINT, "--block_size", 16, "--learning_rate", 1e-9, "--name", "run").ok()
+    distill(*STUDENT_CHECKPOINT, "--block_size", 16, "--name", "run").ok()
     torch.testing.assert_close(checkpoint_of("run")["model"], dict(start.state_dict()), atol=1e-6, rtol=0)
 
 
