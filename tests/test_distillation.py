@@ -209,13 +209,12 @@ class VocabularyRows(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("B", [4, 16])
-def test_full_logits_never_exist(monkeypatch, B):
+def test_full_logits_never_exist(monkeypatch):
     """Truth: every tensor that PyTorch makes in a step, forward and backward: none has more rows than a chunk."""
     monkeypatch.setattr(model, "LOSS_CHUNK_ELEMENTS", 64 * 192)
     teacher, student = pair(vocab_size=150)
     with VocabularyRows({150, 192}) as seen:
-        loss_and_gradients(Distillation(teacher, DistillConfig(), 150), student, batch_of(B))
+        loss_and_gradients(Distillation(teacher, DistillConfig(), 150), student, batch_of(16))
     assert seen.most == 64
 
 
@@ -287,6 +286,8 @@ def test_on_policy_is_a_fraction_of_the_steps(monkeypatch):
     teacher, student = pair()
     objective, written = Distillation(teacher, DistillConfig(on_policy=0.25), 100), []
     monkeypatch.setattr(objective, "student_writes", lambda student, batch: written.append(seed) or batch)
+    monkeypatch.setattr(objective, "teacher_answers", lambda batch: None)
+    monkeypatch.setattr(student, "loss", lambda *args: torch.zeros(()))  # the models have no say in it
     for step in range(400):
         for rank in (0, 1, 1023):
             torch.manual_seed(seed := (1337 * 1_000_003 + step) * 4096 + rank)  # as fit does
