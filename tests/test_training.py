@@ -697,10 +697,9 @@ def test_recipes(cli, text_file):
     assert c["train_config"]["schedule"] == "wsd"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
-def test_a_run_of_so_many_minutes(cli, text_file, optimizer):
+def test_a_run_of_so_many_minutes(cli, text_file):
     """The steps that are measured leave no trace: it is the run of as many steps, to the last bit."""
-    run = (*TRAIN, "--optimizer", optimizer, "--resid_pdrop", 0.1, "--sample_interval", -1)
+    run = (*TRAIN, "--optimizer", "normuon", "--resid_pdrop", 0.1, "--sample_interval", -1)
     begun = time.monotonic()
     cli(*run, "--max_minutes", 0.05, "--name", "timed").ok()
     assert time.monotonic() - begun < 20
