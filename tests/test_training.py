@@ -626,12 +626,11 @@ def test_a_state_that_went_wrong_is_not_saved_as_good(cli, text_file, monkeypatc
         assert all(p.isfinite().all() for p in checkpoint_of(interval)["model"].values())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("arch", ["gpt2", "nanochat"])
-def test_short_number_types_learn_as_float32_does(cli, text_file, arch, dtype):
+def test_float16_learns_as_float32(cli, text_file, arch):
     run = (*TRAIN, "--arch", arch, "--max_iters", 60, "--sample_interval", -1, "--learning_rate", 3e-3)
     cli(*run, "--name", "long").ok()
-    assert f"in {dtype}" in cli(*run, "--name", "short", "--dtype", dtype).ok().out
+    assert "in float16" in cli(*run, "--name", "short", "--dtype", "float16").ok().out
     assert all(p.dtype == torch.float32 for p in checkpoint_of("short")["model"].values())
     long, short = (log_of(name)[-1]["val_loss"] for name in ("long", "short"))
     assert short == pytest.approx(long, rel=0.02) and short != long and short < 0.9 * math.log(259)
