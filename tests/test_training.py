@@ -477,10 +477,9 @@ def test_epochs(cli, text_file, monkeypatch):
 # --- Evaluation
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-def test_evaluation_by_hand(cli, text_file, tokenizer):
+def test_evaluation_by_hand(cli, text_file):
     """Loss over every validation block, its exponential, and bits by the bytes of text that the targets stand for."""
-    cli("tokenize", "--dataset", "d", "--txt", text_file, "--tokenizer", tokenizer, "--vocab_size", 400).ok()
+    cli("tokenize", "--dataset", "d", "--txt", text_file, "--tokenizer", "bpe", "--vocab_size", 400).ok()
     cli("train", "--data", "d", *TINY_SHAPE, "--max_iters", 3, "--eval_tokens", 10**9, "--dtype", "float32").ok()
     record, data = log_of()[-1], model.Data(Path("data/d"))
     gpt = model.open_model("7M_model_last.pt").model
@@ -494,7 +493,7 @@ def test_evaluation_by_hand(cli, text_file, tokenizer):
     assert record["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert record["val_ppl"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert record["val_bpb"] == pytest.approx(loss * n / n_bytes / math.log(2), rel=1e-5)
-    assert (n_bytes == n) == (tokenizer == "byte")
+    assert n_bytes > 1.5 * n
 
 
 def test_evaluation_reads_the_same_blocks_every_time(workdir):
