@@ -170,11 +170,11 @@ def test_nanogpt_data_can_be_resumed(cli, text_file, monkeypatch):
 
 def test_resuming_keeps_the_precision_that_was_chosen(cli, text_file, monkeypatch):
     """A run must not change its precision because it goes on on another machine."""
-    run = [*TINY_SHAPE, "--device", "cpu", "--dtype", "auto", *INTERVALS]
+    run = (*TRAIN, *INTERVALS, "--dtype", "auto")
     monkeypatch.setattr(model, "cpu_has_bfloat16", lambda: True)
-    cli("train", *BYTES, *run, "--name", "whole").ok()
+    assert "in bfloat16" in cli(*run, "--name", "whole").ok().out
     stop_at(monkeypatch, 6)
-    cli("train", *BYTES, *run, "--name", "parts")
+    cli(*run, "--name", "parts")
     monkeypatch.setattr(model, "cpu_has_bfloat16", lambda: False)
     cli("train", "--name", "parts", "--resume").ok()
     assert_same_run("whole", "parts")
