@@ -520,15 +520,14 @@ def test_the_best_model_is_kept(cli, text_file, monkeypatch):
     assert "nothing to resume" in cli("train", "--resume").error
 
 
-def test_a_checkpoint_holds_what_the_design_says(cli, text_file):
+def test_the_files_of_a_run(cli, text_file):
+    """The best model, whose parameters were counted, without an optimizer; two states; the log; and nothing else."""
     out = cli(*TRAIN, "--max_iters", 4).ok().out
-    best, last = checkpoint_of(last=False), checkpoint_of()
-    assert best["format_version"] == model.FORMAT_VERSION and best["tokenizer"] == model.byte_tokenizer().spec
-    assert best["config"]["n_embd"] == 32 and best["step"] <= 4 and best["optimizer"] is None
-    assert last["optimizer"] and last["step"] == 4 and last["data"]["digest"] == model.Data(Path("data/input")).digest
-    assert f"{sum(p.numel() for p in best['model'].values()):,} parameters" in out
     files = ["7M_model.jsonl", "7M_model.pt", "7M_model_last.2.pt", "7M_model_last.pt"]
     assert sorted(os.listdir("checkpoints")) == files
+    best = checkpoint_of(last=False)
+    assert best["format_version"] == model.FORMAT_VERSION and best["optimizer"] is None
+    assert f"{sum(p.numel() for p in best['model'].values()):,} parameters" in out
 
 
 # --- When numbers go wrong, and short number types
