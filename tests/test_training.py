@@ -359,26 +359,27 @@ def test_adamw_decays_matrices_and_embeddings_only(arch):
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * 0.1) if decayed else before[name], msg=name)
 
 
-def as_it_began(folder: str) -> tuple[model.GPT, model.Split, np.ndarray]:
-    """Of the run on this data: the initial model, what it learns from, and the order of the blocks."""
-    split = model.Data(Path(folder)).splits["train"]
+def test_three_steps_by_hand(cli, workdir):
+    """Conversations: the mean over what their masks want, gradients clipped to 1, AdamW with two groups, warm-up."""
+    conversation_data("chat")
+    flags = ("--max_iters", 3, "--warmup_iters", 2, "--learning_rate", 1e-2, "--log_interval", 1)
+    cli("train", "--data", "chat", *TINY_RUN, *flags).ok()
+    split = model.Data(Path("chat")).splits["train"]
+    windows = split.windows(16)
+    order = np.random.default_rng((1337, 0)).permutation(len(windows))
     torch.manual_seed(1337)
     gpt = model.GPT(model.GPTConfig(**checkpoint_of()["config"]))
-    return gpt, split, np.random.default_rng((1337, 0)).permutation(len(split.windows(16)))
-
-
-def test_adamw_is_pytorchs(cli, text_file):
-    """Three steps of `train` by hand: the same blocks, gradients clipped to 1, AdamW with two groups, warm-up."""
-    cli(*TRAIN, "--max_iters", 3, "--warmup_iters", 2, "--learning_rate", 1e-2).ok()
-    gpt, split, order = as_it_began("data/input")
     matrices, others = [p for p in gpt.parameters() if p.dim() > 1], [p for p in gpt.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    ids = torch.from_numpy(split.tokens.astype(np.int64))
     for step, lr in enumerate((1e-2 / 3, 2e-2 / 3, 1e-2)):
-        rows = torch.stack([ids[16 * i : 16 * i + 17] for i in order[4 * step : 4 * step + 4]])
+        batch = split.batch(windows, order[4 * step : 4 * step + 4], 16)
+        assert (batch["targets"] == -1).any()
+        logits = gpt(batch["idx"], segments=batch["segments"]).flatten(0, 1)
+        loss = F.cross_entropy(logits, batch["targets"].flatten(), ignore_index=-1)
+        assert log_of()[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         adamw.zero_grad()
-        F.cross_entropy(gpt(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         for group in adamw.param_groups:
             group["lr"] = lr
@@ -438,18 +439,6 @@ def test_samples_are_shown_when_they_are_asked_for(cli, text_file):
     assert re.findall(r"^--- sample at step (\d+) ---$", out, re.M) == ["2", "4", "5"]
     cli("train", *BYTES, *TINY_RUN, *flags, "--sample_interval", -1, "--name", "silent").ok()
     assert_same_run("shown", "silent")
-
-
-def test_the_loss_of_conversations_is_the_mean_over_their_targets(cli, workdir):
-    """By hand from the definition: the first batch, the initial weights, F.cross_entropy over what the mask wants."""
-    conversation_data("chat")
-    cli("train", "--data", "chat", *TINY_RUN, "--max_iters", 1, "--learning_rate", 0).ok()
-    gpt, split, order = as_it_began("chat")
-    batch = split.batch(split.windows(16), order[:4], 16)
-    targets = batch["targets"].flatten()
-    assert 5 < (targets >= 0).sum() < 50
-    logits = gpt(batch["idx"], segments=batch["segments"]).flatten(0, 1)
-    assert log_of()[0]["loss"] == pytest.approx(F.cross_entropy(logits, targets, ignore_index=-1).item(), rel=1e-5)
 
 
 def test_a_step_without_a_target_does_not_end_a_run(cli, workdir):
