@@ -67,23 +67,6 @@ def test_a_stopped_and_resumed_run_is_the_run_never_stopped(cli, text_file, monk
     assert_same_run("whole", "parts")
 
 
-def test_a_killed_run_is_resumed_from_its_last_checkpoint(cli, text_file, monkeypatch):
-    """Killed at step 8, when the log is ahead of the checkpoint of step 5."""
-    run = (*TRAIN, *INTERVALS, *DROPOUT)
-    cli(*run, "--name", "whole").ok()
-
-    def kill(step: int, **step_arguments) -> None:
-        if step == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        at_each_step(patch, before=kill)
-        assert cli(*run, "--name", "parts").code == 130
-    assert checkpoint_of("parts")["step"] == 5 and log_of("parts")[-1]["step"] == 6
-    cli(*run, "--name", "parts", "--resume").ok()  # the natural thing to do: the command of before, and --resume
-    assert_same_run("whole", "parts")
-
-
 @pytest.mark.parametrize("number, handler, code", [
     (signal.SIGTERM, signal.SIG_DFL, 128 + signal.SIGTERM),
     (signal.SIGHUP, signal.SIG_DFL, 128 + signal.SIGHUP),
