@@ -359,12 +359,11 @@ def test_the_layout_of_a_position_in_the_cache(tmp_path):
     assert cache.read([0])[0].tolist() == [[6, 13]]
     assert cache.read([0])[1].exp()[0].tolist() == pytest.approx([0.1, 0.4, 0.5], rel=0.01)
     for n_vocab in (49_152, 50_259):
-        cache = model.TeacherCache(tmp_path / str(n_vocab), {}, 1, 3, 64, n_vocab)
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.stack([torch.randperm(n_vocab, generator=generator)[:64] for _ in range(3)])
-        cache.write(0, ids, torch.full((3, 64), -5.0))
+        cache = model.TeacherCache(tmp_path / str(n_vocab), {}, 1, 1, 64, n_vocab)
+        ids = torch.randperm(n_vocab, generator=torch.Generator().manual_seed(1))[None, :64]
+        cache.write(0, ids, torch.full((1, 64), -5.0))
         assert torch.equal(cache.read([0])[0], ids.sort(dim=1).values)
-        assert (tmp_path / str(n_vocab) / "answers.bin").stat().st_size == 3 * 150
+        assert (tmp_path / str(n_vocab) / "answers.bin").stat().st_size == 150
 
 
 def test_a_damaged_cache_is_told(tmp_path):
