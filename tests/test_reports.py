@@ -7,8 +7,6 @@ import pytest
 from conftest import TRAIN, at_each_step, log_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import model
-
 RUN = (*TRAIN, "--max_iters", 12, "--log_interval", 2)
 
 
@@ -53,11 +51,6 @@ def test_runs_are_told_apart_though_a_sample_comes_first(cli, text_file):
     for seed in (1, 2):
         cli(*RUN, "--report_to", "tensorboard", "--sample_interval", 1, "--overwrite", "--seed", seed).ok()
     assert len(list(Path("checkpoints/tensorboard").iterdir())) == 2
-
-
-def test_off_unless_asked_for(cli, text_file, monkeypatch):
-    monkeypatch.setattr(model, "reporter", None)
-    cli(*RUN).ok()
 
 
 def test_a_report_that_fails_does_not_stop_the_run(cli, text_file):
