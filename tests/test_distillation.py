@@ -598,22 +598,16 @@ def test_a_teacher_from_a_hugging_face_directory(distill, cli):
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "nanochat"])
-@pytest.mark.parametrize("n_teacher, n_student", [(12, 6), (8, 4), (6, 2), (5, 5), (7, 3), (4, 1)])
-def test_every_kth_layer(arch, n_teacher, n_student):
-    """Truth: by content, evenly spread, first and last kept; a student of equal depth is the teacher."""
-    teacher, student = (random_gpt(tiny_config(arch, n_layer=n, n_embd=16), n) for n in (n_teacher, n_student))
+@pytest.mark.parametrize("n_teacher, chosen", [
+    (12, [0, 2, 4, 7, 9, 11]), (8, [0, 2, 5, 7]), (7, [0, 3, 6]), (6, [0, 5]), (4, [0]), (3, [0, 1, 2]),
+])  # fmt: skip
+def test_every_kth_layer(arch, n_teacher, chosen):
+    """Truth: by hand, evenly spread, first and last kept; and all that belongs to no layer."""
+    teacher = random_gpt(tiny_config(arch, n_layer=n_teacher, n_embd=16), 1)
+    student = random_gpt(tiny_config(arch, n_layer=len(chosen), n_embd=16), 2)
     model.every_kth_layer(teacher, student)
-    layers = [[b.state_dict() for b in gpt.blocks] for gpt in (teacher, student)]
-    same = [[all(torch.equal(ours[k], theirs[k]) for k in ours) for theirs in layers[0]] for ours in layers[1]]
-    chosen = [row.index(True) for row in same]
-    assert chosen[0] == 0 and len(chosen) == n_student
-    if n_student > 1:
-        assert chosen[-1] == n_teacher - 1
-        gaps = np.diff(chosen)
-        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
-    if n_teacher == n_student:
-        idx = random_tokens(2, 20)
-        assert torch.equal(teacher(idx), student(idx))
+    teacher.blocks = torch.nn.ModuleList(teacher.blocks[i] for i in chosen)
+    torch.testing.assert_close(student.state_dict(), teacher.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change, name, rows", [({"block_size": 64}, "wpe", 32), ({"vocab_size": 400}, "wte", 320)])
