@@ -44,11 +44,18 @@ def figures(monkeypatch) -> list:
     return saved
 
 
-def legend(figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+@pytest.fixture
+def legend(cli, figures):
+    """legend(NAMES and flags): the labels in the legend of their picture."""
+
+    def plot(*words) -> list[str]:
+        cli("plot", *words, "--out", "x.png").ok()
+        return [text.get_text() for text in figures[-1].legends[0].get_texts()]
+
+    return plot
 
 
-def test_picture(cli, figures):
+def test_picture(cli, figures, legend):
     """The raw curve, the smoothed one and validation, of each run, on the axes asked for."""
     records = write_log("a")
     write_log("b", scale=1.5)
@@ -67,32 +74,28 @@ def test_picture(cli, figures):
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (val, axes.lines[6])}
     assert len({c for c, _, _ in looks}) == len({s for _, s, _ in looks}) == len({m for _, _, m in looks}) == 2
     best = min(r["val_loss"] for r in validated)
-    assert legend(figures[0])[0] == f"a (best {best:.3f})"
+    assert legend("a", "b")[0] == f"a (best {best:.3f})"
     cli("plot", "a", "--y", "lr", "--output", "x.svg").ok()
-    assert "<svg" in Path("x.svg").read_text() and set(figures[1].axes[0].lines[0].get_ydata()) == {1e-3}
+    assert "<svg" in Path("x.svg").read_text() and set(figures[-1].axes[0].lines[0].get_ydata()) == {1e-3}
     Path("a").mkdir()  # say, an export of that name
-    cli("plot", "a", "--y", "val_loss", "--out", "x.png").ok()
-    assert legend(figures[2]) == [f"a (best {best:.3f})"]
+    assert legend("a", "--y", "val_loss") == [f"a (best {best:.3f})"]
     write_log("_b")  # which a legend that finds its labels leaves out
-    cli("plot", "_b", "--out", "x.png").ok()
-    assert legend(figures[3]) == [f"_b (best {best:.3f})"]
+    assert legend("_b") == [f"_b (best {best:.3f})"]
 
 
-def test_legend_has_the_settings_that_differ(cli, text_file, figures):
+def test_legend_has_the_settings_that_differ(cli, text_file, legend):
     for name, rate, seed in (("a", 1e-3, 1), ("b", 3e-2, 1), ("c", 3e-2, 2)):
         cli(*TRAIN, "--max_iters", 3, "--name", name, "--learning_rate", rate, "--seed", seed).ok()
-    cli("plot", "a", "b", "c", "--out", "x.png").ok()
-    found = [label.split(", ", 1)[1] for label in legend(figures[0])]
+    found = [label.split(", ", 1)[1] for label in legend("a", "b", "c")]
     assert found == [f"learning_rate {rate}, seed {seed})" for rate, seed in ((0.001, 1), (0.03, 1), (0.03, 2))]
-    cli("plot", "b", "c", "--out", "x.png").ok()
-    assert [label.rpartition(", ")[2] for label in legend(figures[1])] == ["seed 1)", "seed 2)"]
+    assert [label.rpartition(", ")[2] for label in legend("b", "c")] == ["seed 1)", "seed 2)"]
     cli(*TRAIN, "--max_iters", 3, "--name", "d", "--n_embd=64", "--seed=5").ok()
-    cli("plot", "c", "d", "--out", "x.png").ok()  # what was typed comes before what follows from it
-    assert legend(figures.pop())[1].endswith(", n_embd 64, learning_rate 0.0003, seed 5, head_dim 32)")
+    typed_first = ", n_embd 64, learning_rate 0.0003, seed 5, head_dim 32)"  # before what follows from it
+    assert legend("c", "d")[1].endswith(typed_first)
     for path in Path("checkpoints").glob("c_*.pt"):
         path.unlink()  # as before the first save
-    cli("plot", "a", "b", "c", "--out", "x.png").ok()
-    assert "rate 0.03" in legend(figures[2])[1] and "rate" not in legend(figures[2])[2]
+    _, with_states, without = legend("a", "b", "c")
+    assert "rate 0.03" in with_states and "rate" not in without
 
 
 class Hostile:
@@ -100,12 +103,11 @@ class Hostile:
         return os.mkdir, ("hacked",)
 
 
-def test_what_a_checkpoint_would_run_is_not_run(cli, figures):
+def test_what_a_checkpoint_would_run_is_not_run(cli, legend):
     write_log("a")
     with zipfile.ZipFile("checkpoints/a_model.pt", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"variant": Hostile()}))
-    cli("plot", "--out", "x.png").ok()
-    assert legend(figures[0])[0].startswith("a (best") and not Path("hacked").exists()
+    assert legend()[0].startswith("a (best") and not Path("hacked").exists()
 
 
 def test_without_pytorch(workdir):
