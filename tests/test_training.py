@@ -271,17 +271,12 @@ def test_accumulation_changes_nothing(cli, workdir, arch, rel):
 def test_muon_equals_pytorchs_on_unfused_matrices():
     """q, k, v of a fused matrix and matrices of one shape, orthogonalised together here and one by one there."""
     torch.manual_seed(0)
-    shapes = {"qkv": [(32, 32), (8, 32), (8, 32)], "fc": [(64, 32), (64, 32)], "proj": [(32, 64)], "other": [(32, 64)]}
-    fused, separate = [], []
-    for parts in shapes.values():
-        values = [torch.randn(shape) * 0.1 for shape in parts]
-        fused.append(torch.nn.Parameter(torch.cat(values)))
-        separate.append([torch.nn.Parameter(v.clone()) for v in values])
+    rows, columns = [[32, 8, 8], [64, 64], [32], [32]], [32, 32, 64, 64]
+    fused = [torch.nn.Parameter(torch.randn(sum(parts), n) * 0.1) for parts, n in zip(rows, columns, strict=True)]
     start = [p.detach().clone() for p in fused]
-    flat = [p for parts in separate for p in parts]
-    rows = [[rows for rows, _ in parts] for parts in shapes.values()]
+    separate = [list(map(torch.nn.Parameter, p.clone().split(parts))) for p, parts in zip(start, rows, strict=True)]
     ours = model.Muon(fused, rows, lr=0.02, momentum=0.9, weight_decay=0.1)
-    theirs = torch.optim.Muon(flat, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True)
+    theirs = torch.optim.Muon(sum(separate, []), lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True)
     for _ in range(5):
         for p, parts, sizes in zip(fused, separate, rows, strict=True):
             p.grad = torch.randn_like(p)
