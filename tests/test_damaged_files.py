@@ -3,6 +3,7 @@ sentence that names it."""
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,13 @@ import model
 OLD = Path(__file__).with_name("old_files")
 MISSING = object()
 WRONG = [MISSING, None, "x", "", -1, 0, 10**9, 2.5, math.inf, True, [], [1], {}, {"a": 1}]
+NO_OBJECT = [(f"the file: {content}", content) for content in (b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}")]
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Thousands of files, which no crash has to spare."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def changes(content: dict, part: str | None = None) -> list[tuple[str, dict]]:
@@ -30,7 +38,9 @@ def changes(content: dict, part: str | None = None) -> list[tuple[str, dict]]:
 
 def write(path: Path, content) -> None:
     """A file that is whole, whatever it holds."""
-    if path.suffix == ".json":
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".json":
         path.write_text(json.dumps(content))
     elif isinstance(content, dict):
         model.save_checkpoint(path, content)
@@ -38,7 +48,7 @@ def write(path: Path, content) -> None:
         torch.save(content, path)
 
 
-def count_told(path: Path, good: dict, cases: list[tuple[str, dict]], open_it) -> int:
+def count_told(path: Path, good: dict, cases: list[tuple[str, dict | bytes]], open_it) -> int:
     """In how many cases the file, or the folder that it is in, does not open: anything but a UserError that names it
     is a fault. With the good content it opens."""
     told = 0
@@ -79,7 +89,7 @@ def test_what_a_run_goes_on_from(cli, part):
 def test_meta_json(workdir):
     shutil.copytree(OLD / "data/text", "text")
     path, good = Path("text/meta.json"), json.loads(Path("text/meta.json").read_text())
-    cases = changes(good) + changes(good, "tokenizer")
+    cases = changes(good) + changes(good, "tokenizer") + NO_OBJECT
     assert count_told(path, good, cases, lambda: model.Data(Path("text"))) > len(cases) / 3
 
 
@@ -96,7 +106,7 @@ def test_a_mask_of_another_length(workdir):
 def test_files_of_an_export(workdir, file):
     shutil.copytree(OLD / "exported", "exported")
     path, good = Path("exported") / file, json.loads((OLD / "exported" / file).read_text())
-    cases = changes(good) + (changes(good, "model") if file == "tokenizer.json" else [])
+    cases = changes(good) + (changes(good, "model") if file == "tokenizer.json" else []) + NO_OBJECT
     if file == "tokenizer_config.json":  # which holds the template where no file of its own does
         Path("exported/chat_template.jinja").unlink()
         cases += [("a template's name", {**good, "chat_template": [{"name": [], "template": "x"}]})]
