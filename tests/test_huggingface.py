@@ -790,29 +790,24 @@ def test_what_a_config_leaves_out_means_what_transformers_means(arch):
             assert read.norm_eps == 1e-6 or "rms_norm_eps" not in left_out
 
 
-@pytest.mark.parametrize("mscale", [
+SCALES = [  # DeepSeek's two count together or not at all
     {}, {"mscale": 0.707}, {"mscale_all_dim": 0.707}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"attention_factor": 1.3},
     {"mscale": 0.707, "mscale_all_dim": 0.707}, {"mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": 1.3},
-], ids=str)  # fmt: skip
-def test_yarn_attention_factors(mscale):
-    """DeepSeek's two scales count together or not at all."""
-    theirs = transformers.LlamaConfig(**SHAPE, rope_parameters={**ROPE_YARN, **mscale})
-    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
-    freqs, ours = model.rope_frequencies(model.config_from_hf(theirs.to_dict(), Path()))
-    torch.testing.assert_close(freqs, expected, rtol=1e-6, atol=0)
-    assert ours == pytest.approx(factor, rel=1e-9)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("said", [
+    *({"rope_parameters": {**ROPE_YARN, **scales}} for scales in SCALES),
+    # rope_scaling that someone adds to a newer config.json counts
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": ROPE_YARN},
     {"rope_parameters": ROPE_LLAMA3, "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+    # the original length may stand outside
     {"rope_parameters": ROPE_LLAMA3, "original_max_position_embeddings": 64},
     {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16},
+    # YaRN's factor may be left to the two lengths
     {"rope_parameters": {**ROPE_YARN, "factor": None}}, {"rope_parameters": {**ROPE_DEEPSEEK, "factor": None}},
 ], ids=str)  # fmt: skip
-def test_rope_said_in_other_places(said):
-    """rope_scaling that someone adds to a newer config.json counts, the original length may stand outside, and YaRN's
-    factor may be left to the two lengths."""
+def test_rope_is_read_as_transformers_reads_it(said):
     theirs = transformers.LlamaConfig(**SHAPE, **json.loads(json.dumps(said)))
     expected, factor = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs, "cpu")
     freqs, ours = model.rope_frequencies(model.config_from_hf({"model_type": "llama", **SHAPE, **said}, Path()))
