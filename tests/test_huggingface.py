@@ -755,21 +755,17 @@ def test_old_checkpoints(workdir, config, prefix):
     assert_same_logits(model.load_hf_model(Path("old")).eval(), theirs)
 
 
-def test_a_tied_head_that_was_saved_too(workdir):
-    theirs = random_theirs(THEIRS["SmolLM2"])
-    theirs.save_pretrained("a")
-    change_tensors(Path("a"), lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    assert_same_logits(model.load_hf_model(Path("a")).eval(), theirs)
-
-
+@pytest.mark.parametrize("own", [False, True], ids=["the embedding again", "another matrix"])
 @pytest.mark.parametrize("name", ["SmolLM2", "GPT-2", "GPT-NeoX, sequential"])
-def test_a_head_of_its_own_that_a_config_calls_tied(workdir, name):
-    """transformers 5 believes the weights."""
+def test_a_head_in_the_weights_of_a_tied_model(workdir, name, own):
+    """transformers 5 believes the weights, whatever config.json says of ties."""
+    theirs = random_theirs(THEIRS[name])
+    theirs.save_pretrained("a")
     head = "embed_out.weight" if "NeoX" in name else "lm_head.weight"
-    random_theirs(THEIRS[name]).save_pretrained("a")
-    change_tensors(Path("a"), lambda t: t.update({head: torch.randn(259, 32)}))
+    matrix = torch.randn(259, 32) if own else theirs.get_input_embeddings().weight.detach().clone()
+    change_tensors(Path("a"), lambda t: t.update({head: matrix}))
     ours = model.load_hf_model(Path("a")).eval()
-    assert not ours.config.tie_word_embeddings
+    assert ours.config.tie_word_embeddings is not own
     assert_same_logits(ours, AutoModelForCausalLM.from_pretrained("a").eval())
 
 
