@@ -462,55 +462,52 @@ def test_special_ids_and_the_template_come_back(cli, workdir, corpus, listed):
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (1, [2, 0], 2)
 
 
-@pytest.fixture
-def trained(cli, text_file) -> dict:
-    """A run of a few steps, its own command line, and the last record of its log."""
+def test_model_card(cli, text_file):
+    """The hub's own reader finds what was measured, in metadata that are YAML whatever the model is called. The command
+    in it can be run again."""
     args = (*TRAIN, "--name", "said", "--max_iters", 4, "--eval_interval", 2)
     cli(*args).ok()
-    return {"args": list(map(str, args)), "last": log_of("said")[-1]}
+    last = log_of("said")[-1]
+    for name in ("tiny", "7M: the best", "null", "1e3", "a 'b' \"c\" #d", "[x]", "é🙂"):
+        cli("export", "--model_path", "said_model.pt", "--output_dir", name).ok()
+        text = (Path(name) / "README.md").read_text(encoding="utf-8")
+        metadata = yaml.safe_load(text.split("---\n")[1])
+        assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+        assert metadata["datasets"] == ["input"] and metadata["model-index"][0]["name"] == name
+        results = huggingface_hub.ModelCard(text).data.eval_results
+        measured = {r.metric_type: r.metric_value for r in results}
+        assert measured == {"loss": round(last["val_loss"], 4), "perplexity": round(last["val_ppl"], 4)}
+        assert results[0].task_type == "text-generation"
+        assert f"# {name}\n" in text and f'from_pretrained("{name}")' in text.replace('\\"', '"')
+        assert command_in(text) == list(map(str, args))
 
 
-@pytest.mark.parametrize("name", ["tiny", "7M: the best", "null", "1e3", "a 'b' \"c\" #d", "[x]", "é🙂"])
-def test_model_card(cli, trained, name):
-    """The hub's own reader finds what was measured, in metadata that are YAML whatever the model is called."""
-    cli("export", "--model_path", "said_model.pt", "--output_dir", name).ok()
-    text = (Path(name) / "README.md").read_text(encoding="utf-8")
-    metadata = yaml.safe_load(text.split("---\n")[1])
-    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
-    assert metadata["datasets"] == ["input"] and metadata["model-index"][0]["name"] == name
-    results, last = huggingface_hub.ModelCard(text).data.eval_results, trained["last"]
-    measured = {r.metric_type: r.metric_value for r in results}
-    assert measured == {"loss": round(last["val_loss"], 4), "perplexity": round(last["val_ppl"], 4)}
-    assert results[0].dataset_name == "input" and results[0].task_type == "text-generation"
-    assert f"# {name}\n" in text and f'from_pretrained("{name}")' in text.replace('\\"', '"')
+def command_in(card: str) -> list[str]:
+    """The arguments of the command line of a model card."""
+    (line,) = [line for line in card.splitlines() if "python model.py" in line]
+    python, program, *args = shlex.split(line.split("`")[1])
+    assert (python, program) == ("python", "model.py")
+    return args
 
 
-def test_the_command_in_a_model_card_can_be_run_again(cli, trained):
-    checkpoint = torch.load("checkpoints/said_model.pt", weights_only=True)
-    checkpoint["arguments"] = ["finetune", "--prompt", "Hello, how are you?", "--data", "my chats.jsonl"]
-    model.save_checkpoint(Path("quoted.pt"), {**checkpoint, "kind": "finetune"})
-    for path, args in (("said_model.pt", trained["args"]), ("quoted.pt", checkpoint["arguments"])):
-        cli("export", "--model_path", path, "--output_dir", "card", "--overwrite").ok()
-        (line,) = [x for x in Path("card/README.md").read_text().splitlines() if "python model.py" in x]
-        assert shlex.split(line.split("`")[1]) == ["python", "model.py", *args]
+def test_the_command_in_a_model_card_is_quoted(cli):
+    args = ["finetune", "--prompt", "Hello, how are you?", "--data", "my chats.jsonl"]
+    save(small(), data={"path": "data/x"}, arguments=args)
+    cli(*EXPORT, "card").ok()
+    assert command_in(Path("card/README.md").read_text()) == args
 
 
-def test_the_data_set_in_a_model_card_is_its_name(cli, text_file):
-    """However --data named it."""
-    cli("tokenize", "--dataset", "shakespeare", "--txt", "input.txt", "--tokenizer", "byte").ok()
-    for data in ("shakespeare", "data/shakespeare", "data/shakespeare/data.bin"):
-        cli("train", "--data", data, *TINY_RUN, "--max_iters", 1, "--overwrite").ok()
-        cli("export", "--output_dir", "out", "--overwrite").ok()
-        assert huggingface_hub.ModelCard.load("out/README.md").data.datasets == ["shakespeare"]
-
-
-def test_the_data_sets_of_a_mixture_are_named_one_by_one(cli, text_file):
+def test_the_data_sets_in_a_model_card_are_their_names(cli, text_file):
+    """However --data named them; those of a mixture one by one."""
     for name in ("one", "two"):
         cli("tokenize", "--dataset", name, "--txt", "input.txt", "--tokenizer", "byte").ok()
-    cli("train", "--data", "one:0.3", "data/two/data.bin", *TINY_RUN, "--max_iters", 1).ok()
-    cli("export", "--output_dir", "out").ok()
-    data = huggingface_hub.ModelCard.load("out/README.md").data
-    assert data.datasets == ["one", "two"] and data.eval_results[0].dataset_name == "one + two"
+    mixture = ("one:0.3", "data/two/data.bin")
+    for data in (("one",), ("data/one",), ("data/one/data.bin",), mixture):
+        cli("train", "--data", *data, *TINY_RUN, "--max_iters", 1, "--overwrite").ok()
+        cli("export", "--output_dir", "out", "--overwrite").ok()
+        card = huggingface_hub.ModelCard.load("out/README.md").data
+        assert card.datasets == (["one", "two"] if data is mixture else ["one"])
+        assert card.eval_results[0].dataset_name == " + ".join(card.datasets)
 
 
 def test_the_snippet_of_a_model_card_runs(cli, capsys):
