@@ -77,6 +77,7 @@ MODELS = {
 }  # fmt: skip
 every_model = pytest.mark.parametrize("arch, overrides", MODELS.values(), ids=MODELS)
 EXPORT = ("export", "--model_path", "a_model.pt", "--output_dir")
+GGUF = ("--format", "gguf")
 
 
 def small(arch: str = "llama", tokenizer: model.Tokenizer | None = None, **overrides) -> model.GPT:
@@ -244,9 +245,7 @@ def test_an_export_is_of_one_model(cli):
     assert "a_model.pt" in error and "b_model.pt" in error and not Path("x").exists()
 
 
-@pytest.mark.parametrize("output", [".", "..", "checkpoints", "folder", "exported", "a_model.pt"])
-@pytest.mark.parametrize("kind", ["hf", "gguf"])
-def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch, output, kind):
+def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch):
     """Not the working folder, nor the one above it, nor one with other files in it, nor an export with a stranger."""
     Path("inner/checkpoints").mkdir(parents=True)
     monkeypatch.chdir("inner")
@@ -254,10 +253,12 @@ def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch
     for path in ("../above.txt", "precious.txt", "checkpoints/other_model.pt", "folder/a.txt", "exported/notes.txt"):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text("precious")
-    before, run = contents(), (*EXPORT, output, "--format", kind)
-    for flags in ((), ("--overwrite",)):
-        assert "no export wrote" in (error := cli(*run, *flags).error) and "add --overwrite" not in error
-    assert contents() == before and Path("../above.txt").exists()
+    before = contents("..")
+    for output in (".", "..", "checkpoints", "folder", "exported", "a_model.pt"):
+        for flags in ((), ("--overwrite",), GGUF, (*GGUF, "--overwrite")):
+            error = cli(*EXPORT, output, *flags).error
+            assert "no export wrote" in error and "add --overwrite" not in error
+    assert contents("..") == before
 
 
 def test_overwrite_leaves_no_file_of_the_export_before(cli):
@@ -273,7 +274,7 @@ def test_overwrite_leaves_no_file_of_the_export_before(cli):
 def test_exports_to_gguf_share_a_folder(cli):
     save(small())
     for quantize in ("f16", "q8_0", "f16"):
-        cli(*EXPORT, "out", "--format", "gguf", "--overwrite", "--quantize", quantize).ok()
+        cli(*EXPORT, "out", *GGUF, "--overwrite", "--quantize", quantize).ok()
     assert {p.name for p in Path("out").glob("*.gguf")} == {"out-f16.gguf", "out-q8_0.gguf"}
 
 
@@ -291,14 +292,11 @@ REFUSED = [  # what no class of transformers' can be
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("format", ["hf", "gguf"])
 @pytest.mark.parametrize("arch, setting, value", REFUSED)
-def test_a_setting_that_no_architecture_has_is_refused_by_name(cli, arch, setting, value, format):
-    error = refusal(cli, small(arch, **{setting: value}), "--format", format)
-    assert all(word in error for word in (setting, str(value), arch))
-
-
-GGUF = ("--format", "gguf")
+def test_a_setting_that_no_architecture_has_is_refused_by_name(cli, arch, setting, value):
+    for flags in ((), GGUF):
+        error = refusal(cli, small(arch, **{setting: value}), *flags)
+        assert all(word in error for word in (setting, str(value), arch))
 
 
 @pytest.mark.parametrize("arch, overrides, flags, words", [
@@ -308,6 +306,8 @@ GGUF = ("--format", "gguf")
     ("nanochat", {}, GGUF, ["llama.cpp"]), ("qwen2", dict(activation="geglu"), GGUF, ["llama.cpp", "geglu"]),
     ("gpt2", dict(activation="relu"), GGUF, ["llama.cpp", "relu"]), ("llama", dict(bias="all"), GGUF, ["llama.cpp"]),
     ("gpt_neox", dict(activation="relu"), GGUF, ["llama.cpp", "relu"]),
+    ("llama", {}, ("--quantize", "q8_0"), ["--quantize is of the other --format"]),
+    ("llama", {}, (*GGUF, "--dtype", "float32"), ["--dtype is of the other --format"]),
 ])  # fmt: skip
 def test_what_is_not_exported(cli, arch, overrides, flags, words):
     error = refusal(cli, small(arch, **overrides), *flags)
@@ -528,7 +528,7 @@ def test_gguf_holds_the_model(cli, arch, quantize, tolerance):
     """gguf's converter names, every tensor once, values within the rounding of the type, and the settings."""
     gpt = small(arch, **({} if arch.startswith("gpt") else {"n_kv_head": 2}))
     save(gpt)
-    assert f"out/out-{quantize}.gguf" in cli(*EXPORT, "out", "--format", "gguf", "--quantize", quantize).ok().out
+    assert f"out/out-{quantize}.gguf" in cli(*EXPORT, "out", *GGUF, "--quantize", quantize).ok().out
     reader = gguf.GGUFReader(f"out/out-{quantize}.gguf")
     metadata = {k.removeprefix(f"{arch.replace('_', '')}."): f.contents() for k, f in reader.fields.items()}
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
@@ -602,18 +602,8 @@ def test_modelfile(cli):
     assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.M) == ["<|im_end|>", "<|endoftext|>"]
 
 
-def test_modelfile_leaves_other_templates_to_the_gguf(cli, foreign_folder):
-    tokenizer = model.hf_tokenizer(foreign_folder)
-    assert ("TEMPLATE" in model.modelfile(tokenizer, "x.gguf")) == (model.chat_template(tokenizer) == model.CHATML)
-    tokenizer.fields.chat_template = "{{ messages }}"
-    assert "TEMPLATE" not in model.modelfile(tokenizer, "x.gguf")
-
-
-@pytest.mark.parametrize("flags", [("--quantize", "q8_0"), ("--format", "gguf", "--dtype", "float32")], ids=str)
-def test_a_flag_of_the_other_format(cli, flags):
-    """No flag is silently ignored."""
-    save(small())
-    assert "is of the other --format" in cli(*EXPORT, "out", *flags).error and not Path("out").exists()
+def test_modelfile_leaves_other_templates_to_the_gguf(foreign_folder):
+    assert "TEMPLATE" not in model.modelfile(model.hf_tokenizer(foreign_folder), "x.gguf")
 
 
 # --- The hub, which is a fake
