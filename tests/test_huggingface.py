@@ -347,6 +347,7 @@ def test_a_tokenizer_larger_than_the_model(cli):
 # --- Export: tokenizer, generation settings, model card
 
 
+@functools.cache
 def fuzzed_strings(n: int, seed: int = 0) -> list[str]:
     """Short strings of all of Unicode but lone surrogates: letters of many scripts, digits, marks, spaces, controls,
     emoji, unassigned code points, and English to join them."""
@@ -373,9 +374,8 @@ def save_foreign(folder: Path, corpus: list[str], names: list[str], before: str 
     put before every text, a chat template of its own."""
     backend = byte_level_bpe(corpus, 900, names, pre_tokenizers.Digits(individual_digits=True))
     if before:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{before} $A", pair=f"{before} $A {before} $B", special_tokens=[(before, names.index(before))]
-        )
+        special = [(before, names.index(before))]
+        backend.post_processor = processors.TemplateProcessing(f"{before} $A", special_tokens=special)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     theirs.chat_template = SYSTEM_TEMPLATE
     theirs.save_pretrained(folder)
@@ -396,16 +396,31 @@ def tokenizer(request) -> model.Tokenizer:
     return model.byte_tokenizer() if request.param == "byte" else request.getfixturevalue(request.param)
 
 
-def test_exported_tokenizer_gives_our_ids(cli, tokenizer, shakespeare):
-    """On 10,000 fuzzed strings, Tiny Shakespeare and code; and it decodes them to what they were."""
-    theirs = AutoTokenizer.from_pretrained(export(cli, small(tokenizer=tokenizer, n_embd=8), tokenizer=tokenizer))
-    strings = fuzzed_strings(10_000)
+def test_exported_tokenizer_is_ours(cli, complaints, tokenizer, shakespeare):
+    """Our ids of 10,000 fuzzed strings, Tiny Shakespeare and code, which it decodes to what they were; of prompts, with
+    what is put before a text, if anything; and special tokens in a text are special over there only. Generation ends at
+    the end of a turn and at the end of a text."""
+    folder = export(cli, small(tokenizer=tokenizer, n_embd=8, block_size=1 << 18), tokenizer=tokenizer)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.model_max_length == 1 << 18
+    strings = [*fuzzed_strings(10_000), shakespeare[:200_000], stdlib_source("tarfile")]
     ids = theirs(strings, add_special_tokens=False).input_ids
     different = [s for s, row in zip(strings, ids, strict=True) if row != tokenizer.encode(s)]
     assert not different, different[:5]
     assert theirs.batch_decode(ids) == strings
-    for text in (shakespeare, stdlib_source("tarfile")):
-        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+
+    assert theirs("Hello 12").input_ids == tokenizer.prompt("Hello 12")
+    rendered = "<|im_start|>user\n 12<|im_end|>"
+    assert theirs(rendered, add_special_tokens=False).input_ids == tokenizer.encode_rendered(rendered)
+    plain = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    assert plain(rendered, add_special_tokens=False).input_ids == tokenizer.encode(rendered)
+    assert theirs.convert_tokens_to_ids("<|im_end|>") == tokenizer.special["<|im_end|>"]
+    ids = {"gpt2": (50256,) * 3, "byte": (256,) * 3, "bpe": (1997,) * 3, "hf": (0, 2, 2)}[tokenizer.kind]
+    generation, config = transformers.GenerationConfig.from_pretrained(folder), config_of(folder)
+    assert set(generation.eos_token_id) == {tokenizer.special[t] for t in (model.EOT, model.IM_END)}
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == ids
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == ids
+    assert (generation.bos_token_id, generation.pad_token_id) == (ids[0], ids[2])
 
 
 @pytest.mark.parametrize("arch", model.ARCHS)
@@ -416,27 +431,6 @@ def test_exported_tokenizer_is_ours_beside_every_architecture(cli, complaints, a
     theirs = AutoTokenizer.from_pretrained(export(cli, small(arch, tokenizer), tokenizer=tokenizer))
     strings = ["12 x=56789", "e\u0301a\u0308 \u2126", "They'LL", "a\r\n\n  b\t\tc ", "½³一二 123", *fuzzed_strings(500)]
     assert theirs(strings).input_ids == [tokenizer.bos + tokenizer.encode(s) for s in strings]
-
-
-def test_exported_tokenizer_opens_texts_as_ours_opens_prompts(cli, complaints, tokenizer):
-    """With what the tokenizer puts before a text, if anything; special tokens in a text are special over there only.
-    Generation ends at the end of a turn and at the end of a text."""
-    folder = export(cli, small(tokenizer=tokenizer, n_embd=8), tokenizer=tokenizer)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    assert theirs("Hello 12").input_ids == tokenizer.prompt("Hello 12")
-    rendered = "<|im_start|>user\n 12<|im_end|>"
-    assert theirs(rendered, add_special_tokens=False).input_ids == tokenizer.encode_rendered(rendered)
-    plain = AutoTokenizer.from_pretrained("exported", split_special_tokens=True)
-    assert plain(rendered, add_special_tokens=False).input_ids == tokenizer.encode(rendered)
-    assert theirs.convert_tokens_to_ids("<|im_end|>") == tokenizer.special["<|im_end|>"]
-    assert theirs.model_max_length == 128
-    ids = {"gpt2": (50256,) * 3, "byte": (256,) * 3, "bpe": (1997,) * 3, "hf": (0, 2, 2)}[tokenizer.kind]
-    generation = transformers.GenerationConfig.from_pretrained(folder)
-    assert set(generation.eos_token_id) == {tokenizer.special[t] for t in (model.EOT, model.IM_END)}
-    config = config_of(folder)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == ids
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == ids
-    assert (generation.bos_token_id, generation.pad_token_id) == (ids[0], ids[2])
 
 
 @pytest.mark.parametrize("listed", [False, True])
