@@ -179,16 +179,11 @@ def test_config_says_the_same_to_transformers_4_and_5(arch, overrides):
     """Version 5 reads rope_parameters and dtype, version 4 rope_theta, rope_scaling and torch_dtype."""
     c = small(arch, **overrides).config
     j = model.hf_config(c, model.byte_tokenizer(), "float32")
-    assert j["dtype"] == j["torch_dtype"] == "float32" and j["vocab_size"] == 259
-    assert j["tie_word_embeddings"] is c.tie_word_embeddings
-    assert [j[f"{t}_token_id"] for t in ("bos", "eos", "pad")] == [256] * 3
     only_4, only_5 = {"rope_theta", "rope_scaling", "torch_dtype", "rotary_emb_base", "rotary_pct"}, {"rope_parameters"}
     parts = [{k: v for k, v in j.items() if k not in left_out} for left_out in ((), only_4, only_5)]
     read, *others = (model.config_from_hf(part, Path()) for part in parts)
     assert others == [read] * 2 and read.context == c.context
     rope = j.get("rope_parameters", {})
-    if rope.get("rope_type", "default") != "default":
-        assert j["rope_scaling"]["rope_type"] == rope["rope_type"]
     if rope.get("rope_type") == "yarn":  # version 4 takes the factor from the two lengths
         lengths = j["max_position_embeddings"] / rope["original_max_position_embeddings"]
         assert lengths == pytest.approx(rope["factor"], rel=1e-9)
