@@ -225,14 +225,6 @@ def test_scaling_chosen_at_export(cli, complaints):
     assert_same_logits(gpt, theirs)
 
 
-def test_an_export_is_of_one_model(cli):
-    """--model_path and --model_checkpoint are one flag."""
-    save(small())
-    shutil.copy("a_model.pt", "b_model.pt")
-    error = cli(*EXPORT, "x", "--model_checkpoint", "b_model.pt").error
-    assert "a_model.pt" in error and "b_model.pt" in error and not Path("x").exists()
-
-
 def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch):
     """Not the working folder, nor the one above it, nor one with other files in it, nor an export with a stranger."""
     Path("inner/checkpoints").mkdir(parents=True)
@@ -294,6 +286,7 @@ def test_a_setting_that_no_architecture_has_is_refused_by_name(cli, arch, settin
     ("nanochat", {}, GGUF, ["llama.cpp"]), ("qwen2", dict(activation="geglu"), GGUF, ["llama.cpp", "geglu"]),
     ("gpt2", dict(activation="relu"), GGUF, ["llama.cpp", "relu"]), ("llama", dict(bias="all"), GGUF, ["llama.cpp"]),
     ("gpt_neox", dict(activation="relu"), GGUF, ["llama.cpp", "relu"]),
+    ("llama", {}, ("--model_checkpoint", "b_model.pt"), ["a_model.pt", "b_model.pt"]),  # one flag by two names
     ("llama", {}, ("--quantize", "q8_0"), ["--quantize is of the other --format"]),
     ("llama", {}, (*GGUF, "--dtype", "float32"), ["--dtype is of the other --format"]),
 ])  # fmt: skip
