@@ -633,79 +633,47 @@ def test_the_real_hub_offline(cli, name, words):
 
 # --- Import: what transformers makes
 
-GPT2 = dict(vocab_size=259, n_positions=128, n_embd=32, n_layer=2, n_head=4)
 SHAPE = dict(
     vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=128,
 )  # fmt: skip
-GQA = dict(**SHAPE, num_key_value_heads=2)
 ROPE_LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 ROPE_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 ROPE_DEEPSEEK = {**ROPE_YARN, "mscale": 1.0, "mscale_all_dim": 0.5}
-THEIRS = {
-    "GPT-2": transformers.GPT2Config(**GPT2),
-    "GPT-2, gelu by its other name": transformers.GPT2Config(**GPT2, activation_function="gelu_pytorch_tanh"),
-    "Pythia": transformers.GPTNeoXConfig(**SHAPE, rotary_pct=0.25),
-    "GPT-NeoX, sequential": transformers.GPTNeoXConfig(**SHAPE, use_parallel_residual=False, tie_word_embeddings=True),
-    "Llama 2": transformers.LlamaConfig(**SHAPE),
-    "Llama 3": transformers.LlamaConfig(**GQA, rope_parameters=ROPE_LLAMA3),
-    "SmolLM2": transformers.LlamaConfig(**GQA, tie_word_embeddings=True, rope_parameters={"rope_theta": 1e5}),
-    "Llama with biases": transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
-    "Llama, DeepSeek's yarn": transformers.LlamaConfig(**GQA, rope_parameters=ROPE_DEEPSEEK),
-    "Qwen 2.5": transformers.Qwen2Config(**GQA, tie_word_embeddings=True),
-    "Qwen 2.5, yarn": transformers.Qwen2Config(**GQA, rope_parameters=ROPE_YARN),
-    "Qwen 3": transformers.Qwen3Config(**GQA, head_dim=16),
-    "nanochat": transformers.NanoChatConfig(**GQA),
-}
 
 
-def random_theirs(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
-    """One of their models with every parameter random."""
-    torch.manual_seed(1)
-    theirs = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            p.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.2)
-    return theirs
+@every_model
+def test_what_transformers_saves_opens(cli, arch, overrides):
+    """In shards, and then in one file, beside the index of the shards that it leaves there and does not read."""
+    theirs = open_theirs(export(cli, small(arch, **overrides)))
+    for size in ("20KB", "5GB"):
+        theirs.save_pretrained("theirs", max_shard_size=size)
+        assert Path("theirs/model.safetensors").exists() is (size == "5GB")
+        assert_same_logits(model.load_hf_model(Path("theirs")).eval(), theirs)
+    assert Path("theirs/model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize("config", THEIRS.values(), ids=THEIRS)
-def test_a_model_of_transformers_opens(workdir, config):
-    """save_pretrained's directory, whole and in shards: their logits, and every parameter counted."""
-    theirs = random_theirs(config)
-    theirs.save_pretrained("one")
-    theirs.save_pretrained("shards", max_shard_size="20KB")
-    assert len(list(Path("shards").glob("*.safetensors"))) > 3
-    for name in ("one", "shards"):
-        (Path(name) / "tokenizer.json").write_text(model.byte_tokenizer().backend.to_str())
-        opened = model.open_model(name)
-        c = opened.model.config
-        assert_same_logits(opened.model, theirs)
-        padding = (2 - c.tie_word_embeddings) * (c.padded_vocab_size - 259) * 32
-        assert model.count_parameters(c) == theirs.num_parameters() + padding
-        assert opened.name == name
+@pytest.mark.parametrize("arch, setting, name", [
+    ("gpt2", "activation_function", "gelu_pytorch_tanh"), ("gpt2", "activation_function", "gelu_fast"),
+    ("llama", "hidden_act", "swish"),
+])  # fmt: skip
+def test_an_activation_by_another_name(cli, arch, setting, name):
+    folder = export(cli, small(arch))
+    config_of(folder, **{setting: name})
+    assert_same_logits(model.load_hf_model(folder).eval(), open_theirs(folder))
 
 
-def test_a_folder_saved_again_in_one_file(workdir):
-    """transformers leaves the index of the shards that it replaces, and does not read it."""
-    theirs = random_theirs(THEIRS["GPT-2"])
-    theirs.save_pretrained("a", max_shard_size="20KB")
-    theirs.save_pretrained("a")
-    assert Path("a/model.safetensors.index.json").exists() and not list(Path("a").glob("model-*"))
-    assert_same_logits(model.load_hf_model(Path("a")).eval(), theirs)
-
-
-@pytest.mark.parametrize("config", [THEIRS["GPT-2"], THEIRS["Pythia"]], ids=["GPT-2", "Pythia"])
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox"])
 @pytest.mark.parametrize("prefix", [True, False])
-def test_old_checkpoints(workdir, config, prefix):
+def test_old_checkpoints(cli, arch, prefix):
     """Those published in 2019 to 2023 hold the causal masks and rotary tables too, and GPT-2's have no prefix."""
-    theirs = random_theirs(config)
-    theirs.save_pretrained("old")
-    tensors = load_file("old/model.safetensors")
-    gpt2, mask = config.model_type == "gpt2", torch.ones(128, 128).tril()[None, None]
+    folder = export(cli, small(arch))
+    theirs = open_theirs(folder)
+    tensors = load_file(folder / "model.safetensors")
+    gpt2, mask = arch == "gpt2", torch.ones(128, 128).tril()[None, None]
     for i in range(2):
         attention = f"transformer.h.{i}.attn" if gpt2 else f"gpt_neox.layers.{i}.attention"
         tensors[f"{attention}.bias"] = mask.clone() if gpt2 else mask.bool()
@@ -713,22 +681,22 @@ def test_old_checkpoints(workdir, config, prefix):
         tensors |= {} if gpt2 else {f"{attention}.rotary_emb.inv_freq": torch.ones(1)}
     if not prefix:
         tensors = {k.removeprefix("transformer.").removeprefix("gpt_neox."): v for k, v in tensors.items()}
-    save_file(tensors, "old/model.safetensors")
-    assert_same_logits(model.load_hf_model(Path("old")).eval(), theirs)
+    change_tensors(folder, lambda t: (t.clear(), t.update(tensors)))
+    assert_same_logits(model.load_hf_model(folder).eval(), theirs)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["the embedding again", "another matrix"])
-@pytest.mark.parametrize("name", ["SmolLM2", "GPT-2", "GPT-NeoX, sequential"])
-def test_a_head_in_the_weights_of_a_tied_model(workdir, name, own):
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "llama"])
+def test_a_head_in_the_weights_of_a_tied_model(cli, arch, own):
     """transformers 5 believes the weights, whatever config.json says of ties."""
-    theirs = random_theirs(THEIRS[name])
-    theirs.save_pretrained("a")
-    head = "embed_out.weight" if "NeoX" in name else "lm_head.weight"
-    matrix = torch.randn(259, 32) if own else theirs.get_input_embeddings().weight.detach().clone()
-    change_tensors(Path("a"), lambda t: t.update({head: matrix}))
-    ours = model.load_hf_model(Path("a")).eval()
+    gpt = small(arch)
+    folder = export(cli, gpt)
+    head = "embed_out.weight" if arch == "gpt_neox" else "lm_head.weight"
+    matrix = torch.randn(259, 32) if own else gpt.wte.weight[:259].detach().clone()
+    change_tensors(folder, lambda t: t.update({head: matrix}))
+    ours = model.load_hf_model(folder).eval()
     assert ours.config.tie_word_embeddings is not own
-    assert_same_logits(ours, AutoModelForCausalLM.from_pretrained("a").eval())
+    assert_same_logits(ours, AutoModelForCausalLM.from_pretrained(folder).eval())
 
 
 @pytest.mark.parametrize("arch", model.ARCHS)
