@@ -53,12 +53,11 @@ MODELS = {
                                             tie_word_embeddings=False)),
     "gpt_neox, linear": ("gpt_neox", dict(rope_pct=0.5, rope_theta=1e6, rope_scaling="linear", rope_factor=2.0)),
     "gpt_neox, yarn": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.5, **YARN)),
-    "llama, GQA": ("llama", dict(n_kv_head=2)),
+    "llama, GQA, theta": ("llama", dict(n_kv_head=2, rope_theta=1e6, norm_eps=1e-4)),
     "llama, MQA, untied, geglu": ("llama", dict(n_kv_head=1, tie_word_embeddings=False, activation="geglu")),
-    "llama, attention biases": ("llama", dict(bias="attn", n_kv_head=2)),
+    "llama, attention biases, linear": ("llama", dict(bias="attn", n_kv_head=2, rope_scaling="linear",
+                                                      rope_factor=4.0)),
     "llama, all biases, wide heads": ("llama", dict(bias="all", head_dim=16, n_kv_head=2)),
-    "llama, theta": ("llama", dict(rope_theta=1e6, norm_eps=1e-4)),
-    "llama, linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
     "llama, ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
     "llama, yarn": ("llama", dict(n_kv_head=2, rope_theta=500.0, **YARN)),
     "llama, yarn, all its settings": ("llama", dict(rope_attention_factor=1.3, rope_beta_fast=8.0, rope_beta_slow=0.5,
@@ -440,11 +439,11 @@ def test_special_ids_and_the_template_come_back(cli, workdir, corpus, listed):
 def test_model_card(cli, text_file):
     """The hub's own reader finds what was measured, in metadata that are YAML whatever the model is called. The command
     in it can be run again."""
-    args = (*TRAIN, "--name", "said", "--max_iters", 4, "--eval_interval", 2)
+    args = (*TRAIN, "--name", "it's said", "--max_iters", 4, "--eval_interval", 2)
     cli(*args).ok()
-    last = log_of("said")[-1]
+    last = log_of("it's said")[-1]
     for name in ("tiny", "7M: the best", "null", "1e3", "a 'b' \"c\" #d", "[x]", "é🙂"):
-        cli("export", "--model_path", "said_model.pt", "--output_dir", name).ok()
+        cli("export", "--model_path", "it's said_model.pt", "--output_dir", name).ok()
         text = (Path(name) / "README.md").read_text(encoding="utf-8")
         metadata = yaml.safe_load(text.split("---\n")[1])
         assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
@@ -454,22 +453,8 @@ def test_model_card(cli, text_file):
         assert measured == {"loss": round(last["val_loss"], 4), "perplexity": round(last["val_ppl"], 4)}
         assert results[0].task_type == "text-generation"
         assert f"# {name}\n" in text and f'from_pretrained("{name}")' in text.replace('\\"', '"')
-        assert command_in(text) == list(map(str, args))
-
-
-def command_in(card: str) -> list[str]:
-    """The arguments of the command line of a model card."""
-    (line,) = [line for line in card.splitlines() if "python model.py" in line]
-    python, program, *args = shlex.split(line.split("`")[1])
-    assert (python, program) == ("python", "model.py")
-    return args
-
-
-def test_the_command_in_a_model_card_is_quoted(cli):
-    args = ["finetune", "--prompt", "Hello, how are you?", "--data", "my chats.jsonl"]
-    save(small(), data={"path": "data/x"}, arguments=args)
-    cli(*EXPORT, "card").ok()
-    assert command_in(Path("card/README.md").read_text()) == args
+        (command,) = [line.split("`")[1] for line in text.splitlines() if "python model.py" in line]
+        assert shlex.split(command) == ["python", "model.py", *map(str, args)]
 
 
 def test_the_data_sets_in_a_model_card_are_their_names(cli, text_file):
