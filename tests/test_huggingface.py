@@ -413,18 +413,16 @@ def test_exported_tokenizer_is_ours_beside_every_architecture(cli, complaints, a
     assert theirs(strings).input_ids == [tokenizer.bos + tokenizer.encode(s) for s in strings]
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_special_ids_and_the_template_come_back(cli, workdir, corpus, listed):
+def test_special_ids_and_the_template_come_back(cli, corpus):
     """SmolLM2's: what ends a turn ends and pads a text too, and <|endoftext|> is id 0. A tokenizer_config.json of old
     holds several templates in a list: the default one is exported."""
     tokens = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>")
     source = save_foreign(Path("source"), corpus, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], **tokens)
     first = AutoTokenizer.from_pretrained(source)
-    if listed:
-        (source / "chat_template.jinja").unlink()
-        config = json.loads((source / "tokenizer_config.json").read_text())
-        templates = [{"name": n, "template": t} for n, t in (("tool_use", "no"), ("default", SYSTEM_TEMPLATE))]
-        (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
+    (source / "chat_template.jinja").unlink()
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    templates = [{"name": n, "template": t} for n, t in (("tool_use", "no"), ("default", SYSTEM_TEMPLATE))]
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
     tokenizer = model.hf_tokenizer(source)
     shutil.rmtree(source)
     folder = export(cli, small(tokenizer=tokenizer), tokenizer=tokenizer)
