@@ -15,8 +15,6 @@ import torch, model
 torch.manual_seed(0)
 config = model.make_config("1B", 50259, {"gradient_checkpointing": True}, "published")
 gpt = model.GPT(config).train()
-n = sum(p.numel() for p in gpt.parameters())
-assert n == model.count_parameters(config), n
 (adamw,) = model.make_optimizers(gpt, model.TrainConfig(learning_rate=2e-4))
 idx = torch.randint(config.vocab_size, (1, 17))
 loss = gpt.loss(idx[:, :-1], idx[:, 1:]) / 16
@@ -25,7 +23,7 @@ adamw.step()
 adamw.zero_grad()
 with torch.no_grad():
     after = gpt.loss(idx[:, :-1], idx[:, 1:]) / 16
-print(n, loss.item(), after.item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(loss.item(), after.item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
@@ -45,9 +43,8 @@ def test_the_1b_variant_takes_an_adamw_step_on_24_gb(capsys):
         [sys.executable, "-c", STEP, str(ROOT)], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr
-    n, loss, after, peak = map(float, run.stdout.split())
+    loss, after, peak = map(float, run.stdout.split())
     with capsys.disabled():
-        print(f"\n1B: {n:,.0f} parameters, loss {loss:.2f} -> {after:.2f} in one step, peak memory {peak:.1f} GB")
-    assert n == pytest.approx(1.01e9, rel=0.01)
+        print(f"\n1B: loss {loss:.2f} -> {after:.2f} in one step, peak memory {peak:.1f} GB")
     assert 10 < loss < 12.5 and after < loss - 0.5
     assert 15 < peak < 22  # 16 bytes a parameter, and little more
