@@ -41,6 +41,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import model
 
 # Every architecture with what it leaves open: ties, activations, GQA, biases, head widths, RoPE and its scalings.
+LINEAR = dict(rope_scaling="linear", rope_factor=2.0)
 YARN = dict(rope_scaling="yarn", rope_factor=4.0)
 LLAMA3 = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_block_size=32)
 MODELS = {
@@ -51,12 +52,11 @@ MODELS = {
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox as Pythia": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.25, activation="gelu",
                                             tie_word_embeddings=False)),
-    "gpt_neox, linear": ("gpt_neox", dict(rope_pct=0.5, rope_theta=1e6, rope_scaling="linear", rope_factor=2.0)),
+    "gpt_neox, linear": ("gpt_neox", dict(rope_pct=0.5, rope_theta=1e6, **LINEAR)),
     "gpt_neox, yarn": ("gpt_neox", dict(parallel_residual=True, rope_pct=0.5, **YARN)),
     "llama, GQA, theta": ("llama", dict(n_kv_head=2, rope_theta=1e6, norm_eps=1e-4)),
     "llama, MQA, untied, geglu": ("llama", dict(n_kv_head=1, tie_word_embeddings=False, activation="geglu")),
-    "llama, attention biases, linear": ("llama", dict(bias="attn", n_kv_head=2, rope_scaling="linear",
-                                                      rope_factor=4.0)),
+    "llama, attention biases, linear": ("llama", dict(bias="attn", n_kv_head=2, **LINEAR)),
     "llama, all biases, wide heads": ("llama", dict(bias="all", head_dim=16, n_kv_head=2)),
     "llama, ntk": ("llama", dict(rope_scaling="ntk", rope_factor=2.0)),
     "llama, yarn": ("llama", dict(n_kv_head=2, rope_theta=500.0, **YARN)),
@@ -70,8 +70,7 @@ MODELS = {
     "qwen3, MQA, yarn": ("qwen3", dict(n_kv_head=1, **YARN)),
     "nanochat": ("nanochat", {}),
     "nanochat, MQA, yarn": ("nanochat", dict(n_kv_head=1, **YARN)),  # rotates, then normalises
-    "nanochat, GQA, tied, linear": ("nanochat", dict(n_kv_head=2, tie_word_embeddings=True, rope_scaling="linear",
-                                                     rope_factor=2.0)),
+    "nanochat, GQA, tied, linear": ("nanochat", dict(n_kv_head=2, tie_word_embeddings=True, **LINEAR)),
     "nanochat, no soft-cap": ("nanochat", dict(logit_softcap=0.0, activation="gelu")),
 }  # fmt: skip
 every_model = pytest.mark.parametrize("arch, overrides", MODELS.values(), ids=MODELS)
@@ -685,9 +684,11 @@ def test_a_head_in_the_weights_of_a_tied_model(cli, arch, own):
 @pytest.mark.parametrize("arch", model.ARCHS)
 def test_what_a_config_leaves_out_means_what_transformers_means(arch):
     """Each setting in turn: it is what their class fills in, rms_norm_eps 1e-6 for one, or ours asks for it."""
-    whole = model.hf_config(small(arch, n_embd=256, n_head=32).config, model.byte_tokenizer(), "float32")
+    gpt = small(arch, n_embd=256, n_head=32, rope_theta=5e5)
+    whole = model.hf_config(gpt.config, model.byte_tokenizer(), "float32")
     rope = [name for name in whole if name.startswith(("rope", "rotary"))]
-    for left_out in [rope, *([name] for name in whole.keys() - {"model_type", *rope})]:
+    newer = [name for name in rope if name.startswith("rope")]  # without these, rotary_emb_base and rotary_pct say it
+    for left_out in [rope, newer, *([name] for name in whole.keys() - {"model_type", *rope})]:
         said = {k: v for k, v in whole.items() if k not in left_out}
         filled_in = transformers.AutoConfig.for_model(**said).to_dict()
         try:
@@ -733,12 +734,6 @@ PUBLISHED = {  # config.json as transformers 4 wrote them, and the known sizes
         "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
                          "original_max_position_embeddings": 8192, "rope_type": "llama3"},
     }, 1_235_814_400),
-    "Pythia 70M": ({
-        "model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": 512, "intermediate_size": 2048,
-        "num_hidden_layers": 6, "num_attention_heads": 8, "max_position_embeddings": 2048, "layer_norm_eps": 1e-05,
-        "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True,
-        "tie_word_embeddings": False,
-    }, 70_426_624),
     "Qwen 2.5 0.5B": ({
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_act": "silu",
