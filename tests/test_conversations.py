@@ -2,11 +2,11 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
-import subprocess
-import sys
+import signal
 import time
 import types
 from pathlib import Path
@@ -17,7 +17,6 @@ import pytest
 import torch
 import transformers
 from conftest import (
-    ROOT,
     all_tokens,
     assert_same_weights,
     at_each_step,
@@ -370,11 +369,15 @@ def check_documents(cli, kind: str, *flags) -> None:
         assert (all_tokens(opened("x")) == 256).sum() == 3  # the one that a document spells is text
 
 
+def hurried_time() -> types.SimpleNamespace:
+    """The module time, by which three seconds pass whenever it is asked for them."""
+    return types.SimpleNamespace(**{**vars(time), "monotonic": itertools.count(step=3).__next__})
+
+
 @pytest.fixture
 def saves_each_record(monkeypatch) -> None:
     """A run saves its progress every two seconds: here at each record."""
-    clock = itertools.count(step=3).__next__
-    monkeypatch.setattr(model, "time", types.SimpleNamespace(**{**vars(time), "monotonic": clock}))
+    monkeypatch.setattr(model, "time", hurried_time())
 
 
 @STREAMING
@@ -552,30 +555,34 @@ def test_a_data_set_in_the_way(cli):
     assert read("x")[0] == "second, longer"
 
 
-KILLED = f"""
-import itertools, os, signal, sys, time, types
-sys.path.insert(0, {str(ROOT)!r})
-import model
-clock, calls, write = itertools.count(0, 3).__next__, itertools.count(1), model.DataWriter.write
-model.time = types.SimpleNamespace(**{{**vars(time), "monotonic": clock}})  # it saves every two seconds
-def killed(self, *args):
-    write(self, *args)
-    if next(calls) == 40:
-        self.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-model.DataWriter.write = killed
-model.main()
-"""
+def killed_at(record: int, cli, *args) -> None:
+    """Run a command in a process that saves each record, and that kill -9 ends when it has written so many."""
+    write, written = model.DataWriter.write, itertools.count(1)
+
+    def write_and_die(self, *ids_and_mask) -> None:
+        write(self, *ids_and_mask)
+        if next(written) == record:
+            self.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        model.DataWriter.write, model.time = write_and_die, hurried_time()
+        cli(*args)
+
+    child = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("kind", ["text", "conversations"])
 @STREAMING
-def test_a_killed_run_does_not_stand_in_the_way(cli, workdir, kind, flags):
+def test_a_killed_run_does_not_stand_in_the_way(cli, kind, flags):
     """The same command again gives the files of a run that nobody stopped; streaming goes on where it was saved."""
-    lines = [f"{i}: {line}" for i, line in enumerate(stdlib_source("argparse").splitlines()[:100])]
+    lines = [f"{i}: {line}" for i, line in enumerate(stdlib_source("argparse").splitlines()[:60])]
     write_jsonl("big.jsonl", [{"text": t} if kind == "text" else {"utterances": [t, t[::-1]]} for t in lines])
-    run = ["hf_tokenize", "--hf_dataset", "big.jsonl", *BYTES, *flags, "--dataset"]
-    assert subprocess.run([sys.executable, "-c", KILLED, *run, "killed"], cwd=workdir, check=False).returncode == -9
+    run = ("hf_tokenize", "--hf_dataset", "big.jsonl", *BYTES, *flags, "--dataset")
+    killed_at(40, cli, *run, "killed")
     assert not Path("data/killed").exists()
     again = cli(*run, "killed").ok()
     assert [p.name for p in Path("data").iterdir()] == ["killed"]
