@@ -545,16 +545,6 @@ def test_a_damaged_file(cli, content, flags):
         assert "local" in hub(cli, "local", *flags, *tokenizer).error and not Path("data/x/meta.json").exists()
 
 
-def test_a_data_set_in_the_way(cli):
-    write_jsonl("local/a.jsonl", [{"text": "first"}])
-    hub(cli, "local").ok()
-    write_jsonl("local/a.jsonl", [{"text": "second, longer"}])
-    assert "--overwrite" in hub(cli, "local").error and read("x")[0] == "first"
-    assert "plain name" in hub(cli, "local", "--overwrite", name="../x").error
-    hub(cli, "local", "--overwrite").ok()
-    assert read("x")[0] == "second, longer"
-
-
 def killed_at(record: int, cli, *args) -> None:
     """Run a command in a process that saves each record, and that kill -9 ends when it has written so many."""
     write, written = model.DataWriter.write, itertools.count(1)
@@ -642,84 +632,52 @@ def finetune(cli, *flags, data: str = "talks.jsonl", start: str = "base.pt", ite
     return cli(command, "--model_checkpoint", start, source, data, *FINETUNE, "--finetune_iters", iters, *flags)
 
 
-def test_packed_conversations_do_not_see_each_other(cli, base):
-    """The loss over all windows is that of every conversation alone: each target once, none across a border."""
-    cli("tokenize", "--dataset", "talks", "--txt", "talks.jsonl", *BYTES, "--val_fraction", 0).ok()
-    data, gpt = opened("talks"), model.open_model(base).model
-    split = data.splits["train"]
-    windows = split.windows(128)
-    batch = split.batch(windows, range(len(windows)), 128)
-    assert all(len(row.unique()) > 1 for row in batch["segments"][:-1])  # several in each window
-    with torch.no_grad():
-        packed, alone, n = gpt.loss(batch["idx"], batch["targets"], batch["segments"]).item(), 0.0, 0
-        for talk in {json.dumps(t): t for t in TALKS}.values():
-            ids, mask = model.encode_conversation(data.tokenizer, model.messages_of(talk), False)
-            targets = torch.from_numpy(np.where(mask[1:] == 1, ids[1:], -1))[None]
-            alone += 3 * gpt.loss(torch.from_numpy(ids[:-1])[None], targets).item()
-            n += 3 * int((targets >= 0).sum())
-    assert n == int((batch["targets"] >= 0).sum()) == int(split.mask.sum())
-    assert packed == pytest.approx(alone, rel=1e-5)
-
-
 def val_losses(out: str) -> list[float]:
     return [float(x) for x in re.findall(r"val_loss ([\d.]+),", out)]
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora_rank", 8)], ids=["all weights", "lora"])
-def test_finetuning_lowers_the_held_out_loss(cli, base, flags):
+def test_finetuning_lowers_the_held_out_loss(cli, base):
     """On answers it has not seen: from some 5.5 nats (knowing nothing is ln 259) to where the form has been learned."""
     answers = ("--prompt", "What is red and big?", "--sample_length", 20, "--sample_temperature", 0)
-    out = finetune(cli, *flags, *answers, "--eval_interval", 80, iters=240).ok().out
+    out = finetune(cli, *answers, "--learning_rate", 6e-3, "--eval_interval", 40, iters=120).ok().out
     losses = val_losses(out)
-    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
-    assert losses[-1] < (5.0 if flags else 0.7)  # adapters cannot mend random embeddings
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True) and losses[-1] < 0.7
     before, after = (out.split(f"--- {when} finetuning ---\n")[1].split("\n---")[0] for when in ("before", "after"))
-    assert before != after and all(t.startswith("What is red and big?\n") for t in (before, after))
-    if not flags:
-        assert after == "What is red and big?\nThe big apples."
-    made = model.open_model("finetuned_tiny_model.pt")
-    assert made.checkpoint.kind == "finetune" and not [k for k in made.model.state_dict() if "lora" in k]
-    assert made.tokenizer.digest == model.byte_tokenizer().digest
+    assert before.startswith("What is red and big?\n") and before != after
+    assert after == "What is red and big?\nThe big apples."
     said = cli("chat", "--model_checkpoint", "finetuned_tiny_model.pt", "--temperature", 0, "--length", 20,
                stdin=b"What is red and big?\n")  # fmt: skip
-    assert said.ok().out.startswith(after.split("\n")[1][:3])
+    assert said.ok().out == "The big apples.\n"
 
 
 def test_lora_trains_adapters_only(cli, base):
     """What is saved to go on from holds the base's weights bit for bit; what is saved to use is W + 2 B A; and the
     two models say the same."""
     out = finetune(cli, "--lora_rank", 4, "--eval_interval", 20, iters=20).ok().out
-    first, last = model.load_checkpoint(Path(base)).model, checkpoint_of("finetuned_tiny")
-    merged = checkpoint_of("finetuned_tiny", last=False)["model"]
-    assert merged.keys() == first.keys()
-    adapted = {n.removesuffix("lora_a") + "weight" for n in last["model"] if n.endswith("lora_a")}
-    layers = [f"blocks.{i}.{n}.weight" for i in range(2) for n in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")]
-    assert adapted == set(layers)
-    for name, tensor in first.items():
-        assert torch.equal(last["model"][name], tensor), name
-        if name not in adapted:
-            assert torch.equal(merged[name], tensor), name
-            continue
-        a, b = (last["model"][name.replace("weight", f"lora_{x}")] for x in "ab")
+    first, last = model.load_checkpoint(Path(base)).model, checkpoint_of("finetuned_tiny")["model"]
+    adapters = {name: tensor for name, tensor in last.items() if "lora" in name}
+    torch.testing.assert_close({name: last[name] for name in first}, first, rtol=0, atol=0)
+    expected = dict(first)
+    for layer in [f"blocks.{i}.{name}." for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")]:
+        a, b = (last[f"{layer}lora_{x}"] for x in "ab")
         assert a.shape[0] == b.shape[1] == 4 and b.abs().max() > 0
-        torch.testing.assert_close(merged[name], tensor + 2 * b @ a)
-    n_adapters = sum(t.numel() for k, t in last["model"].items() if "lora" in k)
-    n_all = sum(t.numel() for t in first.values())
+        expected[f"{layer}weight"] = first[f"{layer}weight"] + 2 * b @ a
+    torch.testing.assert_close(checkpoint_of("finetuned_tiny", last=False)["model"], expected, rtol=0, atol=0)
+    assert len(adapters) == 16 and last.keys() == first.keys() | adapters.keys()
+    n_adapters, n_all = (sum(tensor.numel() for tensor in part.values()) for part in (adapters, first))
     assert f"training {n_adapters:,} of {n_all:,} parameters" in out and out.count(" GB") == 2
 
     gpt, idx = model.open_model(base).model, torch.randint(259, (2, 100))
-    expected = gpt(idx)
-    assert torch.equal(model.add_lora(gpt, 4)(idx), expected)  # a new adapter changes nothing
-    assert all(torch.equal(tensor, first[name]) for name, tensor in model.merged(gpt.state_dict()).items())
-    assert sum(p.numel() for p in gpt.parameters() if p.requires_grad) == n_adapters
-    gpt.load_state_dict(last["model"])
+    unadapted = gpt(idx)
+    assert torch.equal(model.add_lora(gpt, 4)(idx), unadapted)  # a new adapter changes nothing
+    gpt.load_state_dict(last)
     for path in ("finetuned_tiny_model.pt", "finetuned_tiny_model_last.pt"):  # which is a model to use, too
         torch.testing.assert_close(gpt.eval()(idx), model.open_model(path).model(idx), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("command, start, lora, by_name", [
-    ("finetune", "base.pt", 0, True), ("finetune", "theirs", 4, True), ("hf_finetune", "base.pt", 4, True),
-    ("finetune", "base.pt", 4, False), ("hf_finetune", "base.pt", 0, False),
+    ("finetune", "theirs", 4, True), ("finetune", "base.pt", 0, False),
+    ("hf_finetune", "base.pt", 4, True), ("hf_finetune", "base.pt", 0, False),
 ])  # fmt: skip
 def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, lora, by_name):
     """Bit for bit the run that was never stopped; by its name alone, or by the same command."""
@@ -936,7 +894,7 @@ def test_lora_trains_the_rows_of_the_chat_tokens_it_adds(cli, monkeypatch, tie):
 
 def test_an_answer_of_a_lora_finetuned_base_ends_by_itself(cli):
     save_theirs(steps=60)
-    finetune(cli, "--lora_rank", 16, "--learning_rate", 2e-2, start="theirs", iters=100).ok()
+    finetune(cli, "--lora_rank", 16, "--learning_rate", 2e-2, "--eval_interval", 60, start="theirs", iters=60).ok()
     made = model.open_model("finetuned_theirs_model.pt")
     for color in ANSWERS:
         question = model.render_chat(made.tokenizer, turns(f"What is {color} and big?"), add_generation_prompt=True)
