@@ -22,6 +22,7 @@ from conftest import (
     at_each_step,
     byte_level_bpe,
     checkpoint_of,
+    contents,
     random_gpt,
     read_jsonl,
     save_model,
@@ -719,7 +720,8 @@ def test_a_run_from_the_current_folder_is_named_after_it(cli, base, monkeypatch)
 
 
 def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
-    """Two data sets of one name are not mistaken for each other, nor two columns, nor yesterday's contents."""
+    """Two data sets of one name are not mistaken for each other, nor two columns, nor yesterday's contents. A run is
+    not replaced unasked, when there is new data either."""
     write_jsonl("a/talks/x.jsonl", TALKS[:30])
     write_jsonl("b/talks/x.jsonl", [{"utterances": ["Really other", "words here."], "more": ["c", "d"]}] * 40)
 
@@ -733,22 +735,22 @@ def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
     assert "Really other" in trained_on("b/talks")[0]
     assert "user\nc<" in trained_on("b/talks", "--hf_text_column", "more")[0]
     write_jsonl("a/talks/x.jsonl", [{"utterances": ["Something new", "today."]}] * 40)
+    kept = contents("checkpoints")
+    assert "--overwrite" in finetune(cli, data="a/talks", command="hf_finetune").error
+    assert contents("checkpoints") == kept
     assert "Something new" in trained_on("a/talks")[0]
 
 
-@pytest.mark.parametrize("flags", [
-    ("--train_on_all",), ("--chat_format", "prompt"), ("--max_tokens", 900), ("--val_fraction", 0.5),
-], ids=lambda flags: flags[0])  # fmt: skip
-def test_hf_finetune_heeds_every_flag_of_its_data(cli, base, flags):
+def test_hf_finetune_heeds_every_flag_of_its_data(cli, base):
     """Where a data folder is already there too, and as hf_tokenize heeds it."""
     write_jsonl("both.jsonl", [{**talk, "prompt": f"Is it {i}?", "completion": "Yes."} for i, talk in enumerate(TALKS)])
-    finetune(cli, data="both.jsonl", command="hf_finetune").ok()
-    finetune(cli, "--name", "second", *flags, data="both.jsonl", command="hf_finetune").ok()
-    hub(cli, "both.jsonl", *flags).ok()
-    made = model.Data(Path(checkpoint_of("second")["data"]["path"]))
-    for name, split in opened("x").splits.items():
-        assert np.array_equal(made.splits[name].tokens, split.tokens)
-        assert np.array_equal(made.splits[name].mask, split.mask)
+    for flags in ((), ("--train_on_all",), ("--chat_format", "prompt"), ("--max_tokens", 900), ("--val_fraction", 0.5)):
+        finetune(cli, "--overwrite", *flags, data="both.jsonl", command="hf_finetune").ok()
+        hub(cli, "both.jsonl", "--overwrite", *flags).ok()
+        made = model.Data(Path(checkpoint_of("hf_finetuned_tiny")["data"]["path"]))
+        for name, split in opened("x").splits.items():
+            assert np.array_equal(made.splits[name].tokens, split.tokens), flags
+            assert np.array_equal(made.splits[name].mask, split.mask), flags
 
 
 def test_hf_finetune_makes_its_data_anew_for_another_tokenizer_of_that_name(cli, base):
@@ -772,18 +774,6 @@ def test_hf_finetune_has_one_source(cli, base):
     """Not one that is heeded and one that is passed over."""
     for flags in ((), ("--hf_dataset", "talks.jsonl", "--data", "talks.jsonl")):
         assert "needs --hf_dataset" in cli("hf_finetune", "--model_checkpoint", base, *flags).error
-
-
-def test_hf_finetune_does_not_replace_a_run_unasked(cli, base):
-    """Not when it makes new data either; and a changed file is new data."""
-    write_jsonl("talks.jsonl", TALKS[:40])
-    finetune(cli, command="hf_finetune").ok()
-    first = Path("checkpoints/hf_finetuned_tiny_model.pt").read_bytes()
-    write_jsonl("talks.jsonl", [{"utterances": ["Something new", "today."]}] * 40)
-    assert "--overwrite" in finetune(cli, command="hf_finetune").error
-    assert Path("checkpoints/hf_finetuned_tiny_model.pt").read_bytes() == first
-    finetune(cli, "--name", "second", command="hf_finetune").ok()
-    assert "Something new" in text_of(model.Data(Path(checkpoint_of("second")["data"]["path"])))
 
 
 def test_finetuning_with_another_tokenizers_data(cli, base):
