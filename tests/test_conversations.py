@@ -695,17 +695,6 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     assert_same_weights("whole", parts)
 
 
-def test_finetuning_can_be_resumed_for_longer_but_not_on_other_data(cli, base):
-    save_model("base.pt", model.GPT(model.make_config("7M", 259, {"arch": "gpt2"})), variant="7M")
-    finetune(cli, "--variant", "7M", iters=2).ok()
-    write_jsonl("other.jsonl", TALKS[:40])
-    run = ("finetune", "--variant", "7M", "--resume", "--finetune_iters", 3)
-    cli(*run, "--data", "other.jsonl").fails_with("other", "finetuned_7M_model_last.pt")
-    assert checkpoint_of("finetuned_7M")["step"] == 2
-    cli(*run, "--data", "talks.jsonl").ok()
-    assert checkpoint_of("finetuned_7M")["step"] == 3
-
-
 def test_a_flag_by_two_names(cli, base):
     error = finetune(cli, "--max_iters", 3, iters=2).error
     assert "--finetune_iters" in error and "--max_iters" in error and not Path("checkpoints").exists()
