@@ -135,7 +135,6 @@ def test_every_form_of_conversation(cli, record, messages):
     """Recognised by its columns, and the same conversation as in the plainest form."""
     expected = tokenized(cli, {"messages": messages})
     assert tokenized(cli, record) == expected
-    assert model.messages_of(record) == messages
 
 
 @pytest.mark.parametrize("chat_format, wanted", [
@@ -178,12 +177,8 @@ WRONG = {
     "no role": ("None", {"messages": [{"content": "c"}]}),
     "sharegpt roles": ("turn 1 is 'assistant'", {"conversations": [{"from": "gpt", "value": "a"}]}),
     "content of a number": ("int", {"messages": [{"role": "user", "content": 3}]}),
-    "content missing": ("not text", {"messages": [{"role": "user"}]}),
     "content in parts": ("not text", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
-    "utterance of a number": ("int", {"utterances": [1, 2]}),
     "answer missing": ("not text", {"prompt": "a", "completion": None}),
-    "question missing": ("not text", {"instruction": None, "output": None}),
-    "no list": ("messages", {"messages": "hello"}),
     "a number": ("conversations", {"conversations": 7}),
     "turns that are none": ("messages", {"messages": ["hello", "there"]}),
     "a dictionary": ("utterances", {"utterances": {"a": "b"}}),
@@ -205,13 +200,11 @@ def test_records_that_are_no_conversations(cli, words, records):
         assert words in run.error and not Path("data/x").exists()
 
 
-@pytest.mark.parametrize(
-    "column, empty", [("messages", []), ("utterances", []), ("utterances", None), ("messages", None)]
-)
-def test_empty_conversations_are_passed_over(cli, column, empty):
-    kept, empty = {column: FORMS[column][0][column]}, {column: empty}
+@pytest.mark.parametrize("column", ["messages", "utterances"])
+def test_empty_conversations_are_passed_over(cli, column):
+    kept, nothing, empty = FORMS[column][0], {column: None}, {column: []}
     expected = tokenized(cli, kept)
-    assert tokenized(cli, empty, kept, empty) == expected
+    assert tokenized(cli, nothing, empty, kept, empty) == tokenized(cli, empty, nothing, kept, nothing) == expected
 
 
 # --- The exported chat template
