@@ -478,25 +478,23 @@ def test_a_split_without_conversations(cli, base, flags):
     assert words in finetune(cli, data="few").error
 
 
-def lose_connection(monkeypatch, lost_with) -> None:
-    """The connection is lost, once: with the first record of which lost_with holds."""
-    encode, lost = model.encode_record, []
+def lose_connection(monkeypatch, after: int) -> None:
+    """The connection is lost, once, after so many records."""
+    encode, records = model.encode_record, itertools.count()
 
-    def encode_record(r, spec, record):
-        if lost_with(record) and not lost:
-            lost.append(record)
+    def encode_record(*args):
+        if next(records) == after:
             raise ConnectionError("the connection is lost")
-        return encode(r, spec, record)
+        return encode(*args)
 
     monkeypatch.setattr(model, "encode_record", encode_record)
 
 
 def test_a_lost_connection_loses_nothing(cli, monkeypatch, saves_each_record):
     """Streaming goes on where it was saved, and remembers what kind of records those were."""
-    lines = stdlib_source("textwrap").splitlines()[:60]
-    write_jsonl("a.jsonl", [{"text": line} for line in lines])
+    write_jsonl("a.jsonl", [{"text": line} for line in stdlib_source("textwrap").splitlines()[:20]])
     hub(cli, "a.jsonl", "--streaming", name="whole").ok()
-    lose_connection(monkeypatch, lambda record: record["text"] == lines[40])
+    lose_connection(monkeypatch, after=15)
     assert "connection is lost" in hub(cli, "a.jsonl", "--streaming").error
     again = hub(cli, "a.jsonl", "--streaming").ok()
     assert "resuming after" in again.out and read("x") == read("whole")
@@ -504,7 +502,7 @@ def test_a_lost_connection_loses_nothing(cli, monkeypatch, saves_each_record):
 
 def test_text_then_conversations_across_a_stop(cli, monkeypatch, saves_each_record):
     write_jsonl("a.jsonl", [{"text": "some text"}] * 5 + [{"utterances": ["a", "b"]}] * 5)
-    lose_connection(monkeypatch, lambda record: not record.get("text"))
+    lose_connection(monkeypatch, after=5)
     assert "connection is lost" in hub(cli, "a.jsonl", "--streaming").error
     assert "conversations and other text" in hub(cli, "a.jsonl", "--streaming").error
 
