@@ -891,7 +891,7 @@ def fresh_answer(gpt, tokenizer, messages: list[dict], settings: model.SamplingS
 
 @pytest.mark.parametrize("settings", [GREEDY, model.SamplingSettings(temperature=0, repetition_penalty=1.3)],
                          ids=["greedy", "repetition penalty"])  # fmt: skip
-def test_the_cache_changes_no_answer(chatty, bpe, settings):
+def test_the_cache_changes_no_answer(chatty, bpe, monkeypatch, settings):
     """Turn after turn, the answer is that of reading everything again, in pieces; and only what is new is read."""
     session, read_lengths = model.ChatSession(chatty, bpe, settings, 12, 0), []
     original = chatty.hidden
@@ -900,15 +900,14 @@ def test_the_cache_changes_no_answer(chatty, bpe, settings):
         read_lengths.append(idx.shape[1])
         return original(idx, *args, **kwargs)
 
+    monkeypatch.setattr(chatty, "hidden", hidden)
     messages = []
     for text in ("Hello", "And you?", "  12 + 7\n", "", "Hello"):
         messages.append({"role": "user", "content": text})
         expected, pieces = fresh_answer(chatty, bpe, messages, settings), []
-        chatty.hidden = hidden
         read_lengths.clear()
         assert session.answer(text, pieces.append) == "".join(pieces) == expected
         assert len(list(filter(None, pieces))) > 3
-        chatty.hidden = original
         new = model.render_chat(bpe, messages[-2:], add_generation_prompt=True)  # the last answer, which was text since
         assert read_lengths[0] <= len(bpe.encode_rendered(new)) and set(read_lengths[1:]) <= {1}
         messages.append({"role": "assistant", "content": expected})
