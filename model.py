@@ -2327,7 +2327,9 @@ class Records(ChatFormat):
     def describe(self) -> dict[str, Any]:
         """What the ids are made of, for meta.json: the options that change them, and the files."""
         options = {f.name: getattr(self, f.name) for f in fields(Records) if f.name not in ("streaming", "num_proc")}
-        return {**options, "files": describe_sources([self.hf_dataset]) if Path(self.hf_dataset).exists() else None}
+        path = Path(self.hf_dataset)
+        files = [self.hf_dataset, *map(str, sorted(path.rglob("*")))]  # a folder's, one by one
+        return {**options, "files": describe_sources(files) if path.exists() else None}
 
     def open(self) -> Any:
         """The `datasets` data set."""

@@ -707,13 +707,13 @@ def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
 
     first = trained_on("a/talks")
     assert "What is red" in first[0] and trained_on("a/talks") == first
-    assert "Really other" in trained_on("b/talks")[0]
-    assert "user\nc<" in trained_on("b/talks", "--hf_text_column", "more")[0]
     write_jsonl("a/talks/x.jsonl", [{"utterances": ["Something new", "today."]}] * 40)
     kept = contents("checkpoints")
     assert "--overwrite" in finetune(cli, data="a/talks", command="hf_finetune").error
     assert contents("checkpoints") == kept
     assert "Something new" in trained_on("a/talks")[0]
+    assert "Really other" in trained_on("b/talks")[0]
+    assert "user\nc<" in trained_on("b/talks", "--hf_text_column", "more")[0]
 
 
 def test_hf_finetune_heeds_every_flag_of_its_data(cli, base):
