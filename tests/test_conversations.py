@@ -453,13 +453,12 @@ def test_conversations_by_subject_are_mixed(cli):
     talks = [{"utterances": [f"{fruit}?", f"{fruit} {i}."]} for fruit in ("apple", "pear") for i in range(100)]
     write_jsonl("talks.jsonl", talks)
     write_jsonl("text.jsonl", [{"text": t["utterances"][1]} for t in talks])
-    for flags in ((), ("--num_proc", 2)):
-        hub(cli, "talks.jsonl", *flags, "--overwrite").ok()
-        train, val = (opened("x").tokenizer.decode(s.tokens.tolist()) for s in opened("x").splits.values())
-        for fruit in ("apple", "pear"):
-            assert 5 <= len(re.findall(rf"{fruit} \d", val)) <= 15
-            found = {*re.findall(rf"{fruit} \d+", train), *re.findall(rf"{fruit} \d+", val)}
-            assert found == {f"{fruit} {i}" for i in range(100)}
+    hub(cli, "talks.jsonl").ok()
+    train, val = (opened("x").tokenizer.decode(s.tokens.tolist()) for s in opened("x").splits.values())
+    for fruit in ("apple", "pear"):
+        assert 5 <= len(re.findall(rf"{fruit} \d", val)) <= 15
+        found = re.findall(rf"{fruit} \d+", train) + re.findall(rf"{fruit} \d+", val)
+        assert sorted(found) == sorted(f"{fruit} {i}" for i in range(100))
     hub(cli, "text.jsonl", "--overwrite").ok()
     assert read("x")[0] == "<|endoftext|>".join(t["utterances"][1] for t in talks)
 
