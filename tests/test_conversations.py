@@ -669,12 +669,12 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     """Bit for bit the run that was never stopped; by its name alone, or by the same command."""
     if start == "theirs":
         save_theirs()
-    flags = (*(("--lora_rank", lora) if lora else ()), "--eval_interval", 6, "--resid_pdrop", 0.1)
-    run, parts = dict(start=start, iters=12, command=command), f"{command}d_{start.replace('base.pt', 'tiny')}"
+    flags = (*(("--lora_rank", lora) if lora else ()), "--eval_interval", 3, "--resid_pdrop", 0.1)
+    run, parts = dict(start=start, iters=6, command=command), f"{command}d_{start.replace('base.pt', 'tiny')}"
     finetune(cli, *flags, "--name", "whole", **run).ok()
-    stop_at(monkeypatch, 5)
+    stop_at(monkeypatch, 2)
     assert finetune(cli, *flags, **run).code == 130
-    assert checkpoint_of(parts)["step"] == 5
+    assert checkpoint_of(parts)["step"] == 2
     again = cli(command, "--name", parts, "--resume") if by_name else finetune(cli, *flags, "--resume", **run)
     again.ok()
     assert_same_weights("whole", parts)
@@ -758,8 +758,8 @@ def test_finetuning_with_another_tokenizers_data(cli, base):
 
 
 def test_finetuning_on_plain_text(cli, base, text_file):
-    flags = ("--eval_interval", 15, "--prompt", "def ", "--sample_length", 5)
-    out = finetune(cli, *flags, data="input.txt", iters=30).ok().out
+    flags = ("--eval_interval", 5, "--prompt", "def ", "--sample_length", 5)
+    out = finetune(cli, *flags, data="input.txt", iters=10).ok().out
     assert val_losses(out)[1] < val_losses(out)[0] and "longer than a block" not in out
 
 
@@ -822,7 +822,7 @@ def test_a_base_model_of_someone_elses(cli):
     Path("text.txt").write_text("some words " * 500)
     cli("tokenize", "--dataset", "old", "--txt", "text.txt", "--tokenizer", "theirs").ok()
     assert "give --data the file itself" in finetune(cli, data="old", start="theirs").error
-    losses = val_losses(finetune(cli, "--eval_interval", 30, start="theirs", iters=60).ok().out)
+    losses = val_losses(finetune(cli, "--eval_interval", 10, start="theirs", iters=20).ok().out)
     assert losses[1] < losses[0]
     cli("export", "--model_path", "finetuned_theirs_model.pt", "--output_dir", "out").ok()
     again = transformers.AutoTokenizer.from_pretrained("out")
