@@ -403,14 +403,15 @@ def test_text_files(cli, flags):
         Path("local/README.md").write_text("What these texts are.")
 
 
-@pytest.mark.parametrize("saved_to_disk", [False, True])
+@pytest.mark.parametrize("saved_to_disk", [False, True], ids=["a file each", "saved to disk"])
 def test_splits(cli, saved_to_disk):
     """As the hub lays them out, and as `datasets` does."""
     tables = {split: datasets.Dataset.from_dict({"text": [f"this is {split}"]}) for split in ("train", "test")}
     if saved_to_disk:
         datasets.DatasetDict(tables).save_to_disk("local")
-    for split, table in tables.items() if not saved_to_disk else ():
-        write_jsonl(f"local/{split}.jsonl", table.to_list())
+    else:
+        for split, table in tables.items():
+            write_jsonl(f"local/{split}.jsonl", table.to_list())
     for split, flags in (("train", ()), ("test", ("--streaming",))):
         hub(cli, "local", "--hf_split", split, *flags, name=split).ok()
         assert read(split)[0] == f"this is {split}"
