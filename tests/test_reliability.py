@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -20,17 +21,18 @@ from conftest import (
     HERE,
     ROOT,
     TRAIN,
+    Cli,
     assert_same_run,
     at_each_step,
     checkpoint_of,
     contents,
     log_of,
     model_py,
-    program,
     save_model,
     stdlib_source,
     stop_at,
     tiny_config,
+    write_jsonl,
 )
 
 import model
@@ -51,12 +53,13 @@ def flipped(content: bytes, position: int, bit: int = 0) -> bytes:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A run, its data, and an export in both formats."""
+    """A run, its data, and an export."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "input.txt").write_text(stdlib_source("textwrap", "heapq"))
-    for args in (RUN, ("export", "--output_dir", "hf"), ("export", "--output_dir", "gguf", "--format", "gguf")):
-        done = program(*args, cwd=folder)
-        assert done.returncode == 0 or "gguf" in str(args), done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("input.txt").write_text(stdlib_source("textwrap", "heapq"))
+        for command in (RUN, ("export", "--output_dir", "hf")):
+            Cli(patch)(*command).ok()
     return folder
 
 
@@ -76,7 +79,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(made, workdir, file):
     path, rng = Path(file), random.Random(0)
     whole = path.read_bytes()
     positions = [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(60))]
-    cut = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    cut = [whole[:n] for n in (1, 2, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(20)))]
     for content in cut + [flipped(whole, position, rng.randrange(8)) for position in positions]:
         path.write_bytes(content)
         with pytest.raises(model.UserError, match=str(path.parent)):
@@ -132,7 +135,7 @@ def test_a_kill_while_a_run_is_overwritten_does_not_leave_its_best_model(cli, te
 # --- Saving, keeping, resuming
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 3])
 def test_the_latest_states_are_kept(cli, text_file, keep):
     cli(*RUN, "--keep", keep).ok()
     steps = [torch.load(p, weights_only=True)["step"] for p in model.RunFiles("7M", False).states()]
@@ -140,7 +143,7 @@ def test_the_latest_states_are_kept(cli, text_file, keep):
 
 
 def test_saves_between_evaluations(cli, text_file, monkeypatch):
-    """Every so many minutes; a run of one name that is resumed there is the run that was never stopped."""
+    """Every so many minutes."""
     clock = iter(range(10**6))
     monkeypatch.setattr(model.time, "monotonic", lambda: next(clock))  # a second for each look
     saved, save = [], model.save_checkpoint
@@ -203,14 +206,22 @@ def test_a_large_model_is_saved_while_training_goes_on(cli, text_file, monkeypat
     assert_same_run("whole", "parts")
 
 
-def test_an_error_of_a_save_in_the_background_is_told(cli, text_file, monkeypatch):
-    save_in_the_background(monkeypatch)
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_disk_that_fills_up_while_saving(cli, text_file, monkeypatch, in_background):
+    """One sentence, and the checkpoint of before is still whole."""
+    if in_background:
+        save_in_the_background(monkeypatch)
+    save, saves = torch.save, itertools.count(1)
 
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device", "checkpoints/x.pt")
+    def fill_up(*args, **kwargs):
+        if next(saves) > 2:
+            raise OSError(28, "No space left on device", "checkpoints/7M_model_last.pt")
+        return save(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "save", fail)
-    assert "checkpoints/x.pt" in cli(*RUN).error and not list(Path("checkpoints").glob("*.pt"))
+    monkeypatch.setattr(torch, "save", fill_up)
+    cli(*TRAIN, "--max_iters", 4, "--eval_interval", 1).fails_with("No space left on device", "7M_model_last.pt")
+    assert checkpoint_of()["step"] == checkpoint_of(last=False)["step"] == 1
+    assert not list(Path("checkpoints").glob(".*"))
 
 
 # --- The old stays until the new exists
@@ -232,7 +243,7 @@ def test_overwriting_leaves_the_old_run_until_the_new_has_a_state(cli, text_file
     assert_same_run("whole", "7M")
 
 
-def test_finetuning_over_its_own_source(cli, text_file, monkeypatch):
+def test_finetuning_over_its_own_source(cli, text_file):
     cli(*RUN).ok()
     source = Path("checkpoints/7M_model.pt").read_bytes()
     run = ("finetune", "--model_checkpoint", "7M_model.pt", "--name", "7M", "--overwrite", "--data", "input", *HERE)
@@ -244,8 +255,7 @@ def test_finetuning_over_its_own_source(cli, text_file, monkeypatch):
 
 def test_data_that_a_killed_program_had_finished_is_taken(cli, text_file, monkeypatch):
     """Killed at each of the renames that put a data folder in its place, over another or over none."""
-    talks = Path("talks.jsonl")
-    talks.write_text("".join(json.dumps({"utterances": ["Hi.", f"I am {i}."]}) + "\n" for i in range(50)))
+    talks = write_jsonl("talks.jsonl", [{"utterances": ["Hi.", f"I am {i}."]} for i in range(50)])
     make = ("tokenize", "--tokenizer", "byte", "--dataset", "d", "--overwrite", "--txt")
     cli(*make, talks).ok()
     wanted = contents("data/d")
@@ -314,44 +324,38 @@ def test_an_export_that_is_killed_is_told_apart_and_made_again(cli, monkeypatch)
 # --- Two programs of one name
 
 
+HOLD = """import contextlib, pathlib, sys, model
+with contextlib.ExitStack() as locks:
+    for name in sys.argv[1:]:
+        locks.enter_context(model.locked(pathlib.Path(name)))
+    print("held", flush=True)
+    input()
+"""
+PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
 def test_the_second_program_is_told_who_holds_the_name(cli, text_file):
-    code = "import pathlib, sys, model\nwith model.locked(pathlib.Path(sys.argv[1])): print(1, flush=1); input()"
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    for target, command in (
-        ("checkpoints/7M", RUN),
-        ("data/d", ("tokenize", "--dataset", "d", "--txt", "input.txt", "--tokenizer", "byte")),
-        ("out", ("export", "--output_dir", "out")),
-    ):
-        with subprocess.Popen([sys.executable, "-c", code, target], **pipes) as holder:
-            assert holder.stdout.readline() == b"1\n"
+    save_model("a.pt", model.GPT(tiny_config(vocab_size=259)))
+    commands = {
+        "checkpoints/7M": RUN,
+        "data/d": ("tokenize", "--dataset", "d", "--txt", "input.txt", "--tokenizer", "byte"),
+        "out": ("export", "--model_path", "a.pt", "--output_dir", "out"),
+    }
+    with subprocess.Popen([sys.executable, "-c", HOLD, *commands], **PIPES) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        for target, command in commands.items():
             assert f"{target} is being written by process {holder.pid}" in cli(*command).error
-            holder.kill()
+        holder.kill()
+    for command in commands.values():
         cli(*command).ok()
     assert not list(Path().rglob("*.lock"))
-
-
-def test_a_lock_waits_where_it_should(workdir):
-    order = []
-
-    def other():
-        with model.locked(Path("x"), wait=True):
-            order.append("other")
-
-    thread = model.threading.Thread(target=other)
-    with model.locked(Path("x")):
-        thread.start()
-        time.sleep(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "other"] and not list(Path().iterdir())
 
 
 # --- Kills, and signals
 
 
-def test_kill_9_at_random_moments(workdir):
+def test_kill_9_at_random_moments(cli, text_file):
     """tests/benchmarks/reliability.py has the long form of this."""
-    Path("input.txt").write_text(stdlib_source("textwrap", "heapq"))
     long = (*TRAIN, "--max_iters", 150, "--eval_interval", 10, "--log_interval", 5, "--resume", "auto")
     rng = random.Random(1)
     for _ in range(3):
@@ -361,7 +365,7 @@ def test_kill_9_at_random_moments(workdir):
             time.sleep(rng.uniform(0, 0.7))
             run.kill()
     for name in ("whole", "parts"):
-        assert program(*long, "--name", name, cwd=workdir).returncode == 0
+        cli(*long, "--name", name).ok()
     assert_same_run("whole", "parts")
     assert [r["step"] for r in log_of("parts")] == list(range(5, 151, 5))
     assert not [n for n in names() if n.startswith(".")]
@@ -425,50 +429,41 @@ def small_disk(tmp_path_factory):
         return disk
 
     yield mount
-    while subprocess.run(["umount", str(disk)], capture_output=True, check=False).returncode == 0:
+    while subprocess.run(["umount", "--lazy", str(disk)], capture_output=True, check=False).returncode == 0:
         pass
 
 
-def assert_told(done: subprocess.CompletedProcess, name: bytes, words: bytes = b"No space left on device") -> None:
-    """One sentence that names the file, without a traceback."""
-    assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr
-    assert words in done.stderr and name in done.stderr.splitlines()[-1], done.stderr
-
-
-def test_a_full_disk_at_every_write(workdir, text_file, small_disk):
+def test_a_full_disk_at_every_write(cli, text_file, small_disk, monkeypatch):
     """A disk of a few sizes: whatever is there afterwards is whole, one sentence names the file, and with room the run
     goes on to the same end."""
-    whole = workdir / "whole"
-    whole.mkdir()
-    shutil.copy(text_file, whole)
-    assert program(*RUN, cwd=whole).returncode == 0
-    size = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file())
+    cli(*RUN).ok()
+    whole = checkpoint_of()["model"]
+    size = sum(map(len, contents().values()))
     for fraction in (0.5, 0.85):
         disk = small_disk(int(size * fraction))
         shutil.copy(text_file, disk)
-        assert_told(program(*RUN, "--resume", "auto", cwd=disk), b"checkpoints/")
-        for path in (disk / "checkpoints").glob("*.pt"):
+        monkeypatch.chdir(disk)
+        cli(*RUN, "--resume", "auto").fails_with("No space left on device", "checkpoints/")
+        for path in Path("checkpoints").glob("*.pt"):
             model.load_checkpoint(path)
         small_disk(1 << 30, "remount")
-        assert program(*RUN, "--resume", "auto", cwd=disk).returncode == 0
-        states = [torch.load(f / "checkpoints/7M_model_last.pt", weights_only=True)["model"] for f in (whole, disk)]
-        assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
-        subprocess.run(["umount", str(disk)], check=True)
+        cli(*RUN, "--resume", "auto").ok()
+        torch.testing.assert_close(checkpoint_of()["model"], whole, rtol=0, atol=0)
 
 
-def test_a_full_disk_for_data_and_exports(workdir, text_file, small_disk):
+def test_a_full_disk_for_data_and_exports(cli, workdir, text_file, small_disk, monkeypatch):
     save_model("a.pt", model.GPT(tiny_config(vocab_size=259)))
-    disk = small_disk(100_000)
-    byte = ("--dataset", "d", "--tokenizer", "byte", "--txt")
-    talks = workdir / "talks.jsonl"
-    talks.write_text("".join(json.dumps({"text": "word " * 400}) + "\n" for _ in range(60)))
-    assert_told(program("tokenize", *byte, text_file, cwd=disk), b"data/.d.part")
-    assert_told(program("tokenize", *byte, talks, cwd=disk), b"data/.d.part")
+    write_jsonl("talks.jsonl", [{"text": "word " * 400}] * 60)
+    data = ("tokenize", "--dataset", "d", "--tokenizer", "byte", "--txt")
     export = ("export", "--model_path", workdir / "a.pt", "--output_dir", "out")
-    assert_told(program(*export, cwd=disk), b"out")
+    told = "No space left on device"
+    monkeypatch.chdir(small_disk(100_000))
+    cli(*data, text_file).fails_with(told, "data/.d.part")
+    cli(*data, workdir / "talks.jsonl").fails_with(told, "data/.d.part")
+    cli(*export).fails_with(told, "out")
     if importlib.util.find_spec("gguf"):
-        assert_told(program(*export, "--format", "gguf", "--quantize", "f32", cwd=disk), b"out", b"cannot write")
-    assert not [p for p in disk.rglob("*") if p.is_file()]
+        cli(*export, "--format", "gguf", "--quantize", "f32").fails_with("cannot write out")
+    assert not [p for p in Path().rglob("*") if p.is_file()]
 
 
 # --- Files from strangers
@@ -517,11 +512,12 @@ def test_a_prefix_of_subwords_in_a_bpe(workdir):
             model.hf_tokenizer(Path("tokenizer.json"))
 
 
-def test_a_word_of_megabytes(cli):
-    Path("word.txt").write_text("".join(random.Random(0).choices("abcdefgh", k=3_000_000)))
-    begun = time.monotonic()
+def test_a_word_of_four_hundred_thousand_letters(cli):
+    """A vocabulary is learned of it in a second; in forty if the time grew with the square of the length."""
+    Path("word.txt").write_text("".join(random.Random(0).choices("abcdefgh", k=400_000)))
+    begun = time.process_time()
     cli("tokenize", "--dataset", "d", "--txt", "word.txt", "--tokenizer", "bpe", "--vocab_size", 2000).ok()
-    assert time.monotonic() - begun < 60
+    assert time.process_time() - begun < 10
 
 
 DEEP = {"objects": ('{"a":', "}"), "lists": ("[\n", ""), "both": ('{"a":"\\"","b":[', "")}
@@ -541,7 +537,7 @@ def test_json_of_a_hundred_thousand_levels(cli, kind):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
 def test_workers_end_with_the_program(workdir):
-    Path("many.jsonl").write_text("".join(json.dumps({"text": "word " * 2000}) + "\n" for _ in range(3000)))
+    write_jsonl("many.jsonl", [{"text": "word " * 2000}] * 3000)
     flags = ("--hf_dataset", "many.jsonl", "--dataset", "d", "--num_proc", 2, "--tokenizer", "byte")
     run = subprocess.Popen(model_py("hf_tokenize", *flags), stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
