@@ -33,6 +33,11 @@ model.DataWriter.finish = lambda *args: (time.sleep(1), print("made"), finish(*a
 """
 
 
+def in_step_2(of_the_second: str) -> str:
+    """A patch: what the second process does before its step 2."""
+    return f"before_step = lambda step: (step, rank) == (2, 1) and {of_the_second}"
+
+
 def assert_close_weights(a: dict, b: dict, atol: float = 5e-4) -> None:  # a few of Adam's steps of 3e-4
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
@@ -163,11 +168,10 @@ def before_step(step):
 def test_an_error_in_one_process_ends_all(cli, text_file):
     """While the other waits for it in a collective."""
     patch = """
-def before_step(step):
-    if step == 2 and rank == 1:
-        raise model.UserError("the loss is green")
+def green():
+    raise model.UserError("the loss is green")
 """
-    run = Torchrun(*RUN, patch=patch).result(timeout=60)
+    run = Torchrun(*RUN, patch=patch + in_step_2("green()")).result(timeout=60)
     assert run.code == 1 and run.err.count("the loss is green") == run.err.count("model.py train: error:") == 1
     assert "RuntimeError" not in run.err  # of the connection that the other lost
 
@@ -194,7 +198,7 @@ def on_two_machines(*args, patch: str = "") -> list:
 
 
 @pytest.fixture
-def two_folders(one) -> None:
+def two_folders(text_file) -> None:
     for i in range(2):
         Path(str(i)).mkdir()
         shutil.copy("input.txt", str(i))
@@ -203,12 +207,8 @@ def two_folders(one) -> None:
 def test_two_machines_prepare_and_stop_together(one, two_folders):
     """Each makes its own data, the second one later. A signal to one stops both; the state is on the first's disk,
     which hands it out when they go on."""
-    signalled = """
-def before_step(step):
-    if step == 2 and rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-"""
-    on_two_machines(*SILENT, "--name", "two", patch=SLOW_DATA + "time.sleep(rank)" + signalled)
+    signalled = in_step_2("os.kill(os.getpid(), signal.SIGTERM)")
+    on_two_machines(*SILENT, "--name", "two", patch=f"{SLOW_DATA}time.sleep(rank)\n{signalled}")
     assert ends("0") == ends("1") == {f"{128 + signal.SIGTERM} 2"}
     assert [Path(folder, "checkpoints/two_model_last.pt").exists() for folder in "01"] == [True, False]
     assert Path("0/data/input/data.bin").read_bytes() == Path("1/data/input/data.bin").read_bytes()
@@ -218,14 +218,11 @@ def before_step(step):
     assert_close_weights(checkpoint_of("one")["model"], two)
 
 
-def test_machines_with_different_data_are_told(two_folders):
-    text = Path("1/input.txt").read_bytes()
-    Path("1/input.txt").write_bytes(text[::-1])
+@pytest.mark.parametrize("change, words", [
+    (lambda text: text[::-1], ["machine 1 (", "differ in their data"]), (lambda text: b"caf\xe9", ["input.txt"]),
+], ids=["other data", "no text"])  # fmt: skip
+def test_an_error_of_one_machine_is_told_on_both(two_folders, change, words):
+    text = Path("1/input.txt")
+    text.write_bytes(change(text.read_bytes()))
     for run in on_two_machines(*RUN):
-        assert run.code == 1 and run.err.count("machine 1 (") == run.err.count("differ in their data") == 1
-
-
-def test_an_error_on_one_machine_is_told_on_both(two_folders):
-    Path("1/input.txt").write_bytes(b"caf\xe9")
-    for run in on_two_machines(*RUN):
-        assert run.code == 1 and run.err.count("input.txt") == run.err.count("model.py train: error:") == 1
+        assert run.code == 1 and {run.err.count(word) for word in (*words, "model.py train: error:")} == {1}
