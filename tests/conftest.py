@@ -241,11 +241,15 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int, number: int = signal.S
     at_each_step(monkeypatch, before=stop)
 
 
+def model_py(*args) -> list[str]:
+    """The command line python model.py ARGS."""
+    return [sys.executable, str(ROOT / "model.py"), *map(str, args)]
+
+
 def program(*args, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
     """python model.py ARGS, as a program of its own."""
-    command = [sys.executable, str(ROOT / "model.py"), *map(str, args)]
     kwargs = {"capture_output": True, "timeout": 240, **kwargs}
-    return subprocess.run(command, cwd=cwd, check=False, **kwargs)
+    return subprocess.run(model_py(*args), cwd=cwd, check=False, **kwargs)
 
 
 TWO = ("--standalone", "--nproc_per_node", 2)
@@ -304,7 +308,7 @@ TRAIN = ("train", *BYTES, *TINY_RUN)
 
 
 def log_of(name: str = "7M", timing: bool = False) -> list[dict]:
-    records = [json.loads(line) for line in Path(f"checkpoints/{name}_model.jsonl").read_text().splitlines()]
+    records = read_jsonl(f"checkpoints/{name}_model.jsonl")
     return [{k: v for k, v in r.items() if timing or k not in ("seconds", "tokens_per_s")} for r in records]
 
 
@@ -338,11 +342,6 @@ def assert_same_run(a: str, b: str) -> None:
 def contents(folder: Path | str = ".", pattern: str = "*") -> dict[str, bytes]:
     """The files below a folder."""
     return {str(p): p.read_bytes() for p in Path(folder).rglob(pattern) if p.is_file()}
-
-
-def model_py(*args) -> list[str]:
-    """The command line python model.py ARGS."""
-    return [sys.executable, str(ROOT / "model.py"), *map(str, args)]
 
 
 @pytest.fixture(scope="session")
