@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -442,9 +443,11 @@ def test_no_vocabulary_and_no_network(refused, text_file, monkeypatch):
     assert not Path("data/d").exists()
 
 
-def test_variants(cli):
+def test_variants(cli, monkeypatch):
     """A billion tokens take what their FLOPs take at the speed that is printed: for the 7M by hand, 6 FLOPs a weight of
     its matrices, 12 x 4 layers x 128 wide x 128 tokens of attention."""
+    measure = timeit.repeat
+    monkeypatch.setattr(timeit, "repeat", lambda work, **times: measure(work, repeat=1, number=1))
     out = cli("variants").ok().out
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert all(f"{model.PARAMETERS[v] / 1e6:.1f} M" in lines[v] for v in model.VARIANTS)

@@ -95,28 +95,19 @@ def test_a_checkpoint_is_a_zip_archive_that_others_open(made):
     assert torch.load(path, weights_only=True)["step"] <= 12
 
 
-@pytest.mark.parametrize("position, words", [(5000, "digest differs"), (-70, "does not end in its digest")])
-def test_a_damaged_state_is_set_aside_and_the_one_before_taken(cli, text_file, position, words):
-    """Also where the damage is in the seal itself."""
-    cli(*RUN, "--name", "whole").ok()
-    cli(*RUN, "--name", "parts").ok()
-    assert checkpoint_of("parts")["step"] == 12
-    assert torch.load("checkpoints/parts_model_last.2.pt", weights_only=True)["step"] == 9
-    last = Path("checkpoints/parts_model_last.pt")
-    last.write_bytes(flipped(last.read_bytes(), position))
+@pytest.mark.parametrize("file, position, words", [
+    ("model_last.pt", 5000, ["digest differs", "parts_model_last.damaged", "at step 9"]),
+    ("model_last.pt", -70, ["does not end in its digest", "parts_model_last.damaged", "at step 9"]),  # in the seal
+    ("model.pt", 5000, ["resuming parts at step 12"]),
+], ids=["a state", "its seal", "the best model"])  # fmt: skip
+def test_what_is_damaged_is_made_again(cli, text_file, file, position, words):
+    """From the state before a damaged one; the best model from the last state, which is the best."""
+    for name in ("whole", "parts"):
+        cli(*RUN, "--name", name).ok()
+    damaged = Path(f"checkpoints/parts_{file}")
+    damaged.write_bytes(flipped(damaged.read_bytes(), position))
     done = cli("train", "--name", "parts", "--resume", "auto").ok()
-    assert words in done.err and "parts_model_last.damaged" in done.err and "at step 9" in done.out
-    assert_same_run("whole", "parts")
-
-
-def test_a_damaged_best_model_is_written_again(cli, text_file):
-    """By a run that goes on from a state that is the best."""
-    cli(*RUN, "--name", "whole").ok()
-    cli(*RUN, "--name", "parts").ok()
-    assert checkpoint_of("parts", last=False)["step"] == 12
-    best = Path("checkpoints/parts_model.pt")
-    best.write_bytes(flipped(best.read_bytes(), 5000))
-    cli("train", "--name", "parts", "--resume", "auto").ok()
+    assert not [word for word in words if word not in done.out + done.err]
     assert_same_run("whole", "parts")
 
 
