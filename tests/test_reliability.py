@@ -108,6 +108,7 @@ def test_what_is_damaged_is_made_again(cli, text_file, file, position, words):
     damaged.write_bytes(flipped(damaged.read_bytes(), position))
     done = cli("train", "--name", "parts", "--resume", "auto").ok()
     assert not [word for word in words if word not in done.out + done.err]
+    model.load_checkpoint(damaged)  # whole again, in what no run reads too
     assert_same_run("whole", "parts")
 
 
