@@ -120,32 +120,27 @@ def test_a_state_of_two_goes_on_in_three_and_in_one(cli, text_file):
             assert_close_weights(ours["state"], theirs["state"], atol=1e-6)
 
 
+MUON_OF_EACH = """
+make = model.make_optimizers
+def make_optimizers(gpt, t):
+    *adamw, muon = make(gpt, t)
+    of_one = lambda p, rows: model.Muon([p], [rows], t.muon_lr, weight_decay=t.weight_decay, dtype=muon.dtype)
+    return [*adamw, *map(of_one, muon.params, muon.rows)]
+model.make_optimizers = make_optimizers
+"""
+
+
 def test_adapters_by_muon_in_two_processes(cli, workdir):
+    """Where there are more processes than matrices, too: here each matrix has a Muon of its own."""
     conversation_data("chat")
     cli("train", "--data", "chat", *SIXTEEN, "--block_size", 64, "--name", "base").ok()
     run = ("finetune", "--model_checkpoint", "base_model.pt", "--data", "chat", *SIXTEEN[-8:], *HERE)
     run += ("--block_size", 16, "--lora_rank", 3, "--optimizer", "muon")
     cli(*run, "--name", "one").ok()
-    two = Torchrun(*run, "--name", "two", "--fsdp", "--prompt", "a").result().ok()
+    two = Torchrun(*run, "--name", "two", "--fsdp", "--prompt", "a", patch=MUON_OF_EACH).result().ok()
     assert two.out.count("after finetuning") == 1
     close_runs(log_of("one"), log_of("two"))
     assert_close_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"], atol=1e-5)
-
-
-def test_a_process_without_a_matrix_to_orthogonalise(cli, text_file):
-    """There are more processes than matrices: each has a Muon of its own."""
-    apart = """
-make = model.make_optimizers
-def make_optimizers(gpt, t):
-    adamw, muon = make(gpt, t)
-    of_one = lambda p, rows: model.Muon([p], [rows], t.muon_lr, weight_decay=t.weight_decay, dtype=muon.dtype)
-    return [adamw, *map(of_one, muon.params, muon.rows)]
-model.make_optimizers = make_optimizers
-"""
-    run = ("train", *BYTES, *SIXTEEN, "--optimizer", "muon", "--n_layer", 1)
-    cli(*run, "--name", "one").ok()
-    Torchrun(*run, "--name", "two", patch=apart).result().ok()
-    close_runs(log_of("one"), log_of("two"))
 
 
 def test_a_signal_to_torchrun_stops_all_at_one_step(one, cli):
