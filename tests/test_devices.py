@@ -144,14 +144,15 @@ FILTERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", DEVICES)
-def test_text_is_that_of_the_cpu_and_each_token_is_read_once(files, cli, where):
+@pytest.mark.parametrize("flags", FILTERS, ids=str)
+def test_text_is_that_of_the_cpu_and_each_token_is_read_once(files, cli, flags):
     """20 tokens from a prompt beyond half of the context, so that the cache is filled anew on the way."""
-    for flags in FILTERS:
-        command = ("sample", "--model_checkpoint", "base.pt", "--prompt", "def long(x): # a", "--num_samples", 2,
-                   "--length", 20, "--dtype", "float32", *flags)  # fmt: skip
+    command = ("sample", "--model_checkpoint", "base.pt", "--prompt", "def long(x): # a", "--num_samples", 2,
+               "--length", 20, "--dtype", "float32", *flags)  # fmt: skip
+    expected, _ = run_on("cpu", cli, *command)
+    for where in DEVICES:
         text, device = run_on(where, cli, *command)
-        assert text == run_on("cpu", cli, *command)[0]
+        assert text == expected
         loading = {what: n for what, n in device.waits["preparing"].items() if "_apply" not in what}
         assert loading == {"copy to the device in left_pad": 1, "tolist in read_tokens": 20}
 
@@ -169,12 +170,11 @@ def test_unequal_prompts_make_one_batch_on_a_device(where):
         assert torch.stack(tokens).tolist() == expected
 
 
-@pytest.mark.parametrize("where", DEVICES)
-def test_chat_and_eval_are_those_of_the_cpu(files, cli, where):
+def test_chat_and_eval_are_those_of_the_cpu(files, cli):
     bpe = model.train_bpe([Path("input.txt").read_text(encoding="utf-8")], 300)
     save_model("chatty.pt", random_gpt(tiny_config("llama", vocab_size=bpe.n_vocab, block_size=128)), bpe)
     chat = ("chat", "--model_checkpoint", "chatty.pt", "--length", 12, "--dtype", "float32")
     evaluate = ("eval", "--model_checkpoint", "base.pt", "--data", "text", "--json", "--dtype", "float32")
     for command, typed in ((chat, b"Hi\nWho?\n"), (evaluate, None)):
-        said, _ = run_on(where, cli, *command, stdin=typed)
-        assert said == run_on("cpu", cli, *command, stdin=typed)[0]
+        on_cpu, on_cuda, on_mps = (run_on(where, cli, *command, stdin=typed)[0] for where in ("cpu", *DEVICES))
+        assert on_cpu == on_cuda == on_mps
