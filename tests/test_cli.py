@@ -364,9 +364,7 @@ def test_a_bad_checkpoint(refused, run_files, make, words):
     assert not Path("owned.txt").exists()
 
 
-@pytest.mark.parametrize(
-    "kind", ["text", "empty", "a checkpoint that runs code", "a newer version", "a missing tensor"]
-)
+@pytest.mark.parametrize("kind", ["empty", "a checkpoint that runs code", "a newer version", "a missing tensor"])
 def test_resuming_from_a_bad_checkpoint(refused, run_files, kind):
     Path("checkpoints/7M_model_last.2.pt").unlink()
     make, _ = BAD[kind]
@@ -438,7 +436,6 @@ def test_variants(cli, monkeypatch):
     monkeypatch.setattr(timeit, "repeat", lambda work, **times: measure(work, repeat=1, number=1))
     out = cli("variants").ok().out
     lines = {line.split()[0]: line for line in out.splitlines()}
-    assert all(f"{model.PARAMETERS[v] / 1e6:.1f} M" in lines[v] for v in model.VARIANTS)
     speed, share, peak = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+)(?: GFLOP/s|%| that a)", out))
     assert speed > 0 and peak > 0 and abs(share - 100 * speed / peak) < 4
     flops = 6 * (50304 * 128 + 4 * (4 * 128 * 128 + 3 * 128 * 384)) + 12 * 4 * 128 * 128
