@@ -2748,52 +2748,38 @@ class Checkpoint(Settings):
 SEAL = b"sha256:"  # begins the comment that ends a checkpoint, which is a zip archive; the digest follows
 
 
-class Sealing:
-    """A file for torch.save, which counts the digest as it is written, and keeps the error of a full disk or a second
-    Ctrl-C, of which PyTorch makes a riddle."""
-
-    def __init__(self, f: io.BufferedWriter) -> None:
-        self.f, self.digest, self.error = f, hashlib.sha256(), None
-
-    def write(self, data: bytes) -> int:
-        try:
-            n = self.f.write(data)
-        except BaseException as e:
-            self.error = e
-            raise
-        self.digest.update(data)
-        return n
-
-    def flush(self) -> None:
-        self.f.flush()
+def seal_of(path: Path, size: int) -> bytes:
+    """The seal of an archive of so many bytes, the last two of which, how long its comment is, count as 0."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
+        with memoryview(m) as view, view[: size - 2] as content:
+            digest = hashlib.sha256(content)
+    digest.update(b"\0\0")
+    return SEAL + digest.hexdigest().encode()
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
     """Write a checkpoint atomically; `before` is called when it is whole and about to take the place of an earlier."""
     with atomic_write(path) as f:
-        sealing = Sealing(f)
         try:
-            torch.save({"format_version": FORMAT_VERSION, **checkpoint}, sealing)
-        except RuntimeError as e:
-            raise sealing.error or e.__context__ or e from None
-        seal = SEAL + sealing.digest.hexdigest().encode()
-        f.seek(-2, os.SEEK_END)  # where the archive says how long its comment is
+            torch.save({"format_version": FORMAT_VERSION, **checkpoint}, f)
+        except RuntimeError as e:  # what PyTorch makes of a full disk or a second Ctrl-C
+            raise e.__context__ or e from None
+        f.flush()
+        seal = seal_of(Path(f.name), f.tell())
+        f.seek(-2, os.SEEK_END)
         f.write(len(seal).to_bytes(2, "little") + seal)
         before()
 
 
 def is_sealed(path: Path) -> bool:
     """Whether a file ends in the digest of its contents; format 3 has one. Raises ValueError if it is another."""
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
-        end = len(m) - len(SEAL) - 64
-        if m[max(end, 0) : end + len(SEAL)] != SEAL:
-            return False
-        with memoryview(m) as view, view[: end - 2] as content:
-            digest = hashlib.sha256(content)
-        digest.update(b"\0\0")
-        if m[end + len(SEAL) :] != digest.hexdigest().encode():
-            raise ValueError("its digest differs")
-        return True
+    with open(path, "rb") as f:
+        size = max(f.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
+        f.seek(size)
+        seal = f.read()
+    if seal.startswith(SEAL) and seal != seal_of(path, size):
+        raise ValueError("its digest differs")
+    return seal.startswith(SEAL)
 
 
 def read_archive(path: Path) -> Any:
