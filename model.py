@@ -5692,8 +5692,11 @@ def export(a: ExportArgs) -> None:
         sync_folder(output.parent)
     say(done)
     if a.push_to_hub:
+        # of an earlier push; quantizations lie side by side there too
+        stale = None if gguf else ["model.safetensors*", "model-*-of-*.safetensors", "chat_template.jinja"]
+        options = dict(folder_path=output, ignore_patterns=[EXPORT_LIST], delete_patterns=stale)
         with told_as(f"{output} is written, and could not be sent to {a.push_to_hub}"):
-            hub.upload_folder(repo_id=a.push_to_hub, folder_path=output, ignore_patterns=[EXPORT_LIST])
+            hub.upload_folder(repo_id=a.push_to_hub, **options)
         say(f"pushed to https://huggingface.co/{a.push_to_hub}")
 
 

@@ -575,8 +575,11 @@ def hub(monkeypatch) -> list:
         def create_repo(self, repo, **options):
             asked.append((repo, options))
 
-        def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
-            asked.append((repo_id, {p.name for p in Path(folder_path).iterdir()} - set(ignore_patterns)))
+        def upload_folder(self, *, repo_id, folder_path, ignore_patterns, delete_patterns=None):
+            """What the repository holds then."""
+            earlier = asked[-2][1] if len(asked) > 1 else set()
+            earlier -= set(huggingface_hub.utils.filter_repo_objects(earlier, allow_patterns=delete_patterns or []))
+            asked.append((repo_id, earlier | {p.name for p in Path(folder_path).iterdir()} - set(ignore_patterns)))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return asked
@@ -592,6 +595,20 @@ def test_push_to_hub(cli, hub, flags, private):
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
     assert out.endswith("pushed to https://huggingface.co/me/tiny\n")
     assert 'from_pretrained("me/tiny")' in Path("out/README.md").read_text()  # what others open
+
+
+def test_a_push_again(cli, hub):
+    """What an earlier push left and this one lacks is gone: transformers would read weights in one file before shards,
+    and take the template of a chat model."""
+    save(small())
+    cli(*EXPORT, "out", "--push_to_hub", "me/tiny").ok()
+    base = model.Tokenizer({"kind": "byte", "name": "byte", "special": {model.EOT: 256}})  # without chat tokens
+    save(small(tokenizer=base), base)
+    for flags in (("--max_shard_size", "30KB"), ()):
+        cli(*EXPORT, "out", "--push_to_hub", "me/tiny", "--overwrite", *flags).ok()
+        assert hub[-1][1] == {p.name for p in Path("out").iterdir()} - {"export.json"}
+    cli(*EXPORT, "gguf", "--push_to_hub", "me/tiny", "--format", "gguf").ok()
+    assert {"model.safetensors", "gguf-f16.gguf"} < hub[-1][1]
 
 
 def test_a_push_that_fails(cli, hub, monkeypatch):
