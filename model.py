@@ -5187,6 +5187,10 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     ours = {**asdict(config), **asdict(t), **(c.distill or {}), "block_size": c.block_size, "lora_rank": c.lora_rank}
     ours |= {"teacher_model_path": teacher.get("path"), "teacher_variant": teacher.get("variant")}
     ours |= {"variant": c.variant, "student_variant": c.variant}
+    # on the command line that began it, as a word or after --FLAG=
+    said = {"tuned", *c.arguments, *(word.partition("=")[2] for word in c.arguments)}
+    began = ("recipe", "model_checkpoint", "student_checkpoint")
+    ours |= {k: None for k in began if getattr(a, k, None) not in said}
     theirs = {k: v for k, v in vars(a).items() if v is not None and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):

@@ -681,6 +681,18 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     assert_same_weights("whole", parts)
 
 
+def test_a_resumed_finetune_is_that_of_another_model(cli, base, monkeypatch):
+    """Which has the same name, as models of the hub may have."""
+    for owner in ("mine=1", "theirs"):
+        Path(owner).mkdir()
+        cli("export", "--model_path", "base.pt", "--output_dir", f"{owner}/small").ok()
+    stop_at(monkeypatch, 1)
+    finetune(cli, start="mine=1/small", iters=2)
+    error = finetune(cli, "--resume", "auto", start="theirs/small", iters=2).error
+    assert "--model_checkpoint differs" in error
+    finetune(cli, "--resume", "auto", start="mine=1/small", iters=2).ok()
+
+
 def test_a_flag_by_two_names(cli, base):
     error = finetune(cli, "--max_iters", 3, iters=2).error
     assert "--finetune_iters" in error and "--max_iters" in error and not Path("checkpoints").exists()

@@ -464,7 +464,7 @@ def test_resume_takes_no_other_settings_teacher_or_data(distill, cli, text_file)
     distill(*STUDENT, "--max_iters", 2, "--name", "run").ok()
     resume = ("--resume", "--max_iters", 4, "--name", "run")
     changes = [("--alpha", 0.9), ("--temperature", 3.0), ("--divergence", "jsd"), ("--on_policy", 1.0)]
-    for change in (*changes, ("--student_variant", "26M")):
+    for change in (*changes, ("--student_variant", "26M"), ("--student_checkpoint", "student.pt")):
         assert f"{change[0]} differs" in distill(*resume, *change).error
     save_model("other.pt", mild_gpt(seed=5))
     assert "--teacher_model_path differs" in distill(*resume, "--teacher_model_path", "other.pt").error

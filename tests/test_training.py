@@ -169,6 +169,12 @@ def test_resuming_with_another_setting_is_refused(cli, text_file):
     assert contents("checkpoints") == before
 
 
+def test_resuming_with_another_recipe_is_refused(cli, text_file):
+    cli("train", *BYTES, *TINY_SHAPE, *HERE, "--max_iters", 2).ok()
+    assert "--recipe differs" in cli("train", "--resume", "--max_iters", 3, "--recipe", "published").error
+    cli("train", "--resume", "--max_iters", 3, "--recipe", "tuned").ok()
+
+
 def test_resuming_with_the_same_ids_split_or_masked_otherwise_is_refused(cli, workdir):
     """It would train on what was held out, or on other targets. Earlier checkpoints knew the ids alone."""
 
