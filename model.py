@@ -4594,7 +4594,7 @@ def config_from_hf(j: Any, path: Path) -> GPTConfig:
             raise UserError(f"activation {named!r} is not supported in a {arch}")
         values["activation"] = known[0]
         if arch == "llama":
-            values["bias"] = HF_BIASES.get((bool(j.get("attention_bias")), bool(j.get("mlp_bias"))))
+            values["bias"] = HF_BIASES.get((bool(j.get("attention_bias")), bool(j.get("mlp_bias"))), "of the MLP alone")
         return GPTConfig(**{**values, **(rope_from_hf(j, values) if arch != "gpt2" else {})})
 
 
@@ -5666,32 +5666,29 @@ def export(a: ExportArgs) -> None:
         hub = huggingface_hub.HfApi()
         with told_as(f"cannot create {a.push_to_hub} on the Hub, which needs a network and `hf auth login`"):
             hub.create_repo(a.push_to_hub, private=a.private, exist_ok=True)
-    opened = open_named_model(a)
+    opened, name = open_named_model(a), output.resolve().name
     with told_as(f"cannot write {output}", OSError, SafetensorError), scratch_folder(output) as scratch:
         if gguf:
-            file = scratch / f"{output.name}-{quantize}.gguf"
-            export_gguf(opened, file, quantize, output.name)
+            file = scratch / f"{name}-{quantize}.gguf"
+            export_gguf(opened, file, quantize, name)
             (scratch / "Modelfile").write_text(modelfile(opened.tokenizer, file.name), encoding="utf-8")
             done = f"{output / file.name}: {file.stat().st_size / 1e6:,.1f} MB"
         else:
-            name = a.push_to_hub or output.name
-            difference = export_hf(opened, scratch, getattr(torch, dtype), a.max_shard_size, name)
+            difference = export_hf(opened, scratch, getattr(torch, dtype), a.max_shard_size, a.push_to_hub or name)
             done = f"{output}: {opened.model.config.arch}, {dtype}; read back, logits differ by <= {difference:.1e}"
         weights = (".safetensors", ".gguf")  # the rest is text, which may be edited
         written = {file.name: file_digest(file) if file.suffix in weights else "" for file in scratch.iterdir()}
         kept = export_digests(output) if gguf else {}  # quantizations lie side by side
         digests = {**kept, **written, EXPORT_LIST: ""}
-        if not there:
+        if not output.exists():
             write_json(scratch / EXPORT_LIST, digests)
-            if output.exists():  # and is empty
-                output.rmdir()
             os.replace(scratch, output)  # all at once
         else:  # a kill from here on leaves files that are told by their digests, and may be replaced again
             write_json(output / EXPORT_LIST, {**dict.fromkeys(earlier, ""), **digests})
-            for name in written:
-                os.replace(scratch / name, output / name)
-            for name in earlier - digests.keys():
-                (output / name).unlink(missing_ok=True)
+            for file in written:
+                shutil.move(scratch / file, output / file)  # to another disk, where the folder is one
+            for file in earlier - digests.keys():
+                (output / file).unlink(missing_ok=True)
             write_json(output / EXPORT_LIST, digests)
         sync_folder(output.parent)
     say(done)

@@ -239,6 +239,21 @@ def test_overwrite_replaces_an_export_and_nothing_else(cli, workdir, monkeypatch
     assert contents("..") == before
 
 
+@pytest.mark.parametrize("kind, weights", [("hf", "model.safetensors"), ("gguf", "empty-f16.gguf")])
+def test_an_empty_folder_is_filled(cli, workdir, monkeypatch, kind, weights):
+    """The working folder, or one that goes by another name."""
+    save(small())
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
+    cli(*EXPORT, "link", "--format", kind).ok()
+    assert Path("empty", weights).exists() and Path("link").is_symlink()
+    shutil.rmtree("empty")
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    cli("export", "--model_path", "../a_model.pt", "--output_dir", ".", "--format", kind).ok()
+    assert Path(weights).exists() and Path("../empty", weights).exists()
+
+
 def test_overwrite_leaves_no_file_of_the_export_before(cli):
     Path("exported").mkdir()  # an empty folder is free
     folder = export(cli, small(), "--max_shard_size", "30KB")
@@ -837,6 +852,12 @@ def test_a_config_of_what_we_do_not_have(cli, llama, settings, words):
     config_of(llama, **settings)
     error = error_of(cli, llama)
     assert all(word in error for word in ["config.json", *words])
+
+
+def test_a_llama_with_biases_in_the_mlp_alone(cli, llama):
+    config_of(llama, mlp_bias=True)
+    error = error_of(cli, llama)
+    assert "bias is 'of the MLP alone'" in error and "none, qkv, attn, all" in error
 
 
 @pytest.mark.parametrize("settings", [

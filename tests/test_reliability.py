@@ -1,6 +1,7 @@
 """Runs that nothing can lose, and files that are not trusted: kills, full disks, two programs of one name, damage."""
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -270,16 +271,17 @@ class Killed(BaseException):
 
 def kill_at_rename(monkeypatch, nth: int, into: str) -> None:
     """Die before the nth rename to a path that begins so. Nothing runs afterwards, as in a kill."""
-    replace, rmtree, calls = os.replace, shutil.rmtree, []
+    rmtree, calls = shutil.rmtree, []
 
-    def rename(source, target):
+    def dying(rename, source, target):
         if str(target).startswith(into):
             calls.append(1)
         if len(calls) >= nth:
             raise Killed
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(os, "replace", rename)
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, functools.partial(dying, getattr(os, name)))
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kw: len(calls) < nth and rmtree(*args, **kw))
 
 
@@ -459,6 +461,17 @@ def test_a_full_disk_for_data_and_exports(cli, workdir, text_file, small_disk, m
     if importlib.util.find_spec("gguf"):
         cli(*export, "--format", "gguf", "--quantize", "f32").fails_with("cannot write out")
     assert not [p for p in Path().rglob("*") if p.is_file()]
+
+
+def test_an_export_that_is_a_disk_of_its_own(workdir, small_disk):
+    """As a container's volume is."""
+    save_model("a.pt", model.GPT(tiny_config(vocab_size=259)))
+    disk = small_disk(1 << 20)
+    for flags in ((), ("--overwrite",)):
+        export = program("export", "--model_path", "a.pt", "--output_dir", disk, *flags, cwd=workdir)
+        assert export.returncode == 0, export.stderr
+        model.open_model(str(disk))
+    assert not list(disk.parent.glob(f".{disk.name}*"))
 
 
 # --- Files from strangers
