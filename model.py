@@ -4776,13 +4776,14 @@ def model_card(opened: Opened, name: str) -> str:
     if checkpoint and checkpoint.data:
         parts = [part.rpartition(":")[0] for part in checkpoint.data.get("parts", [])]  # of a mixture: PATH:WEIGHT
         paths = [Path(path) for path in parts or [checkpoint.data["path"]]]
-        card.datasets = [(path.parent if path.suffix == ".bin" else path).name for path in paths]
-        dataset, metrics = " + ".join(card.datasets), checkpoint.metrics.get("last", {})
+        names = [(path.parent if path.suffix == ".bin" else path).name for path in paths]
+        card.datasets = [re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII) for name in names]  # the Hub takes no others
+        dataset, metrics = " + ".join(names), checkpoint.metrics.get("last", {})
         trained = f"Trained with `{shlex.join(['python', 'model.py', *checkpoint.arguments])}`"
         if "val_loss" in metrics:
             loss, ppl = round(metrics["val_loss"], 4), round(metrics["val_ppl"], 4)
             trained += f": validation loss {loss:.4f}, perplexity {ppl:.2f}"
-            about = dict(task_type="text-generation", dataset_type=dataset, dataset_name=dataset)
+            about = dict(task_type=card.pipeline_tag, dataset_type="-".join(card.datasets), dataset_name=dataset)
             card.model_name, card.eval_results = name, [
                 EvalResult(**about, metric_type="loss", metric_name="validation loss", metric_value=loss),
                 EvalResult(**about, metric_type="perplexity", metric_name="perplexity", metric_value=ppl),

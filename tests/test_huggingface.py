@@ -482,6 +482,19 @@ def test_the_data_sets_in_a_model_card_are_their_names(cli, text_file):
         assert card.eval_results[0].dataset_name == " + ".join(card.datasets)
 
 
+@pytest.mark.parametrize("names", [["my notes (1)"], ["été"], ["one", "two 2"]], ids=str)
+def test_names_of_data_that_the_hub_has_not(cli, text_file, names):
+    """It refuses a card, and the push with it, whose data sets could not be among its own."""
+    for name in names:
+        cli("tokenize", "--dataset", name, "--txt", "input.txt", "--tokenizer", "byte").ok()
+    cli("train", "--data", *names, *TINY_RUN, "--max_iters", 1).ok()
+    cli("export", "--output_dir", "out").ok()
+    data = huggingface_hub.ModelCard.load("out/README.md").data
+    for name in (*data.datasets, data.eval_results[0].dataset_type):
+        assert re.fullmatch(r"[\w.-]+", name, re.ASCII)
+    assert len(data.datasets) == len(names) and data.eval_results[0].dataset_name == " + ".join(names)
+
+
 def test_the_snippet_of_a_model_card_runs(cli, capsys):
     export(cli, small(block_size=80), to="tiny")
     snippet = Path("tiny/README.md").read_text().split("```python\n")[1].split("```")[0]
