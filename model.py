@@ -1327,17 +1327,6 @@ def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
     raise UserError(f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, or a folder with a tokenizer.json")
 
 
-class TextStream:
-    """Token ids in, text out as soon as it is whole: a character may be spread over several tokens."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.utf8 = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-
-    def __call__(self, token: int | None) -> str:
-        """The text that a token completes; None flushes what is left."""
-        return self.utf8.decode(b"" if token is None else self.tokenizer.bytes_of(token), final=token is None)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: text sources, tokenization, data folders, batches
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2635,7 +2624,8 @@ def read_tokens(
     """The texts of generated tokens (num_samples,), read until each has come to the end-of-text token or to one of the
     `stop` strings, before which it ends. The first text is handed to on_text as it grows."""
     ends, stop = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}, [s for s in stop if s]
-    streams = [TextStream(tokenizer) for _ in range(num_samples)]
+    # text comes out when it is whole: a character may be spread over several tokens
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
     texts, done, shown = [""] * num_samples, [False] * num_samples, 0
     held = max(map(len, stop), default=1) - 1  # characters that may turn out to be the start of a stop string
     for step, column in enumerate(tokens):
@@ -2643,7 +2633,7 @@ def read_tokens(
             if done[i]:
                 continue
             done[i] = token in ends
-            piece = streams[i](None if done[i] else token)
+            piece = decoders[i].decode(b"" if done[i] else tokenizer.bytes_of(token), final=done[i])
             texts[i] += piece.removeprefix(" ") if skip_space and step == 0 else piece
             if found := [at for at in (texts[i].find(s) for s in stop) if at >= 0]:
                 texts[i], done[i] = texts[i][: min(found)], True
@@ -2652,7 +2642,7 @@ def read_tokens(
         shown = safe
         if all(done):
             break
-    texts = [text if end else text + stream(None) for text, end, stream in zip(texts, done, streams, strict=True)]
+    texts = [text if done[i] else text + decoders[i].decode(b"", final=True) for i, text in enumerate(texts)]
     on_text(texts[0][shown:])
     return texts
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import torch
 import transformers
 from conftest import byte_level_bpe, random_gpt, stdlib_source, tiny_config
 from hypothesis import HealthCheck, example, given, settings
@@ -35,9 +36,9 @@ def in_pieces(tokenizer: model.Tokenizer, pieces: list[str | None]) -> list[int]
     return np.concatenate(list(model.encode_pieces(tokenizer, pieces, np.dtype("<u4")))).tolist()
 
 
-def streamed(tokenizer: model.Tokenizer, ids: list[int]) -> str:
-    stream = model.TextStream(tokenizer)
-    return "".join([stream(i) for i in ids] + [stream(None)])
+def streamed(tokenizer: model.Tokenizer, ids: list[int], on_text=lambda text: None) -> str:
+    (text,) = model.read_tokens(torch.tensor(ids)[:, None], tokenizer, 1, (), on_text)
+    return text
 
 
 token_bytes = functools.cache(model.Tokenizer.token_bytes)  # a tenth of a second for GPT-2's 50,259
@@ -108,8 +109,9 @@ def test_chat_tokens_that_are_not_marked_as_special(corpus, tmp_path):
 
 
 def test_text_is_streamed_as_soon_as_it_is_whole():
-    stream = model.TextStream(model.byte_tokenizer())
-    assert [stream(b) for b in "aé🙂b".encode()] == ["a", "", "é", "", "", "", "🙂", "b"]
+    pieces = []
+    streamed(model.byte_tokenizer(), list("aé🙂b".encode()), pieces.append)
+    assert pieces == ["a", "", "é", "", "", "", "🙂", "b", ""]
 
 
 def test_gpt2_vocabulary_is_the_known_one(gpt2):
