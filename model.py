@@ -1527,14 +1527,15 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
 
 def text_files(sources: list[str], scratch: Path) -> list[Path]:
     """The files that --txt names: files, folders (every text file below, in an order that mixes the subfolders, so that
-    the last tenth is a fair validation split), URLs, and - for standard input (both fetched into scratch first)."""
+    the last tenth is a fair validation split), URLs, pipes, and - for standard input (all three fetched into scratch
+    first)."""
     files = []
     for i, source in enumerate(sources):
         path = Path(source)
-        if source == "-":
-            path = scratch / "standard_input.txt"
-            with open(path, "wb") as f:
-                shutil.copyfileobj(sys.stdin.buffer, f)
+        if source == "-" or path.is_fifo():
+            pipe, path = sys.stdin.buffer if source == "-" else open(path, "rb"), scratch / f"pipe_{i}.txt"
+            with pipe, open(path, "wb") as f:
+                shutil.copyfileobj(pipe, f)
         elif "://" in source:
             if not source.startswith(("http://", "https://")):
                 raise UserError(f"{source}: only http and https URLs can be fetched")

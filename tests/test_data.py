@@ -5,8 +5,10 @@ import functools
 import http.server
 import itertools
 import json
+import os
 import re
 import shutil
+import sys
 import threading
 import time
 import tracemalloc
@@ -88,6 +90,15 @@ def test_data_of_the_name_of_its_text(tokenize):
     assert text_of(model.open_data("d")) == "alpha " * 9 == text_of(model.open_data("data/d"))
     np.zeros(1000, "<u2").tofile("d/train.bin")
     assert model.open_data("d", "byte").folder == Path("d")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_pipes_are_read(tokenize):
+    """As a shell's <(zcat text.gz) hands them over."""
+    os.mkfifo("pipe")
+    threading.Thread(target=Path("pipe").write_bytes, args=["é from a pipe".encode()], daemon=True).start()
+    tokenize("pipe").ok()
+    assert made().decode() == "é from a pipe"
 
 
 def test_standard_input(tokenize):
