@@ -1525,7 +1525,7 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
             time.sleep(2**attempt)
 
 
-def text_files(sources: list[str], scratch: Path) -> list[Path]:
+def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
     """The files that --txt names: files, folders (every text file below, in an order that mixes the subfolders, so that
     the last tenth is a fair validation split), URLs, pipes, and - for standard input (all three fetched into scratch
     first)."""
@@ -1543,7 +1543,7 @@ def text_files(sources: list[str], scratch: Path) -> list[Path]:
             download(source, path)
         elif path.is_dir():
             visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-            found = [p for p in visible if p.is_file() and p.stat().st_size and not looks_binary(p)]
+            found = [p for p in visible if p.is_file() and p.stat().st_size and not looks_binary(p, encoding)]
             if not found:
                 records = any(p.suffix in RECORD_FILES for p in path.rglob("*"))
                 hint = f": for its records, hf_tokenize --hf_dataset {source}" * records
@@ -1558,9 +1558,10 @@ def text_files(sources: list[str], scratch: Path) -> list[Path]:
     return files
 
 
-def looks_binary(path: Path) -> bool:
-    with open(path, "rb") as f:
-        return b"\0" in f.read(8192)
+def looks_binary(path: Path, encoding: str) -> bool:
+    with open(path, "rb") as f, suppress(LookupError, UnicodeError):  # no encoding: read_text will say so
+        return "\0" in f.read(8192).decode(encoding, "ignore")
+    return False
 
 
 def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
@@ -1762,7 +1763,7 @@ def tokenize_text(
     """Make a data folder of text sources (see text_files). Memory does not grow with the text.
     `source` is what meta.json says of where the text is from, if not the list of sources."""
     with scratch_folder(folder) as scratch:
-        files = text_files(sources, scratch)
+        files = text_files(sources, scratch, encoding)
         total = sum(p.stat().st_size for p in files)
 
         def pieces(desc: str) -> Iterator[str | None]:

@@ -110,6 +110,11 @@ def test_standard_input(tokenize):
 def test_encodings(tokenize, encoding):
     tokenize("--encoding", encoding, content="naïve café".encode(encoding)).ok()
     assert made().decode() == "naïve café"
+    Path("texts").mkdir()
+    shutil.move("in.txt", "texts")
+    Path("texts/binary").write_bytes(bytes(100))
+    tokenize("texts", "--encoding", encoding, "--overwrite").ok()
+    assert made().decode() == "naïve café"
 
 
 @pytest.mark.parametrize("flags", [(), ("--encoding", "UTF-8")])
@@ -131,6 +136,9 @@ def test_the_line_of_a_byte_that_is_no_text(tokenize, before, bad, flags):
 ])  # fmt: skip
 def test_an_encoding_that_is_not_the_texts_or_none(tokenize, encoding, content, words):
     tokenize("--encoding", encoding, content=content).fails_with(*words)
+    Path("texts").mkdir()
+    shutil.move("in.txt", "texts")
+    tokenize("texts", "--encoding", encoding).fails_with(*words)
 
 
 def test_only_overwrite_replaces_and_a_failed_one_keeps_the_old_data(tokenize):
