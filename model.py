@@ -1044,6 +1044,8 @@ class Tokenizer:
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
             self.added = self.backend.get_added_tokens_decoder()
         self.byte_level = self.is_ours or '"ByteLevel"' in s.json
+        # text is then the tokens with spaces between them
+        self.no_decoder = not self.byte_level and "▁" not in s.json and self.backend.decoder is None
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
 
@@ -1149,6 +1151,8 @@ class Tokenizer:
         if self.is_ours:
             return self.tiktoken.decode_single_token_bytes(token)
         text, decoder = self.backend.id_to_token(token) or "", self.backend.decoder
+        if self.no_decoder:
+            return f" {text}".encode()
         if type(decoder).__name__ == "WordPiece":  # a space before what does not continue a word
             return decoder.decode(["a", text])[1:].encode()
         if added := self.added.get(token):

@@ -237,14 +237,17 @@ def test_a_sentencepiece_tokenizer(prepend, tmp_path, monkeypatch):
     assert in_pieces(ours, pieces) == backend.encode(whole, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("kind", ["WordPiece", "BPE with </w>"])
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE with </w>", "BPE without a decoder"])
 def test_tokenizers_that_leave_spaces_out(kind, corpus, tmp_path):
-    """BERT's kind, whose tokens show where words go on, and GPT-1's, whose tokens show where they end. Truth: what the
-    tokenizers package decodes; a stream continues other text, and may have a space at either end."""
+    """BERT's kind, whose tokens show where words go on, GPT-1's, whose tokens show where they end, and one whose tokens
+    show neither. Truth: what the tokenizers package decodes; a stream continues other text, and may have a space at
+    either end."""
     options = dict(vocab_size=700, special_tokens=["<unk>", "</s>"], show_progress=False)
     if kind == "WordPiece":
         backend, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(**options)
         backend.decoder = decoders.WordPiece()
+    elif kind == "BPE without a decoder":
+        backend, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer(**options)
     else:
         backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
         backend.decoder, trainer = decoders.BPEDecoder(), trainers.BpeTrainer(end_of_word_suffix="</w>", **options)
