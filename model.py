@@ -1118,7 +1118,7 @@ class Tokenizer:
 
     def prompt(self, text: str) -> list[int]:
         """The ids that a model continues: never empty."""
-        return self.bos + self.encode(text) or ([self.eot] if self.eot is not None else self.encode("\n"))
+        return self.bos + self.encode(text) or ([self.eot] if self.eot is not None else self.encode("\n") or [0])
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered chat template, in which special tokens are special."""

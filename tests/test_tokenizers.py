@@ -259,6 +259,15 @@ def test_tokenizers_that_leave_spaces_out(kind, corpus, tmp_path):
     assert token_bytes(ours)[ids].sum() == len(ours.decode(ids)) + 1
 
 
+def test_a_prompt_is_never_empty(corpus, tmp_path):
+    """Without special tokens, of a tokenizer that leaves all white space out."""
+    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.train_from_iterator(corpus, trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False))
+    ours = saved(backend, tmp_path)
+    assert ours.encode("\n") == [] and ours.prompt("\n") == ours.prompt("") == [0]
+
+
 def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
     """Of what it puts around a text only the beginning goes before a prompt; no ids of padding or of a cut text."""
     backend = byte_level_bpe(corpus, 400)
