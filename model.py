@@ -4751,6 +4751,8 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
         size = int(max_shard_size) if max_shard_size.isdigit() else max_shard_size
         huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=size)
     write_json(folder / "config.json", hf_config(c, tokenizer, str(dtype).removeprefix("torch.")))
+    for file in folder.glob("*.safetensors"):  # which safetensors lets only their owner read
+        shutil.copymode(folder / "config.json", file)
     export_tokenizer(tokenizer, folder, c)
     (folder / "README.md").write_text(model_card(opened, name), encoding="utf-8")
     rounded = {k: v.to(dtype).float() for k, v in state.items()}

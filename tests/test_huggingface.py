@@ -200,6 +200,18 @@ def test_shards(cli, complaints, size, limit, files):
     assert_same_logits(model.open_model(str(folder)).model, open_theirs(folder))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="files have no modes")
+@pytest.mark.parametrize("size", ["5GB", "30KB"])
+def test_others_may_read_the_weights_as_they_may_the_rest(cli, size):
+    """Of a folder that is handed on."""
+    before = os.umask(0o022)
+    try:
+        folder = export(cli, small(), "--max_shard_size", size)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o644"}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_export_in_half_precision(cli, complaints, dtype):
     gpt, kind = small("qwen3"), getattr(torch, dtype)
