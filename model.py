@@ -5190,7 +5190,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     said = {"tuned", *c.arguments, *(word.partition("=")[2] for word in c.arguments)}
     began = ("recipe", "model_checkpoint", "student_checkpoint")
     ours |= {k: None for k in began if getattr(a, k, None) not in said}
-    theirs = {k: v for k, v in vars(a).items() if v is not None and k not in {*FREE, "vocab_size", "max_minutes"}}
+    theirs = {k: v for k, v in vars(a).items() if v not in (None, "") and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
         raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
@@ -6099,7 +6099,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
             other = values.pop(alias)
             if values.setdefault(f.name, other) != other:
                 parser.error(f"--{f.name} {values[f.name]} and --{alias} {other} are one flag, given twice")
-        if f.metadata.get("required") and f.name not in values:
+        if f.metadata.get("required") and f.name not in values and values.get("resume") != "true":  # a run has it
             parser.error(f"--{f.name} is needed: {f.metadata['help']}")
     try:
         return name, cls(**values)

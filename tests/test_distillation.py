@@ -476,6 +476,18 @@ def test_resume_takes_no_other_settings_teacher_or_data(distill, cli, text_file)
     assert checkpoint_of("run")["step"] == 2
 
 
+def test_a_run_that_is_resumed_knows_its_teacher(distill, cli):
+    """As the sentence of a stopped run says it, and that of a teacher whose path is written otherwise: leave it out."""
+    distill(*STUDENT, "--max_iters", 2, "--name", "run").ok()
+    resume = ("distill", "--resume", "--max_iters", 4, "--name", "run")
+    cli(*resume, "--teacher_model_path", "./teacher.pt").fails_with("--teacher_model_path differs", "leave it out")
+    cli(*resume).ok()
+    assert checkpoint_of("run")["step"] == 4
+    cli("distill", "--resume", "--name", "none").fails_with("nothing to resume")
+    for flags in ((), ("--resume", "auto"), ("--resume", "false")):
+        cli("distill", *STUDENT, *flags, "--name", "new").fails_with("--teacher_model_path is needed")
+
+
 def test_the_students_own_text_is_not_for_conversations(distill):
     write_conversations(Path("data/talks"), [([72, 105, 10] * 8, [0, 1, 1] * 8)] * 20)
     error = distill(*STUDENT, "--max_iters", 2, "--on_policy", 0.5, "--data", "talks").error
