@@ -1323,12 +1323,14 @@ def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
         return name
     if name in ("gpt2", "byte"):
         return gpt2_tokenizer() if name == "gpt2" else byte_tokenizer()
-    for path in (Path(name), CHECKPOINT_DIR / name):
-        if path.exists():
+    for path in (Path(name), CHECKPOINT_DIR / name, CHECKPOINT_DIR / f"{name}_model.pt", DATA_DIR / name):
+        if path.is_file() or (path / "tokenizer.json").is_file():
             return Tokenizer(load_checkpoint(path).tokenizer) if path.suffix == ".pt" else hf_tokenizer(path)
+        if (path / "meta.json").is_file():
+            return Tokenizer(read_schema(Meta, path / "meta.json").tokenizer)
     if name == "bpe":
         raise UserError("a bpe is learned from text, and here are ids already: name the tokenizer that made them")
-    raise UserError(f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, or a folder with a tokenizer.json")
+    raise UserError(f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, data, or a folder with tokenizer.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1983,7 +1985,8 @@ class Mixture(Data):
 
     def __init__(self, data: list[Data], weights: list[float]) -> None:
         for other in data[1:]:
-            same_tokenizer(data[0].tokenizer, data[0].path, other.tokenizer, other.path, "a mixture needs one for all")
+            remedy = f"a mixture needs one for all, as tokenize --tokenizer {data[0].path} gives another text"
+            same_tokenizer(data[0].tokenizer, data[0].path, other.tokenizer, other.path, remedy)
         self.tokenizer, self.folder, self.is_chat = data[0].tokenizer, data[0].folder, any(d.is_chat for d in data)
         self.parts = [f"{d.path}:{w}" for d, w in zip(data, weights, strict=True)]
         self.path = Path("+".join(Path(part).name for part in self.parts))
@@ -4967,7 +4970,7 @@ def chosen(a: Any, cls: type) -> dict[str, Any]:
 class TokenizerArgs(Settings):
     """data"""
 
-    tokenizer: str | None = setting(None, "gpt2, bpe, byte, a checkpoint, or where a tokenizer.json is (default: gpt2)")
+    tokenizer: str | None = setting(None, "gpt2, bpe, byte, or that of a checkpoint, data or folder (default: gpt2)")
     vocab_size: int = setting(8192, "tokens of --tokenizer bpe", ge=1, le=1 << 24)
 
 

@@ -92,6 +92,22 @@ def test_files_share_the_first_tokenizer(cli, workdir):
     assert model.Data(first).tokenizer.digest == model.Data(second).tokenizer.digest
 
 
+def test_text_gets_the_tokenizer_of_other_data(cli, workdir):
+    """By the data's name, as the sentence about two tokenizers says it, or by the name of a run that has it."""
+    for name, module in (("a", "argparse"), ("b", "textwrap")):
+        Path(f"{name}.txt").write_text(stdlib_source(module)[:20_000])
+    cli("tokenize", "--dataset", "a", "--txt", "a.txt", "--tokenizer", "bpe", "--vocab_size", 300).ok()
+    cli("tokenize", "--dataset", "bytes", "--txt", "b.txt", "--tokenizer", "byte").ok()
+    cli(*RUN, "--data", "a", "bytes").fails_with("one for all", "tokenize --tokenizer data/a")
+    cli("tokenize", "--dataset", "b", "--txt", "b.txt", "--tokenizer", "data/a").ok()
+    cli(*RUN, "--data", "a", "b", "--name", "mixed").ok()
+    for i, name in enumerate(("a", "mixed", "mixed_model.pt")):
+        cli("tokenize", "--dataset", f"b{i}", "--txt", "b.txt", "--tokenizer", name).ok()
+        assert model.Data(Path(f"data/b{i}")).digest == model.Data(Path("data/b")).digest
+    for name in (".", "checkpoints", "data/none"):
+        cli("tokenize", "--dataset", "c", "--txt", "b.txt", "--tokenizer", name).fails_with("unknown tokenizer", name)
+
+
 def test_mistakes(cli, texts):
     Path("other.txt").write_text(stdlib_source("textwrap"))
     cli("tokenize", "--dataset", "other", "--txt", "other.txt", "--tokenizer", "bpe", "--vocab_size", 300).ok()
