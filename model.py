@@ -792,6 +792,9 @@ class GPT(nn.Module):
         packed into each row: none sees another, and each has its own positions from 0.
         """
         positions, mask = self.positions_and_mask(idx, cache, segments)
+        end, context = idx.size(1) + (0 if cache is None else cache.length), self.config.context
+        if end > context and segments is None and self.config.pos_embd != "none":
+            raise UserError(f"{end} tokens are more than the context of {context}: shorten them, or see extend_context")
         x, rope = self.wte(idx).to(self.compute_dtype), None
         if self.wpe is not None:
             x = x + self.wpe.weight[positions].to(x.dtype)
@@ -836,6 +839,10 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T), or of another chunk loss (see
         linear_loss); a target of -1 does not count."""
+        if targets.shape != idx.shape:
+            raise UserError(f"targets are {tuple(targets.shape)} and tokens {tuple(idx.shape)}: each token needs one")
+        if targets.device.type == "cpu" and (beyond := targets >= self.config.vocab_size).any():  # C would not see it
+            raise UserError(f"target {targets[beyond][0]} is not in the vocabulary of {self.config.vocab_size}")
         h = self.hidden(idx, segments=segments)
         return linear_loss(h, self, chunk_loss or CrossEntropy(targets), distributions)
 

@@ -426,6 +426,32 @@ def test_a_block_is_one_graph(arch):
     torch.testing.assert_close(compiled(x, rope, None, None), block(x, rope, None, None))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_memory_beyond_a_tensor_is_read(arch, training):
+    """What is called by hand with too long a text, a token of another vocabulary or too few targets is told so."""
+    gpt = random_gpt(tiny_config(arch)).train(training)  # 100 tokens, a context of 32
+    idx = random_tokens(1, 40)
+    with pytest.raises(model.UserError, match="40 tokens are more than the context of 32"):
+        gpt(idx)
+    with pytest.raises(model.UserError, match="40 tokens are more than the context of 32"):
+        gpt.loss(idx, idx)
+    idx, targets = idx[:, :32], idx[:, 1:33].clone()
+    with pytest.raises(model.UserError, match=r"\(1, 31\) and tokens \(1, 32\)"):
+        gpt.loss(idx, targets[:, :31])
+    for wrong in (100, 127, 5000):
+        targets[0, 3] = wrong
+        with pytest.raises(model.UserError, match=f"target {wrong} is not in the vocabulary of 100"):
+            gpt.loss(idx, targets)
+    targets[0, 3] = 99
+    assert gpt.loss(idx, targets).isfinite()
+
+
+def test_without_positions_a_text_has_no_end():
+    gpt = random_gpt(tiny_config("gpt2", pos_embd="none"))
+    assert gpt(random_tokens(1, 40)).shape == (1, 40, 100)
+
+
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "nanochat"])
 def test_gradient_checkpointing_gives_the_same_gradients(arch):
     """With dropout as well: the recomputed pass must drop the same elements."""
