@@ -811,7 +811,7 @@ class GPT(nn.Module):
         on_mps = x.device.type == "mps"
         recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
         for block in self.blocks:
-            if not self.training:  # without what training puts around it: the hooks of shard_model, torch.compile
+            if not self.training and (self.sharded or "forward" in vars(block)):  # without what training puts around it
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, **recompute)

@@ -447,6 +447,18 @@ def test_no_memory_beyond_a_tensor_is_read(arch, training):
     assert gpt.loss(idx, targets).isfinite()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_see_every_module(training):
+    """So that what a block puts out can be looked at: each, once, and the last is what the head reads."""
+    gpt, seen = random_gpt(tiny_config("llama")).train(training), []
+    modules = {module: name for name, module in gpt.named_modules() if not isinstance(module, torch.nn.ModuleList)}
+    for module in modules:
+        module.register_forward_hook(lambda module, inputs, output: seen.append((modules[module], output)))
+    logits = gpt(random_tokens(1, 8))
+    assert sorted(name for name, _ in seen) == sorted(modules.values())
+    assert torch.equal(gpt.logits(gpt.norm_f(dict(seen)["blocks.1"])), logits)
+
+
 def test_without_positions_a_text_has_no_end():
     gpt = random_gpt(tiny_config("gpt2", pos_embd="none"))
     assert gpt(random_tokens(1, 40)).shape == (1, 40, 100)
