@@ -5590,8 +5590,10 @@ def chat(a: ChatArgs) -> None:
             elif line:
                 session.answer(line, functools.partial(print, end="", flush=True))
                 print()
-        except (EOFError, KeyboardInterrupt):
-            break
+        except (EOFError, KeyboardInterrupt) as e:
+            if isinstance(e, EOFError) or not sys.stdin.isatty():
+                break
+            print("\n/quit or Ctrl-D ends the chat")  # the Ctrl-C may have been for an answer that has just ended
         except UserError as e:  # the conversation goes on without what was wrong
             print(e)
 

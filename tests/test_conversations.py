@@ -1,5 +1,6 @@
 """Conversations: from the forms people have to tokens, targets, finetuning and a chat in the terminal."""
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -987,3 +988,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chatty, bpe):
     assert session.answer("Hello", interrupted) == "".join(pieces)
     messages = [*session.messages, {"role": "user", "content": "And you?"}]
     assert session.answer("And you?", lambda piece: None) == fresh_answer(chatty, bpe, messages)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_just_after_an_answer(chatty, monkeypatch, capsys, terminal):
+    """It does not cost the conversation; what comes from a pipe it ends."""
+
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+        def readline(self, *args) -> str:
+            if (line := super().readline(*args)) == "^C\n":
+                raise KeyboardInterrupt
+            return line
+
+    monkeypatch.setattr(sys, "stdin", Typed("Hello\n^C\nAnd you?\n/save kept.jsonl\n/quit\nnever read\n"))
+    monkeypatch.setattr(sys, "argv", ["model.py", "chat", "--model_checkpoint", "chatty.pt", "--length", "12"])
+    model.main()
+    assert ("/quit or Ctrl-D ends the chat" in capsys.readouterr().out) == terminal == Path("kept.jsonl").exists()
+    if terminal:
+        assert [m["content"] for m in saved("kept.jsonl")[0][::2]] == ["Hello", "And you?"]
