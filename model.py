@@ -104,7 +104,8 @@ def told_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
     except caught as e:
         if isinstance(e, UserError) and UserError not in kinds:
             raise
-        raise UserError(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
+        said = str(e.__cause__ or e if type(e).__name__ == "DatasetGenerationError" else e).split()
+        raise UserError(f"{what}: {' '.join(said)[:300] or type(e).__name__}") from e
 
 
 def need(package: str, what: str, install: str = "") -> Any:

@@ -970,6 +970,14 @@ def test_chat_goes_on_after_a_mistake(cli, chatty):
     assert [m["content"] for m in kept if m["role"] == "user"] == ["Hello"]
 
 
+@pytest.mark.parametrize("command", [("tokenize", "--txt"), ("hf_tokenize", "--hf_dataset")], ids=lambda c: c[0])
+def test_a_line_that_is_not_json_is_told(cli, command):
+    """With what is wrong in it, and not only that something is."""
+    line = json.dumps({"utterances": ["Hello", "Hello to you"]})
+    Path("talks.jsonl").write_text(f"{line}\n" * 40 + line.replace(",", " ") + f"\n{line}\n")
+    cli(*command, "talks.jsonl", "--dataset", "x", *BYTES).fails_with("talks.jsonl", "Missing a comma", "in row 40")
+
+
 def test_the_renderer_of_templates_outlives_ctrl_c():
     """A terminal sends it to all processes of its session, of which the renderer is none."""
     assert os.getsid(model.renderer(os.getpid()).pid) != os.getsid(0)
