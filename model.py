@@ -5829,15 +5829,15 @@ def plot(a: PlotArgs) -> None:
 
 def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
     """Of each run its label, and the points (x, y) to draw: of training, and of validation."""
-    paths = [p if p.exists() and not p.is_dir() else CHECKPOINT_DIR / f"{p}_model.jsonl" for p in map(Path, a.logs)]
+    places = [(Path(p), CHECKPOINT_DIR / p, CHECKPOINT_DIR / f"{p}_model.jsonl") for p in a.logs]
+    paths = [next((p for p in named[:2] if p.exists() and not p.is_dir()), named[2]) for named in places]
     paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
     if not paths:
         raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
     runs, known = [], {}
 
     def drawable(record: dict[str, Any], axis: str, name: str | None) -> bool:
-        value = record.get(name)
-        return is_a(value, float) and math.isfinite(value) and (value > 0 or a.log not in (axis, "both"))
+        return is_a(v := record.get(name), float) and math.isfinite(v) and (v > 0 or a.log not in (axis, "both"))
 
     for path, settings in zip(paths, differences(paths), strict=True):
         with told_as(f"{path} is not a log"):

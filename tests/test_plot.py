@@ -179,6 +179,13 @@ def test_follow_draws_a_run_as_it_goes_on(cli, monkeypatch):
         assert "800" not in first and "900" in second.splitlines()[-2]
 
 
+@pytest.mark.parametrize("name", ["a", "a_model.jsonl", "checkpoints/a_model.jsonl"])
+def test_a_log_goes_by_the_name_of_its_run_or_file(cli, figures, name):
+    write_log("a")
+    cli("plot", name, "--out", "x.png").ok()
+    assert len(figures[0].axes[0].lines[0].get_xdata()) == 80
+
+
 def test_mistakes(cli, monkeypatch):
     assert "no logs" in cli("plot").error
     write_log("a")
