@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 import types
 from pathlib import Path

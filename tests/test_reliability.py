@@ -463,13 +463,12 @@ def test_a_full_disk_for_data_and_exports(cli, workdir, text_file, small_disk, m
     assert not [p for p in Path().rglob("*") if p.is_file()]
 
 
-def test_an_export_that_is_a_disk_of_its_own(workdir, small_disk):
+def test_an_export_that_is_a_disk_of_its_own(cli, small_disk):
     """As a container's volume is."""
     save_model("a.pt", model.GPT(tiny_config(vocab_size=259)))
     disk = small_disk(1 << 20)
     for flags in ((), ("--overwrite",)):
-        export = program("export", "--model_path", "a.pt", "--output_dir", disk, *flags, cwd=workdir)
-        assert export.returncode == 0, export.stderr
+        cli("export", "--model_path", "a.pt", "--output_dir", disk, *flags).ok()
         model.open_model(str(disk))
     assert not list(disk.parent.glob(f".{disk.name}*"))
 
