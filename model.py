@@ -244,7 +244,7 @@ PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for
     "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
-TUNED: dict[str, Any] = dict(optimizer="normuon", muon_lr=0.02, schedule="wsd", decay_fraction=0.4, weight_decay=0.1)
+TUNED: dict[str, Any] = dict(optimizer="normuon", muon_lr=0.02, schedule="wsd", decay_fraction=-1.0, weight_decay=0.1)
 
 
 @dataclass
@@ -3231,7 +3231,9 @@ class Schedule(Settings):
     schedule: str = setting("cosine", "learning rate over time", ("cosine", "linear", "wsd", "constant"))
     warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)", ge=-1)
     min_lr_ratio: float = setting(0.1, "cosine: the last rate as a fraction of the peak", ge=0, le=1)
-    decay_fraction: float = setting(0.4, "wsd (warmup-stable-decay): part of the run that decays", ge=0, le=1)
+    decay_fraction: float = setting(
+        0.4, "wsd (warmup-stable-decay): part of the run that decays (-1: 0.4, in longer runs up to 0.6)", ge=-1, le=1
+    )
 
 
 @dataclass
@@ -3277,10 +3279,12 @@ def lr_factor(step: int, t: TrainConfig) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(t.max_iters - warmup, 1)  # 0 ... 1
+    # the longer a run, the more of it may decay (tests/benchmarks/README.md)
+    decay = min(max(0.4, 1 - 720 / t.max_iters), 0.6) if t.decay_fraction < 0 else t.decay_fraction
     return {
         "cosine": t.min_lr_ratio + (1 - t.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)),
         "linear": 1 - done,
-        "wsd": min(1.0, (t.max_iters - step) / max(t.decay_fraction * t.max_iters, 1)),
+        "wsd": min(1.0, (t.max_iters - step) / max(decay * t.max_iters, 1)),
         "constant": 1.0,
     }[t.schedule]
 

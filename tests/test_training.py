@@ -384,6 +384,9 @@ def test_muon_takes_the_block_matrices():
     (dict(schedule="linear"), {4: 5 / 11, 10: 1.0, 55: 0.5, 91: 0.1}),
     (dict(schedule="wsd"), {10: 1.0, 59: 1.0, 60: 1.0, 80: 0.5, 99: 1 / 40}),  # 40% of the run decays
     (dict(schedule="wsd", decay_fraction=0.1), {89: 1.0, 95: 0.5}),
+    (dict(schedule="wsd", decay_fraction=-1.0), {60: 1.0, 80: 0.5}),  # a short run: as 0.4
+    (dict(schedule="wsd", decay_fraction=-1.0, max_iters=1440), {720: 1.0, 1080: 0.5}),  # after step 720
+    (dict(schedule="wsd", decay_fraction=-1.0, max_iters=10000), {4000: 1.0, 7000: 0.5}),  # 60% of the run decays
     (dict(schedule="constant"), {0: 1 / 11, 10: 1.0, 99: 1.0}),
     (dict(schedule="constant", warmup_iters=0), {0: 1.0}),
     (dict(schedule="cosine", warmup_iters=3), {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0}),
