@@ -104,6 +104,7 @@ def told_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
     except caught as e:
         if isinstance(e, UserError) and UserError not in kinds:
             raise
+        # datasets' own error says no more than that there was one
         said = str(e.__cause__ or e if type(e).__name__ == "DatasetGenerationError" else e).split()
         raise UserError(f"{what}: {' '.join(said)[:300] or type(e).__name__}") from e
 
@@ -812,7 +813,8 @@ class GPT(nn.Module):
         on_mps = x.device.type == "mps"
         recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
         for block in self.blocks:
-            if not self.training and (self.sharded or "forward" in vars(block)):  # without what training puts around it
+            # of a sharded or compiled block without that: lengths change from call to call
+            if not self.training and (self.sharded or "forward" in vars(block)):
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, **recompute)
@@ -1335,7 +1337,7 @@ def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
         if path.is_file() or (path / "tokenizer.json").is_file():
             return Tokenizer(load_checkpoint(path).tokenizer) if path.suffix == ".pt" else hf_tokenizer(path)
         if (path / "meta.json").is_file():
-            return Tokenizer(read_schema(Meta, path / "meta.json").tokenizer)
+            return Data(path).tokenizer
     if name == "bpe":
         raise UserError("a bpe is learned from text, and here are ids already: name the tokenizer that made them")
     raise UserError(f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, data, or a folder with tokenizer.json")
@@ -1548,7 +1550,7 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
         path = Path(source)
         if source == "-" or path.is_fifo():
             pipe, path = sys.stdin.buffer if source == "-" else open(path, "rb"), scratch / f"pipe_{i}.txt"
-            with pipe, open(path, "wb") as f:
+            with open(path, "wb") as f:
                 shutil.copyfileobj(pipe, f)
         elif "://" in source:
             if not source.startswith(("http://", "https://")):
@@ -2756,7 +2758,8 @@ SEAL = b"sha256:"  # begins the comment that ends a checkpoint, which is a zip a
 
 
 def seal_of(path: Path, size: int) -> bytes:
-    """The seal of an archive of so many bytes, the last two of which, how long its comment is, count as 0."""
+    """The seal of the first `size` bytes of a file: an archive that ends in the length of its comment, two bytes that
+    are written after the seal, and so count as 0."""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         with memoryview(m) as view, view[: size - 2] as content:
             digest = hashlib.sha256(content)
@@ -5201,7 +5204,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     ours = {**asdict(config), **asdict(t), **(c.distill or {}), "block_size": c.block_size, "lora_rank": c.lora_rank}
     ours |= {"teacher_model_path": teacher.get("path"), "teacher_variant": teacher.get("variant")}
     ours |= {"variant": c.variant, "student_variant": c.variant}
-    # on the command line that began it, as a word or after --FLAG=
+    # what a checkpoint does not hold is looked for in the command line that began the run, as a word or after --FLAG=
     said = {"tuned", *c.arguments, *(word.partition("=")[2] for word in c.arguments)}
     began = ("recipe", "model_checkpoint", "student_checkpoint")
     ours |= {k: None for k in began if getattr(a, k, None) not in said}
@@ -5833,15 +5836,18 @@ def plot(a: PlotArgs) -> None:
 
 def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
     """Of each run its label, and the points (x, y) to draw: of training, and of validation."""
-    places = [(Path(p), CHECKPOINT_DIR / p, CHECKPOINT_DIR / f"{p}_model.jsonl") for p in a.logs]
-    paths = [next((p for p in named[:2] if p.exists() and not p.is_dir()), named[2]) for named in places]
+    paths = []
+    for name in a.logs:
+        files = (p for p in (Path(name), CHECKPOINT_DIR / name) if p.exists() and not p.is_dir())
+        paths.append(next(files, CHECKPOINT_DIR / f"{name}_model.jsonl"))
     paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
     if not paths:
         raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
     runs, known = [], {}
 
     def drawable(record: dict[str, Any], axis: str, name: str | None) -> bool:
-        return is_a(v := record.get(name), float) and math.isfinite(v) and (v > 0 or a.log not in (axis, "both"))
+        value = record.get(name)
+        return is_a(value, float) and math.isfinite(value) and (value > 0 or a.log not in (axis, "both"))
 
     for path, settings in zip(paths, differences(paths), strict=True):
         with told_as(f"{path} is not a log"):
@@ -6116,7 +6122,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
             other = values.pop(alias)
             if values.setdefault(f.name, other) != other:
                 parser.error(f"--{f.name} {values[f.name]} and --{alias} {other} are one flag, given twice")
-        if f.metadata.get("required") and f.name not in values and values.get("resume") != "true":  # a run has it
+        if f.metadata.get("required") and f.name not in values and values.get("resume") != "true":  # a run knows it
             parser.error(f"--{f.name} is needed: {f.metadata['help']}")
     try:
         return name, cls(**values)
