@@ -2796,7 +2796,8 @@ def read_archive(path: Path) -> Any:
     """What is in a checkpoint, which is known to be whole from format 3 on. Only tensors and plain containers are
     unpickled, so a file that would run code is refused."""
     with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
-        sealed, content = is_sealed(path), torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        in_place = os.name != "nt"  # Windows does not let a file be replaced that is mapped into memory
+        sealed, content = is_sealed(path), torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
         version = content.get("format_version") if isinstance(content, dict) else None
         if not sealed and version in range(3, FORMAT_VERSION + 1):
             raise ValueError("it does not end in its digest")
@@ -5150,7 +5151,7 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
 
 def start_run(
     files: RunFiles, model: GPT, data: Data, t: TrainConfig, block_size: int, teacher_model: GPT | None = None,
-    state: Checkpoint | None = None, **about: Any,
+    state: Checkpoint | None = None, recipe: str | None = None, **about: Any,
 ) -> None:  # fmt: skip
     """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
     t.check_division()
@@ -5174,7 +5175,8 @@ def start_run(
             run.mend_files(state)
             say(f"resuming {files.run.name} at step {state.step}")
         c, (train, val) = model.config, (len(data.splits[name].tokens) for name in ("train", "val"))
-        say(f"{about['variant']}: {count_parameters(c):,} parameters ({c.arch}, vocabulary of {c.vocab_size:,})")
+        name = f"{about['variant']}, {recipe} recipe" if recipe else about["variant"]
+        say(f"{name}: {count_parameters(c):,} parameters ({c.arch}, vocabulary of {c.vocab_size:,})")
         say(f"data {data.path}: {train:,} tokens to train on, {val:,} held out for validation")
         dtype = str(model.compute_dtype).removeprefix("torch.")
         compile_model(model, run.t, block_size)
@@ -5290,7 +5292,7 @@ def train(a: TrainArgs, start: Callable) -> None:
     data = a.data_in(a.tokenizer or "gpt2")
     config = replace(config, vocab_size=data.tokenizer.n_vocab)
     torch.manual_seed(t.seed)
-    start(GPT(config), data, t, config.block_size, variant=variant)
+    start(GPT(config), data, t, config.block_size, recipe=a.recipe, variant=variant)
 
 
 LOOP = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradient_checkpointing")
@@ -5454,8 +5456,8 @@ def distill(a: DistillArgs, start: Callable) -> None:
     if n_student > n_teacher:
         say(f"warning: the student ({n_student:,} parameters) is larger than the teacher ({n_teacher:,})", sys.stderr)
     teacher = {"path": a.teacher_model_path, "variant": a.teacher_variant, "digest": weights_digest(opened.model)}
-    variant = a.student_variant or "student"
-    start(student, data, t, block_size, opened.model, variant=variant, distill=asdict(d), teacher=teacher)
+    about = dict(variant=a.student_variant or "student", distill=asdict(d), teacher=teacher)
+    start(student, data, t, block_size, opened.model, recipe=a.student_variant and a.recipe, **about)
 
 
 def open_teacher(path: str, variant: str | None, device: torch.device) -> Opened:
@@ -6195,10 +6197,11 @@ C_SOURCE = r"""
 // The blocks of a GPT for a few tokens, each with a cache of the keys and values before it. All threads run `blocks`
 // from top to bottom, share the rows of each product and wait for each other after it (`omp for`); each has its own x.
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+int omp_get_thread_num(void);  // of omp.h, which Macs lack
 
 typedef struct { const void *weight; const float *scale, *bias; } Matrix;  // (out, in), float16; int8 if scale (out)
 typedef struct { const float *weight, *bias; } Norm;
@@ -6229,6 +6232,18 @@ static float total(vec x) {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#define LANES 4
+typedef float32x4_t vec;
+static vec load(const float *x) { return vld1q_f32(x); }
+static vec load_half(const uint16_t *w) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(w))); }
+static vec load_int8(const int8_t *w) {
+    uint32_t four;
+    memcpy(&four, w, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))));
+}
+static float total(vec x) { return vaddvq_f32(x); }
 #else
 #define LANES 4
 typedef float vec __attribute__((vector_size(16)));
@@ -6268,13 +6283,8 @@ static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
         return total(sum[0]);                                                      \
     }
 DOT(dot, float, load, 1)
-#if LANES == 16
-DOT(dot_half, uint16_t, load_half, 1)
-DOT(dot_int8, int8_t, load_int8, 2)
-#else
-DOT(dot_half, uint16_t, load_half, 2)
-DOT(dot_int8, int8_t, load_int8, 4)
-#endif
+DOT(dot_half, uint16_t, load_half, (16 / LANES))
+DOT(dot_int8, int8_t, load_int8, (32 / LANES))
 
 // y (rows, out) = x (rows, in) times the matrix, plus its bias.
 static void product(Matrix m, long out, long in, const float *x, long rows, float *y) {
@@ -6615,12 +6625,16 @@ void swiglu(long rows, long n, long backward, const real *x, real *y, real *dx, 
 
 
 @functools.cache
-def c_library(march: str = "native", *options: str) -> ctypes.CDLL | None:
+def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
     """C_SOURCE, compiled for this processor and kept in the user's cache folder; None where there is no C compiler
     with OpenMP."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
-    wide = ["-mprefer-vector-width=512"] * (platform.machine() in ("x86_64", "AMD64"))  # where there are such registers
-    command = [*compiler.split(), *wide, "-O3", f"-march={march}", "-fopenmp", "-fPIC", "-shared", *options]
+    on_arm, on_mac = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin"
+    # on x86 vectors as wide as the registers; compilers for Arm understand native by this name only
+    target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512"]
+    # Apple's compiler comes without the OpenMP library: PyTorch has it in memory
+    openmp = ["-Xclang", "-fopenmp", "-undefined", "dynamic_lookup"] if on_mac else ["-fopenmp"]
+    command = [*compiler.split(), *target, *openmp, "-O3", "-fPIC", "-shared", *options]
     processor = platform.processor()
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         processor = next((line for line in f if line.startswith(("flags", "Features"))), processor)
@@ -6637,7 +6651,8 @@ def c_library(march: str = "native", *options: str) -> ctypes.CDLL | None:
                 made.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        say("without a C compiler (gcc, with OpenMP) training on a CPU is slower, generation several times", sys.stderr)
+        which = "Apple's: xcode-select --install" if on_mac else "gcc, with OpenMP"
+        say(f"without a C compiler ({which}) training on a CPU is slower, generation several times", sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
