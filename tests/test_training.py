@@ -652,7 +652,8 @@ def test_recipes(cli, text_file):
         (("--recipe", "published", "--arch", "llama", "--batch_size", 4), "llama", "adamw", 4),
         (("--optimizer", "adamw"), "qwen3", "adamw", 16),
     ):
-        cli(*short, *flags).ok()
+        out = cli(*short, *flags).ok().out
+        assert f"7M, {'published' if 'published' in flags else 'tuned'} recipe: " in out
         c = checkpoint_of()
         found = c["config"]["arch"], c["train_config"]["optimizer"], c["train_config"]["batch_size"]
         assert found == (arch, optimizer, batch_size)
