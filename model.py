@@ -449,13 +449,16 @@ def causal_mask(T_q: int, T_k: int, device: torch.device) -> Tensor:
 # aligned to the last keys, unless a boolean mask (B or 1, 1, T_q, T_k) says what each query sees.
 
 
+def ungrouped(x: Tensor, n_head: int) -> Tensor:
+    """GQA: keys or values with as many heads as the queries have."""
+    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+
+
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     """Plain batched products: the readable reference, and the fast path for training in bfloat16 on a CPU, where the
     backward pass of PyTorch's fused kernel takes four times as long at 128 tokens and twice as long at 512."""
     B, n_head, T, head_dim = q.shape
-    groups = n_head // k.size(1)  # GQA: each key/value head serves this many query heads
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    k, v = ungrouped(k, n_head), ungrouped(v, n_head)
     mask = causal_mask(T, k.size(2), q.device) if mask is None else mask.expand(B, n_head, -1, -1).flatten(0, 1)
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     q, k, v = (x.reshape(B * n_head, -1, head_dim) for x in (q, k, v))
@@ -469,6 +472,14 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
         return eager_attention(q, k, v, mask, dropout_p)
     if mask is None and 1 < q.size(2) < k.size(2):
         mask = causal_mask(q.size(2), k.size(2), q.device)
+    if q.size(1) != k.size(1) and q.device.type == "cuda":
+        if q.size(2) == 1:  # the queries of a group may stand as so many positions
+            grouped = q.reshape(q.size(0), k.size(1), -1, q.size(3))
+            return F.scaled_dot_product_attention(grouped, k, v, mask, dropout_p).reshape(q.shape)
+        # of CUDA's fused kernels flash attention alone knows GQA (PyTorch's sdp_utils.cpp): without a mask, in 16 bits,
+        # on GPUs that have bfloat16 too
+        if mask is not None or q.dtype != torch.bfloat16:
+            k, v = ungrouped(k, q.size(1)), ungrouped(v, q.size(1))
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1)
     )

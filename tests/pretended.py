@@ -203,9 +203,12 @@ class Functions(TorchFunctionMode):
             pinned.pinned = True
             return pinned
         is_ours = bool(args) and isinstance(args[0], Pretended)
+        if func is F.scaled_dot_product_attention and is_ours and device.named.type == "cuda":
+            if kwargs.get("enable_gqa") and (args[3] is not None or args[0].dtype == torch.float32):
+                raise RuntimeError("no fused kernel of CUDA takes grouped heads and a mask, or float32")
         if func is F.scaled_dot_product_attention and is_ours and args[3] is None and not args[4]:
             q, k, v = args[:3]  # one kernel, as on CUDA: flash attention
-            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, kwargs["is_causal"])[0]
+            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, kwargs.get("is_causal", False))[0]
         if func is torch.tensor and kwargs.get("device") is not None:  # a copy from the host, in disguise
             return torch.tensor(*args, **{**kwargs, "device": None}).to(self.known(kwargs["device"]))
         if func is torch.Tensor.__getitem__ and is_ours and isinstance(args[1], list):
