@@ -892,6 +892,7 @@ def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int
 # the sum of its loss over these rows and, if wanted, the gradient by the logits, whose memory it may use.
 
 LOSS_CHUNK_ELEMENTS = 512 * 50304  # of logits: 512 rows of GPT-2's vocabulary were fastest among 64 ... 1024 on a CPU
+MPS_LONGEST_SUM = 16384  # products over 32,767 and more are wrong on M1 and M2 (pytorch/pytorch#195163, mended in 2.14)
 CUDA_LOSS_CHUNK_ELEMENTS = 1 << 27  # 256 MiB in 16 bits, 1.3 GiB with what the plain loss makes of them in 32
 
 
@@ -956,6 +957,7 @@ class FusedLinearLoss(torch.autograd.Function):
         grad_h = torch.empty_like(h) if with_grad else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if with_grad and weight.requires_grad else None
         memory, product = h.new_empty(min(N, chunk), weight.size(0)), None
+        longest = MPS_LONGEST_SUM if h.device.type == "mps" else len(w)
         for start in range(0, N, chunk):
             rows = slice(start, start + chunk)
             x = h[rows]
@@ -963,7 +965,9 @@ class FusedLinearLoss(torch.autograd.Function):
             part, grad_logits = chunk_loss(logits, rows, with_grad)
             loss += part
             if with_grad:
-                torch.mm(grad_logits, w, out=grad_h[rows])
+                torch.mm(grad_logits[:, :longest], w[:longest], out=grad_h[rows])
+                for i in range(longest, len(w), longest):
+                    grad_h[rows].addmm_(grad_logits[:, i : i + longest], w[i : i + longest])
             if grad_w is None:  # a frozen head
                 continue
             if h.dtype == wide:
@@ -994,6 +998,8 @@ def linear_loss(h: Tensor, model: GPT, chunk_loss: Callable, distributions: int 
     chunk = max(64, elements // (weight.size(0) * distributions))
     if h.device.type == "cuda":
         chunk = 1 << chunk.bit_length() - 1  # divides most batches: all chunks alike, and aligned
+    elif h.device.type == "mps":
+        chunk = min(chunk, MPS_LONGEST_SUM)
 
     def of_products(products: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         if model.compiled_loss is not None and with_grad and isinstance(chunk_loss, CrossEntropy):
@@ -1400,7 +1406,7 @@ def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        replace_file(temporary, path)
         sync_folder(path.parent)
     except OSError as e:
         raise naming(path, e) from None
@@ -1412,6 +1418,15 @@ def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
 def write_json(path: Path, content: Any) -> None:
     with atomic_write(path) as f:
         f.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """os.replace, again and again for five seconds on Windows, where a virus scanner may just have the file open."""
+    for _ in range(50 if os.name == "nt" else 0):
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
 def naming(path: Path, e: OSError) -> OSError:
@@ -1516,8 +1531,11 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
     """Fetch an http or https URL into a file. Raises UserError when it cannot be had, not all of it, or it is endless:
     larger than MAX_DOWNLOAD or the free disk, or slower than 1 kB/s."""
     import http.client
+    import ssl
     import urllib.error
     import urllib.request
+
+    import certifi
 
     class OnlyHTTP(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, to: str) -> Any:
@@ -1525,7 +1543,10 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
                 raise ValueError(f"it leads to {to}, which is not allowed: only http and https are")
             return super().redirect_request(request, fp, code, msg, headers, to)
 
-    opener = urllib.request.build_opener(OnlyHTTP)
+    trust = ssl.create_default_context()
+    if not trust.get_ca_certs():  # as in Python's own build for Macs
+        trust.load_verify_locations(certifi.where())
+    opener = urllib.request.build_opener(OnlyHTTP, urllib.request.HTTPSHandler(context=trust))
 
     def get() -> None:
         with opener.open(url, timeout=timeout) as response, open(path, "wb") as f:
@@ -1715,7 +1736,8 @@ class DataWriter:
     def __exit__(self, kind: type | None, error: Exception | None, *traceback: Any) -> None:
         with suppress(OSError):  # of what could not be written
             self.close()
-        if kind is None or not (self.part / "progress.json").exists():  # else a later writer goes on from there
+        # what is whole is put in its place later, what has progress a later writer goes on from
+        if kind is None or not any((self.part / name).exists() for name in ("meta.json", "progress.json")):
             shutil.rmtree(self.part, ignore_errors=True)
         if isinstance(error, OSError):
             raise naming(self.part, error) from None
@@ -1776,8 +1798,8 @@ def settle(folder: Path) -> None:
         if name not in wanted:
             (folder / name).unlink(missing_ok=True)
         elif (part / name).exists():
-            os.replace(part / name, folder / name)
-    os.replace(part / "meta.json", folder / "meta.json")
+            replace_file(part / name, folder / name)
+    replace_file(part / "meta.json", folder / "meta.json")
     sync_folder(folder)
     shutil.rmtree(part, ignore_errors=True)
 
@@ -2252,7 +2274,8 @@ def renderer(pid: int) -> subprocess.Popen:
     """The renderer of the process pid."""
     command = [sys.executable, "-c", RENDERER]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    return subprocess.Popen(command, start_new_session=True, **pipes)  # a terminal's Ctrl-C is not for it
+    apart = dict(start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
+    return subprocess.Popen(command, **pipes, **apart)  # a terminal's Ctrl-C is not for it
 
 
 def render_template(template: str, values: dict[str, Any], seconds: float = 10.0) -> str:
@@ -2267,7 +2290,7 @@ def render_template(template: str, values: dict[str, Any], seconds: float = 10.0
         child.stdin.write(json.dumps([template, values]) + "\n")
         child.stdin.flush()
         answer = child.stdout.readline()
-    except BrokenPipeError:
+    except OSError:  # it has ended
         answer = ""
     finally:
         timer.cancel()
@@ -2615,14 +2638,16 @@ def generate(
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
     """The model in eval mode, and as it was afterwards. Processes over which it is sharded enter together, and each of
-    them has all of it meanwhile."""
-    was_training = model.training
+    them has all of it meanwhile. Without cuDNN's attention, which on an H100 plans half a second for each length."""
+    was_training, cudnn = model.training, torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.eval()
     for part in model.sharded:
         part.unshard()
     try:
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         model.train(was_training)
         for part in model.sharded:
             part.reshard()
@@ -2695,6 +2720,7 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
     in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager"
     in_c = in_c and c.norm_position == "pre" and c.norm != "none" and c_library() is not None
     if not in_c and not quantize:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # see evaluating
         set_precision(model, dtype)
         model.engine = CUDAGraphs(model) if model.device.type == "cuda" else None
         return
@@ -2888,6 +2914,7 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
     return opened
 
 
+DESKTOP_FILES = {".DS_Store", "desktop.ini", "Thumbs.db"}  # by which Macs and Windows remember how a folder looked
 EXPORT_LIST = "export.json"  # names the files of an export, which --overwrite may replace, each with its digest
 
 
@@ -3159,7 +3186,8 @@ def progress_bar(**kwargs: Any) -> tqdm:
 
 def choose_device(name: str) -> torch.device:
     """`auto`: CUDA, then MPS, then the CPU. Under torchrun each process gets its own GPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    cuda = torch.cuda.is_available() and has_kernels()
+    there = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, found in there.items() if found)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -3169,11 +3197,18 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:  # PyTorch's words list every kind of device that it could be built for
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
     if not there.get(device.type, False):
-        raise UserError(f"device {name} was asked for, and PyTorch sees none here: use --device cpu or auto")
+        raise UserError(f"device {name} was asked for, and PyTorch sees none here that it was built for: use --device "
+                        "cpu or auto")  # fmt: skip
     if device.type == "cuda" and device.index is not None and device.index >= (n := torch.cuda.device_count()):
         raise UserError(f"device {name} was asked for, and there are {n} GPUs here, from cuda:0 on: name another, or "
                         "start fewer processes")  # fmt: skip
     return device
+
+
+def has_kernels() -> bool:
+    """Whether PyTorch was built for the GPU here: its default builds leave old ones out."""
+    built = [int(n) for n in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+    return not built or torch.cuda.get_device_capability() >= divmod(min(built), 10)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -3307,8 +3342,8 @@ def lr_factor(step: int, t: TrainConfig) -> float:
 def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Orthogonalise a stack of matrices (n, rows, cols): singular values go to about 1 (Muon, Keller Jordan 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.to(dtype)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = g.to(torch.float32 if dtype == torch.float16 else dtype)  # gradients may be too small for float16
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     tall = x.size(1) > x.size(2)
     for _ in range(5):
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)  # the smaller of the two
@@ -3380,6 +3415,7 @@ class Muon(Optimizer):
     ) -> None:  # fmt: skip
         super().__init__([dict(params=params, lr=lr, momentum=momentum, weight_decay=weight_decay)])
         self.rows, self.beta2, self.dtype, n = rows, beta2, dtype, world_size()
+        self.sent = torch.bfloat16 if dtype == torch.float16 else dtype  # see newton_schulz
         squares = [  # the squared norm of each row in an orthogonal matrix, (rows, 1)
             torch.cat([torch.full((part, 1), min(1.0, p.size(1) / part)) for part in parts])
             for p, parts in zip(params, rows, strict=True)
@@ -3419,10 +3455,10 @@ class Muon(Optimizer):
     def orthogonalise(self, updates: list[Tensor]) -> None:
         """In place. Each is this process's rows of a matrix."""
         n, mine = world_size(), self.work[rank()]
-        matrices, none = [updates[i] for i in mine], updates[0].new_empty(0, dtype=self.dtype)
+        matrices, none = [updates[i] for i in mine], updates[0].new_empty(0, dtype=self.sent)
         if n > 1:
             shapes = [[those[i] for i in mine] for those in self.shapes]
-            arrived = exchange([[updates[i].to(self.dtype) for i in work] for work in self.work], shapes, none)
+            arrived = exchange([[updates[i].to(self.sent) for i in work] for work in self.work], shapes, none)
             matrices = [torch.cat(pieces) for pieces in zip(*arrived, strict=True)]
         by_shape = defaultdict(list)
         for i, matrix in zip(mine, matrices, strict=True):
@@ -3451,8 +3487,8 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[Optimizer]:
     adamw = [dict(params=params, lr=lr, weight_decay=decay, betas=betas) for (lr, decay), params in groups.items()]
     optimizers: list[Optimizer] = [AdamW(adamw)] if adamw else []
     if muon:
-        # many CPUs only emulate bfloat16, ten times slower: there the model is in float32
-        dtype = model.compute_dtype if model.device.type == "cpu" else torch.bfloat16
+        # many CPUs and GPUs only emulate bfloat16, ten times slower
+        dtype = model.compute_dtype if model.device.type == "cpu" else choose_dtype("auto", model.device)
         beta2 = 0.95 if t.optimizer == "normuon" else 1.0
         optimizers.append(Muon(list(muon), list(muon.values()), t.muon_lr, 0.95, t.weight_decay, beta2, dtype))
     return optimizers
@@ -3537,6 +3573,8 @@ def compile_model(model: GPT, t: TrainConfig, block_size: int) -> None:
         return
     if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
         return say("no C++ compiler here: going on without torch.compile")
+    if kind == "cuda" and t.compile == "auto" and not importlib.util.find_spec("triton"):  # Windows
+        return say("no Triton here (pip install triton-windows): going on without torch.compile")
     say("compiling the model: the first step can take a minute")
     if t.compile == "auto":
         torch._dynamo.config.suppress_errors = True  # where it fails, go on without
@@ -3596,7 +3634,7 @@ class RunFiles:
             path.unlink()
         for i in range(keep - 1, 0, -1):
             if self.state(i).exists():
-                os.replace(self.state(i), self.state(i + 1))
+                replace_file(self.state(i), self.state(i + 1))
 
 
 def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -4750,7 +4788,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
     """tokenizer.json and what goes with it."""
     ids, s = special_ids(tokenizer), tokenizer.fields
-    (folder / "tokenizer.json").write_text(s.json or tokenizer.backend.to_str(), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(s.json or tokenizer.backend.to_str(), encoding="utf-8", newline="\n")
     bos, eos, pad = (None if i is None else tokenizer.backend.id_to_token(i) for i in ids.values())
     if not (tokenizer.is_ours or s.bos_token or tokenizer.bos):
         bos = None  # templates ask for it
@@ -4763,7 +4801,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
     ends = dict.fromkeys(i for i in (tokenizer.special.get(IM_END), tokenizer.eot) if i is not None)
     write_json(folder / "generation_config.json", {**ids, "eos_token_id": list(ends)})
     if template := chat_template(tokenizer):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
 
 def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: str, name: str) -> float:
@@ -4784,7 +4822,7 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
     for file in folder.glob("*.safetensors"):  # which safetensors lets only their owner read
         shutil.copymode(folder / "config.json", file)
     export_tokenizer(tokenizer, folder, c)
-    (folder / "README.md").write_text(model_card(opened, name), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(opened, name), encoding="utf-8", newline="\n")
     rounded = {k: v.to(dtype).float() for k, v in state.items()}
     again, same = load_hf_model(folder).eval(), build_model(c, rounded, folder).eval()
     idx = torch.arange(min(64, c.block_size)).remainder(c.vocab_size)[None]
@@ -5166,7 +5204,13 @@ def start_run(
 ) -> None:  # fmt: skip
     """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
     t.check_division()
-    set_precision(model.to(choose_device(t.device)), t.dtype, training=True)
+    device, micro_batch = choose_device(t.device), t.batch_size // (t.grad_accum * world_size())
+    if device.type == "mps" and micro_batch * block_size > 2 * MPS_LONGEST_SUM - 2:
+        raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens has wrong gradients on some Macs: use a "
+                        "larger --grad_accum")  # fmt: skip
+    if device.type == "cuda":  # cuDNN's attention has gradients that are not finite where masks are (pytorch#196678)
+        torch.backends.cuda.enable_cudnn_sdp(not data.is_chat)
+    set_precision(model.to(device), t.dtype, training=True)
     loss_fn, teacher = language_modelling, (about.get("teacher") or {}).get("digest")
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
@@ -5351,7 +5395,8 @@ class HFFinetuneArgs(Records, FinetuneArgs):
     def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
-        folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{self.hf_split}_{tokenizer.name}"
+        split = re.sub(r"[^\w.-]", "-", self.hf_split)  # "train[:10%]": no file system has to take it
+        folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}"
 
         def find(folder: Path) -> Data | None:
             if not (folder / "meta.json").exists():
@@ -5685,6 +5730,7 @@ def export(a: ExportArgs) -> None:
     if a.dtype if gguf else a.quantize:
         raise UserError(f"--{'dtype' if gguf else 'quantize'} is of the other --format: leave it out, or change that")
     there = {p.name for p in output.iterdir()} if output.is_dir() else {output.name} if output.exists() else set()
+    there -= DESKTOP_FILES
     earlier = set(export_digests(output))
     if strangers := sorted(there - earlier):
         holds = f"{output} holds {strangers[0]}" if output.is_dir() else f"{output} is a file"
@@ -5703,7 +5749,7 @@ def export(a: ExportArgs) -> None:
         if gguf:
             file = scratch / f"{name}-{quantize}.gguf"
             export_gguf(opened, file, quantize, name)
-            (scratch / "Modelfile").write_text(modelfile(opened.tokenizer, file.name), encoding="utf-8")
+            (scratch / "Modelfile").write_text(modelfile(opened.tokenizer, file.name), encoding="utf-8", newline="\n")
             done = f"{output / file.name}: {file.stat().st_size / 1e6:,.1f} MB"
         else:
             difference = export_hf(opened, scratch, getattr(torch, dtype), a.max_shard_size, a.push_to_hub or name)
@@ -5714,7 +5760,7 @@ def export(a: ExportArgs) -> None:
         digests = {**kept, **written, EXPORT_LIST: ""}
         if not output.exists():
             write_json(scratch / EXPORT_LIST, digests)
-            os.replace(scratch, output)  # all at once
+            replace_file(scratch, output)  # all at once
         else:  # a kill from here on leaves files that are told by their digests, and may be replaced again
             write_json(output / EXPORT_LIST, {**dict.fromkeys(earlier, ""), **digests})
             for file in written:
@@ -6177,7 +6223,10 @@ def with_torch() -> types.ModuleType:
 def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # what is not UTF-8 is read, and a terminal that is not shows it, as ?
+            # what is not UTF-8 is read, and a terminal that is not shows it, as ?; Windows' files and pipes are not by
+            # themselves
+            by_itself = os.name != "nt" or stream.isatty() or "PYTHONIOENCODING" in os.environ
+            stream.reconfigure(errors="replace", **({} if by_itself else {"encoding": "utf-8"}))
     try:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
@@ -6640,7 +6689,7 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
     """C_SOURCE, compiled for this processor and kept in the user's cache folder; None where there is no C compiler
     with OpenMP."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
-    on_arm, on_mac = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin"
+    on_arm, on_mac, on_windows = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin", os.name == "nt"
     # on x86 vectors as wide as the registers; compilers for Arm understand native by this name only
     target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512"]
     # Apple's compiler comes without the OpenMP library: PyTorch has it in memory
@@ -6651,6 +6700,8 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
         processor = next((line for line in f if line.startswith(("flags", "Features"))), processor)
     key = hashlib.sha256("\0".join((C_SOURCE, *command, platform.machine(), processor)).encode()).hexdigest()
     try:
+        if on_windows:  # PyTorch's OpenMP is not that of its compilers
+            raise OSError
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "model.py"
         path = folder / f"blocks-{key[:16]}.so"
         if not path.exists():
@@ -6662,7 +6713,7 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
                 made.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        which = "Apple's: xcode-select --install" if on_mac else "gcc, with OpenMP"
+        which = "Apple's: xcode-select --install" if on_mac else "that of WSL" if on_windows else "gcc, with OpenMP"
         say(f"without a C compiler ({which}) training on a CPU is slower, generation several times", sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long

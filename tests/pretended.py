@@ -31,6 +31,12 @@ import model
 aten = torch.ops.aten
 HERE = "pretended:0"  # what PyTorch's C++ sees; Python sees Device.named
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+PRODUCTS = {
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.addmm.default: 1,
+    aten.baddbmm.default: 1,
+}  # before the factors
 MASKED_FILL = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "_local_scalar_dense")
 
@@ -133,6 +139,8 @@ def operate(func: Any, args: tuple, kwargs: dict) -> Any:
         check_copy(func, args, kwargs, to)
     else:
         check_places(func, args, ours, others)
+    if func in PRODUCTS and device.named.type == "mps" and args[PRODUCTS[func]].size(-1) >= 32767:
+        raise RuntimeError("an M1 or M2 sums beyond the end of such matrices (pytorch/pytorch#195163)")
     if launches(func):
         device.launches[func.overloadpacket.__name__] += 1
     if "found_inf" in kwargs and device.named.type == "mps":
@@ -256,6 +264,7 @@ def pretend(kind: str) -> Iterator[Device]:
             patch.setattr(torch.cuda, "_initialized", True)
             patch.setattr(torch.cuda, "device", contextlib.nullcontext)
             patch.setattr(torch.cuda, "get_device_capability", lambda where=None: (8, 0))
+            patch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "compute_120"])
             _foreach_supported_types.append(Pretended)
         # subclasses of tensors and inference_mode do not go together
         patch.setattr(model, "generate", torch.no_grad()(model.generate.__wrapped__))
@@ -270,5 +279,6 @@ def pretend(kind: str) -> Iterator[Device]:
             device.there = False
             torch.__future__.set_overwrite_module_params_on_conversion(False)
             torch.set_float32_matmul_precision(precision)
+            torch.backends.cuda.enable_cudnn_sdp(True)
             if kind == "cuda":
                 _foreach_supported_types.remove(Pretended)

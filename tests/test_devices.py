@@ -5,11 +5,12 @@ devices add in another order, so equal here says that the same is computed, not 
 """
 
 import contextlib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_gpt, log_of, random_gpt, save_model, stop_at, tiny_config, write_conversations
+from conftest import byte_gpt, log_of, random_gpt, random_tokens, save_model, stop_at, tiny_config, write_conversations
 from pretended import pretend
 
 import model
@@ -178,3 +179,36 @@ def test_chat_and_eval_are_those_of_the_cpu(files, cli):
     for command, typed in ((chat, b"Hi\nWho?\n"), (evaluate, None)):
         on_cpu, on_cuda, on_mps = (run_on(where, cli, *command, stdin=typed)[0] for where in ("cpu", *DEVICES))
         assert on_cpu == on_cuda == on_mps
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_the_gradient_through_a_large_vocabulary(where):
+    """Its product with the head sums over the vocabulary, and over the tokens of a chunk: on some Macs not too many."""
+    gpt, idx = random_gpt(tiny_config("llama", vocab_size=40_000, n_layer=1)), random_tokens(2, 9, vocab_size=40_000)
+    found = []
+    with pretend(where):
+        for place in ("cpu", where):
+            gpt.to(place).zero_grad()
+            gpt.loss(*(x.to(place) for x in (idx[:, :-1], idx[:, 1:]))).backward()
+            found.append([p.grad.to("cpu", copy=True) for p in gpt.parameters()])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_a_macs_micro_batch_is_bounded(files, cli):
+    with pretend("mps"):
+        error = cli(*TRAIN, "--device", "mps", "--batch_size", 2048, "--grad_accum", 1).error
+    assert "2048 x 16 tokens" in error and "--grad_accum" in error
+
+
+@pytest.mark.parametrize("data, on", [("text", True), ("talks", False)])
+def test_where_cudnns_attention_is_used(files, cli, monkeypatch, data, on):
+    """In training without masks. It plans anew for each length, as generation has them."""
+    found, loss = defaultdict(set), model.language_modelling
+
+    def spy(gpt, batch):
+        found[gpt.training].add(torch.backends.cuda.cudnn_sdp_enabled())
+        return loss(gpt, batch)
+
+    monkeypatch.setattr(model, "language_modelling", spy)
+    run_on("cuda", cli, "finetune", "--model_checkpoint", "base.pt", "--data", data, "--block_size", 32, *STEPS)
+    assert found == {True: {on}, False: {False}}

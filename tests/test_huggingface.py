@@ -261,6 +261,7 @@ def test_an_empty_folder_is_filled(cli, workdir, monkeypatch, kind, weights):
     assert Path("empty", weights).exists() and Path("link").is_symlink()
     shutil.rmtree("empty")
     Path("empty").mkdir()
+    Path("empty/.DS_Store").touch()  # a Mac has shown the folder
     monkeypatch.chdir("empty")
     cli("export", "--model_path", "../a_model.pt", "--output_dir", ".", "--format", kind).ok()
     assert Path(weights).exists() and Path("../empty", weights).exists()
@@ -270,6 +271,7 @@ def test_overwrite_leaves_no_file_of_the_export_before(cli):
     Path("exported").mkdir()  # an empty folder is free
     folder = export(cli, small(), "--max_shard_size", "30KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
+    (folder / "desktop.ini").touch()  # Windows has
     gpt = small("gpt2")
     export(cli, gpt, "--overwrite")
     assert [p.name for p in folder.glob("*.safetensors*")] == ["model.safetensors"]

@@ -1,6 +1,7 @@
 """Runs that nothing can lose, and files that are not trusted: kills, full disks, two programs of one name, damage."""
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import itertools
@@ -471,6 +472,23 @@ def test_an_export_that_is_a_disk_of_its_own(cli, small_disk):
         cli("export", "--model_path", "a.pt", "--output_dir", disk, *flags).ok()
         model.open_model(str(disk))
     assert not list(disk.parent.glob(f".{disk.name}*"))
+
+
+def test_data_that_cannot_take_the_place_of_other_data(cli, text_file, monkeypatch):
+    """As on Windows, where a run has the old in memory: the new is whole, and takes its place when it can."""
+    tokenize, replace = ("tokenize", "--dataset", "d", "--tokenizer", "byte", "--txt"), os.replace
+    cli(*tokenize, text_file).ok()
+    Path("other.txt").write_text("other words " * 300, encoding="utf-8")
+
+    def refuse(source, target):
+        if Path(target) == Path("data/d/data.bin"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert "data/d/data.bin: Permission denied" in cli(*tokenize, "other.txt", "--overwrite").error
+    monkeypatch.setattr(os, "replace", replace)
+    assert len(model.Data(Path("data/d")).splits["train"].tokens) == 3240
 
 
 # --- Files from strangers

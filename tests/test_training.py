@@ -227,6 +227,18 @@ def test_old_gpus_compute_in_float16(monkeypatch, capability, dtype):
     assert model.choose_dtype("auto", torch.device("cuda")) == dtype
 
 
+@pytest.mark.parametrize("capability, found", [((6, 1), "cpu"), ((7, 0), "cpu"), ((7, 5), "cuda"), ((12, 0), "cuda")])
+def test_a_gpu_for_which_pytorch_was_not_built(monkeypatch, capability, found):
+    """P100 and V100 are seen, and their first kernel fails: PyTorch's default build begins with 7.5."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert model.choose_device("auto").type == found
+    if found == "cpu":
+        with pytest.raises(model.UserError, match="sees none here that it was built for"):
+            model.choose_device("cuda")
+
+
 def test_a_compiled_model_learns_as_the_eager_one(cli, text_file, monkeypatch):
     """Truth: the eager run. Without a C++ compiler the second is eager too, and says so."""
     run = (*TRAIN, "--arch", "llama", "--max_iters", 4, "--log_interval", 1)
@@ -294,6 +306,18 @@ def test_muon_equals_pytorchs_on_unfused_matrices():
         moved, expected = p - before, torch.cat(list(parts)) - before
         assert (moved - expected).norm() < 0.01 * expected.norm()  # both work in bfloat16
         assert expected.norm() > 0.1
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_muon_in_float16(scale):
+    """For GPUs that only emulate bfloat16: gradients may lie below float16's smallest number. Truth: float32."""
+    steps = []
+    for dtype in (torch.float32, torch.float16):
+        p = torch.nn.Parameter(torch.zeros(64, 32))
+        p.grad = scale * torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) / 32
+        model.Muon([p], [[64]], lr=1.0, dtype=dtype).step()
+        steps.append(p.detach())
+    assert (steps[1] - steps[0]).norm() < 0.01 * steps[0].norm()
 
 
 def test_normuon_by_hand():
