@@ -3562,7 +3562,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def compile_model(model: GPT, t: TrainConfig, block_size: int) -> None:
+def compile_model(model: GPT, t: TrainConfig, block_size: int, loss_fn: Callable | None = None) -> None:
     """torch.compile each block, which is as fast as all in one and compiled once for all, and on a GPU the loss; where
     asked, or where the work ahead pays for it: on a GPU from 200 steps on. Two CPU cores gain a tenth, nothing with
     narrow models, for half a minute at the start: from 1e15 FLOPs, an hour there."""
@@ -3582,6 +3582,8 @@ def compile_model(model: GPT, t: TrainConfig, block_size: int) -> None:
         block.forward = torch.compile(block.forward)
     if kind == "cuda":
         model.compiled_loss = torch.compile(fusible_cross_entropy, dynamic=False)
+        if isinstance(loss_fn, Distillation):
+            loss_fn.divergence_loss = torch.compile(divergence_loss, dynamic=False)
 
 
 class RunFiles:
@@ -4051,7 +4053,8 @@ class Run:
             self.saving.join()
         self.saving, error, self.failed = None, self.failed, None
         if isinstance(error, OSError):
-            whole = next((f"; {p} is whole: make room, and go on with --resume" for p in self.files.states()), "")
+            room = "make room, and " * (not isinstance(error, PermissionError))
+            whole = next((f"; {p} is whole: {room}go on with --resume" for p in self.files.states()), "")
             raise UserError(f"cannot save {error.filename} at step {self.step}: {error.strerror}{whole}") from error
         if error:
             raise error
@@ -4228,6 +4231,22 @@ class TeacherCache:
         return torch.from_numpy(ids), torch.cat((top, F.logsigmoid(tail)), dim=1)
 
 
+def divergence_loss(
+    logits: Tensor, teacher: Any, counted: Tensor, temperature: float, kind: str, beta: float
+) -> Tensor:
+    """The sum of a divergence over the rows that are counted, of a student's logits (rows, n) and what there is of the
+    teacher (see Distillation.chunk_loss). A pure function, of which torch.compile makes few passes."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_q, log_p = (logits.to(wide) / temperature).log_softmax(dim=-1), teacher
+    if isinstance(teacher, tuple):
+        index, log_p = teacher
+        if index.size(1) == logits.size(1):  # no tail
+            log_q, log_p = log_q.gather(1, index), log_p[:, :-1]
+        else:
+            log_q = lump_tail(log_q, index)
+    return (divergence(log_p.log_softmax(dim=-1), log_q, kind, beta) * counted).sum()
+
+
 @dataclass(eq=False)
 class Distillation:
     """The loss function of a student, given its teacher. The teacher's logits are made from its hidden states chunk by
@@ -4240,6 +4259,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         self.teacher.eval().requires_grad_(False)
+        self.divergence_loss = divergence_loss
 
     def __call__(self, student: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss of a batch; its divergence and cross-entropy, each as (sum, number of targets)."""
@@ -4269,15 +4289,8 @@ class Distillation:
         counted = targets.flatten() >= 0
 
         def divergence_of(logits: Tensor, rows: slice) -> Tensor:
-            wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            log_q, log_p = (logits[:, : self.n_vocab].to(wide) / d.temperature).log_softmax(dim=-1), teacher(rows)
-            if isinstance(log_p, tuple):
-                index, log_p = log_p
-                if index.size(1) == self.n_vocab:  # no tail
-                    log_q, log_p = log_q.gather(1, index), log_p[:, :-1]
-                else:
-                    log_q = lump_tail(log_q, index)
-            return (divergence(log_p.log_softmax(dim=-1), log_q, d.divergence, d.beta) * counted[rows]).sum()
+            how = d.temperature, d.divergence, d.beta
+            return self.divergence_loss(logits[:, : self.n_vocab], teacher(rows), counted[rows], *how)
 
         def divergence_and_grad(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
             if not (library := self.in_c(d, logits)):
@@ -5234,7 +5247,7 @@ def start_run(
         say(f"{name}: {count_parameters(c):,} parameters ({c.arch}, vocabulary of {c.vocab_size:,})")
         say(f"data {data.path}: {train:,} tokens to train on, {val:,} held out for validation")
         dtype = str(model.compute_dtype).removeprefix("torch.")
-        compile_model(model, run.t, block_size)
+        compile_model(model, run.t, block_size, loss_fn)
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} minutes")
             run.fit_into(t.max_minutes, loss_fn)

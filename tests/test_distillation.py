@@ -128,6 +128,21 @@ def test_soft_cap_paddings_and_tails_equal_autograd(monkeypatch, variation, K, k
     case.check(DistillConfig(2.0, 0.5, kind, beta), log_p, index)
 
 
+@pytest.mark.parametrize("K", [0, 7])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_divergence_is_one_graph(monkeypatch, kind, K):
+    """What torch.compile sees of it, and of its gradient, has no break: fullgraph raises at one. 80 rows, then 32."""
+    torch.compiler.reset()
+    compiled = torch.compile(model.divergence_loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(model, "divergence_loss", compiled)
+    case, index = Case(monkeypatch, 80), None
+    log_p = case.teacher(2.0)
+    if K:
+        p, index = log_p.exp().topk(K)
+        log_p = torch.cat((p, 1 - p.sum(-1, keepdim=True)), dim=1).log()
+    case.check(DistillConfig(2.0, 0.5, kind), log_p, index)
+
+
 @pytest.mark.parametrize("p, q, kind, beta, expected", [
     ((0.5, 0.5), (1.0, 0.0), "jsd", 0.25, 0.2034834),  # m = (7/8, 1/8): 0.25 * 0.4133393 + 0.75 * 0.1335314
     ((0.5, 0.5), (1.0, 0.0), "reverse_kl", 0.5, math.log(2)),

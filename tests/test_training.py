@@ -459,7 +459,7 @@ def test_epochs(cli, text_file, monkeypatch):
     """60,000 bytes: 54,000 for training are 3,374 blocks of 16 and a target, a half of which make 5 batches of 400
     (rounded up). So many steps are the work that compiling is chosen by."""
     work = []
-    monkeypatch.setattr(model, "compile_model", lambda gpt, t, block_size: work.append(t.max_iters))
+    monkeypatch.setattr(model, "compile_model", lambda gpt, t, *rest: work.append(t.max_iters))
     cli("train", *BYTES, *TINY_RUN, "--batch_size", 400, "--epochs", 0.5, "--sample_interval", -1).ok()
     assert work == [checkpoint_of()["step"]] == [5]
 
