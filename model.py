@@ -222,7 +222,9 @@ ARCHS: dict[str, dict[str, Any]] = {
                      logit_softcap=15.0),
 }
 # How an architecture is trained where that differs from the variant's own recipe.
-ARCH_RECIPES = {"nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0, embd_lr=0.2, beta1=0.8)}
+ARCH_RECIPES = {
+    "nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0, embd_lr=0.2, beta1=0.8, beta2=0.95),
+}
 
 # Shapes, and the recipes as their sources (NGen3, NGen4, TransformerLM) published them: those of --recipe published.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -239,13 +241,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 # How they are trained otherwise: the fastest learner that sweeps have found (tests/benchmarks/README.md), with GPT-2's
-# shapes as a qwen3. AdamW's rate, of the embedding and the norms, falls with the square root of the width.
+# shapes as a qwen3. AdamW's rates, of the embedding and the norms, fall with the square root of the width.
 RECIPES = ("tuned", "published")
 PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for --help, which has no PyTorch to count
     "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
-TUNED: dict[str, Any] = dict(optimizer="normuon", muon_lr=0.02, schedule="wsd", decay_fraction=-1.0, weight_decay=0.1)
+TUNED: dict[str, Any] = dict(
+    optimizer="normuon", muon_lr=0.02, beta2=0.98, schedule="wsd", decay_fraction=-1.0, weight_decay=0.1
+)
 
 
 @dataclass
@@ -5308,7 +5312,8 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
     if variant:
         recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
         if a.recipe == "tuned":
-            recipe |= {**TUNED, "learning_rate": 3e-3 * (c.n_embd / 128) ** -0.5}
+            scale = (c.n_embd / 128) ** -0.5
+            recipe |= {**TUNED, "learning_rate": 3e-3 * scale, "embd_lr": 5e-3 * scale}
         recipe |= ARCH_RECIPES.get(c.arch, {})
         if c.arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
             recipe |= dict.fromkeys(("learning_rate", "head_lr"), 0.004 * (c.n_embd / 768) ** -0.5)
