@@ -4065,12 +4065,16 @@ class Run:
         self.write_log()
 
 
-def available_memory() -> int:
-    """Bytes that the system could give, 0 where it does not say."""
+def available_memory(container: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the system, or the container that this runs in, could give; 0 where it does not say."""
+    found = 0
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    return 0
+        found = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    with suppress(OSError, ValueError):  # without a limit it is "max"
+        limit, used = (int((container / f"memory.{what}").read_text()) for what in ("max", "current"))
+        found = min(found, max(limit - used, 0))
+    return found
 
 
 def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:

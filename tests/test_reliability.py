@@ -474,6 +474,17 @@ def test_an_export_that_is_a_disk_of_its_own(cli, small_disk):
     assert not list(disk.parent.glob(f".{disk.name}*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/meminfo")
+def test_memory_is_that_of_the_container(tmp_path):
+    whole = model.available_memory(tmp_path)
+    assert whole > 1 << 26
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, free in (("max", None), (5000, 4000), (500, 0), (1 << 60, None)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        found = model.available_memory(tmp_path)
+        assert found == free if free is not None else found == pytest.approx(whole, rel=0.3)
+
+
 def test_data_that_cannot_take_the_place_of_other_data(cli, text_file, monkeypatch):
     """As on Windows, where a run has the old in memory: the new is whole, and takes its place when it can."""
     tokenize, replace = ("tokenize", "--dataset", "d", "--tokenizer", "byte", "--txt"), os.replace
