@@ -480,8 +480,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
         if q.size(2) == 1:  # the queries of a group may stand as so many positions
             grouped = q.reshape(q.size(0), k.size(1), -1, q.size(3))
             return F.scaled_dot_product_attention(grouped, k, v, mask, dropout_p).reshape(q.shape)
-        # of CUDA's fused kernels flash attention alone knows GQA (PyTorch's sdp_utils.cpp): without a mask, in 16 bits,
-        # on GPUs that have bfloat16 too
+        # flash attention knows GQA, but takes no mask and 16 bits only, on GPUs that have bfloat16; the other fused
+        # kernel does not (PyTorch's sdp_utils.cpp), and the plain one would do it
         if mask is not None or q.dtype != torch.bfloat16:
             k, v = ungrouped(k, q.size(1)), ungrouped(v, q.size(1))
     return F.scaled_dot_product_attention(
@@ -896,7 +896,7 @@ def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int
 # the sum of its loss over these rows and, if wanted, the gradient by the logits, whose memory it may use.
 
 LOSS_CHUNK_ELEMENTS = 512 * 50304  # of logits: 512 rows of GPT-2's vocabulary were fastest among 64 ... 1024 on a CPU
-MPS_LONGEST_SUM = 16384  # products over 32,767 and more are wrong on M1 and M2 (pytorch/pytorch#195163, mended in 2.14)
+MPS_LONGEST_SUM = 32704  # products over 32,767 and more are wrong on M1 and M2 (pytorch/pytorch#195163, mended in 2.14)
 CUDA_LOSS_CHUNK_ELEMENTS = 1 << 27  # 256 MiB in 16 bits, 1.3 GiB with what the plain loss makes of them in 32
 
 
@@ -1539,8 +1539,6 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
     import urllib.error
     import urllib.request
 
-    import certifi
-
     class OnlyHTTP(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, to: str) -> Any:
             if not to.startswith(("http://", "https://")):
@@ -1549,6 +1547,8 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
 
     trust = ssl.create_default_context()
     if not trust.get_ca_certs():  # as in Python's own build for Macs
+        import certifi
+
         trust.load_verify_locations(certifi.where())
     opener = urllib.request.build_opener(OnlyHTTP, urllib.request.HTTPSHandler(context=trust))
 
@@ -2724,7 +2724,6 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
     in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager"
     in_c = in_c and c.norm_position == "pre" and c.norm != "none" and c_library() is not None
     if not in_c and not quantize:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # see evaluating
         set_precision(model, dtype)
         model.engine = CUDAGraphs(model) if model.device.type == "cuda" else None
         return
@@ -3190,17 +3189,16 @@ def progress_bar(**kwargs: Any) -> tqdm:
 
 def choose_device(name: str) -> torch.device:
     """`auto`: CUDA, then MPS, then the CPU. Under torchrun each process gets its own GPU."""
-    cuda = torch.cuda.is_available() and has_kernels()
-    there = {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": has_gpu, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
-        name = next(kind for kind, found in there.items() if found)
+        name = next(kind for kind, found in there.items() if found())
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:  # PyTorch's words list every kind of device that it could be built for
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
-    if not there.get(device.type, False):
+    if device.type not in there or not there[device.type]():
         raise UserError(f"device {name} was asked for, and PyTorch sees none here that it was built for: use --device "
                         "cpu or auto")  # fmt: skip
     if device.type == "cuda" and device.index is not None and device.index >= (n := torch.cuda.device_count()):
@@ -3209,8 +3207,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def has_kernels() -> bool:
-    """Whether PyTorch was built for the GPU here: its default builds leave old ones out."""
+def has_gpu() -> bool:
+    """Whether there is a GPU that PyTorch was built for: its default builds leave old ones out."""
+    if not torch.cuda.is_available():
+        return False
     built = [int(n) for n in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
     return not built or torch.cuda.get_device_capability() >= divmod(min(built), 10)
 
@@ -3419,7 +3419,6 @@ class Muon(Optimizer):
     ) -> None:  # fmt: skip
         super().__init__([dict(params=params, lr=lr, momentum=momentum, weight_decay=weight_decay)])
         self.rows, self.beta2, self.dtype, n = rows, beta2, dtype, world_size()
-        self.sent = torch.bfloat16 if dtype == torch.float16 else dtype  # see newton_schulz
         squares = [  # the squared norm of each row in an orthogonal matrix, (rows, 1)
             torch.cat([torch.full((part, 1), min(1.0, p.size(1) / part)) for part in parts])
             for p, parts in zip(params, rows, strict=True)
@@ -3459,10 +3458,11 @@ class Muon(Optimizer):
     def orthogonalise(self, updates: list[Tensor]) -> None:
         """In place. Each is this process's rows of a matrix."""
         n, mine = world_size(), self.work[rank()]
-        matrices, none = [updates[i] for i in mine], updates[0].new_empty(0, dtype=self.sent)
+        sent = torch.bfloat16 if self.dtype == torch.float16 else self.dtype  # see newton_schulz
+        matrices, none = [updates[i] for i in mine], updates[0].new_empty(0, dtype=sent)
         if n > 1:
             shapes = [[those[i] for i in mine] for those in self.shapes]
-            arrived = exchange([[updates[i].to(self.sent) for i in work] for work in self.work], shapes, none)
+            arrived = exchange([[updates[i].to(sent) for i in work] for work in self.work], shapes, none)
             matrices = [torch.cat(pieces) for pieces in zip(*arrived, strict=True)]
         by_shape = defaultdict(list)
         for i, matrix in zip(mine, matrices, strict=True):
@@ -5226,7 +5226,7 @@ def start_run(
     """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
     t.check_division()
     device, micro_batch = choose_device(t.device), t.batch_size // (t.grad_accum * world_size())
-    if device.type == "mps" and micro_batch * block_size > 2 * MPS_LONGEST_SUM - 2:
+    if device.type == "mps" and micro_batch * block_size > MPS_LONGEST_SUM:
         raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens has wrong gradients on some Macs: use a "
                         "larger --grad_accum")  # fmt: skip
     if device.type == "cuda":  # cuDNN's attention has gradients that are not finite where masks are (pytorch#196678)
@@ -5312,16 +5312,17 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
     """TrainConfig of a variant: the recipe that is asked for, then its architecture's, then the user's settings."""
-    names, recipe = {f.name for f in fields(TrainConfig)}, {}
+    names, recipe, given = {f.name for f in fields(TrainConfig)}, {}, chosen(a, TrainConfig)
     if variant:
         recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
         if a.recipe == "tuned":
             scale = (c.n_embd / 128) ** -0.5
-            recipe |= {**TUNED, "learning_rate": 3e-3 * scale, "embd_lr": 5e-3 * scale}
+            embd_lr = 0.0 if "learning_rate" in given else 5e-3 * scale  # a rate that is asked for is for all
+            recipe |= {**TUNED, "learning_rate": 3e-3 * scale, "embd_lr": embd_lr}
         recipe |= ARCH_RECIPES.get(c.arch, {})
         if c.arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
             recipe |= dict.fromkeys(("learning_rate", "head_lr"), 0.004 * (c.n_embd / 768) ** -0.5)
-    return TrainConfig(**{**recipe, **chosen(a, TrainConfig)})
+    return TrainConfig(**{**recipe, **given})
 
 
 @dataclass
@@ -5716,7 +5717,7 @@ class ChatSession:
                 new.append(int(token))
                 yield token
 
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), evaluating(self.model):
             read_tokens(tokens(), self.tokenizer, 1, (), lambda piece: (parts.append(piece), on_text(piece)))
         self.cached = (ids + new)[: self.cache.length]
         self.messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
@@ -6245,10 +6246,9 @@ def with_torch() -> types.ModuleType:
 def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
-            # what is not UTF-8 is read, and a terminal that is not shows it, as ?; Windows' files and pipes are not by
-            # themselves
-            by_itself = os.name != "nt" or stream.isatty() or "PYTHONIOENCODING" in os.environ
-            stream.reconfigure(errors="replace", **({} if by_itself else {"encoding": "utf-8"}))
+            # what is not UTF-8 is read, and a terminal that is not shows it, as ?; pipes are UTF-8 on Windows too
+            ansi = os.name == "nt" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ
+            stream.reconfigure(encoding="utf-8" if ansi else None, errors="replace")
     try:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
@@ -6711,7 +6711,7 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
     """C_SOURCE, compiled for this processor and kept in the user's cache folder; None where there is no C compiler
     with OpenMP."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
-    on_arm, on_mac, on_windows = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin", os.name == "nt"
+    on_arm, on_mac = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin"
     # on x86 vectors as wide as the registers; compilers for Arm understand native by this name only
     target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512"]
     # Apple's compiler comes without the OpenMP library: PyTorch has it in memory
@@ -6722,8 +6722,8 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
         processor = next((line for line in f if line.startswith(("flags", "Features"))), processor)
     key = hashlib.sha256("\0".join((C_SOURCE, *command, platform.machine(), processor)).encode()).hexdigest()
     try:
-        if on_windows:  # PyTorch's OpenMP is not that of its compilers
-            raise OSError
+        if os.name == "nt":
+            raise OSError("no compiler there has PyTorch's OpenMP")
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "model.py"
         path = folder / f"blocks-{key[:16]}.so"
         if not path.exists():
@@ -6735,8 +6735,9 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
                 made.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        which = "Apple's: xcode-select --install" if on_mac else "that of WSL" if on_windows else "gcc, with OpenMP"
-        say(f"without a C compiler ({which}) training on a CPU is slower, generation several times", sys.stderr)
+        advice = {"darwin": "xcode-select --install brings one", "win32": "on Windows it takes WSL"}
+        advised = advice.get(sys.platform, "gcc, with OpenMP")
+        say(f"without a C compiler ({advised}) training on a CPU is slower, generation several times", sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]

@@ -31,12 +31,10 @@ import model
 aten = torch.ops.aten
 HERE = "pretended:0"  # what PyTorch's C++ sees; Python sees Device.named
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-PRODUCTS = {
-    aten.mm.default: 0,
-    aten.bmm.default: 0,
-    aten.addmm.default: 1,
+PRODUCTS = {  # and which of the arguments is the first factor
+    aten.mm.default: 0, aten.mm.out: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.addmm_.default: 1,
     aten.baddbmm.default: 1,
-}  # before the factors
+}  # fmt: skip
 MASKED_FILL = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "_local_scalar_dense")
 

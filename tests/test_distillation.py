@@ -132,8 +132,11 @@ def test_soft_cap_paddings_and_tails_equal_autograd(monkeypatch, variation, K, k
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_the_divergence_is_one_graph(monkeypatch, kind, K):
     """What torch.compile sees of it, and of its gradient, has no break: fullgraph raises at one. 80 rows, then 32."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch.compiler.reset()
-    compiled = torch.compile(model.divergence_loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    compiler = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.divergence_loss, dynamic=False, fullgraph=True, backend=compiler)
     monkeypatch.setattr(model, "divergence_loss", compiled)
     case, index = Case(monkeypatch, 80), None
     log_p = case.teacher(2.0)
@@ -141,6 +144,7 @@ def test_the_divergence_is_one_graph(monkeypatch, kind, K):
         p, index = log_p.exp().topk(K)
         log_p = torch.cat((p, 1 - p.sum(-1, keepdim=True)), dim=1).log()
     case.check(DistillConfig(2.0, 0.5, kind), log_p, index)
+    assert compiler.frame_count == 4  # both sizes, with the gradient and without
 
 
 @pytest.mark.parametrize("p, q, kind, beta, expected", [

@@ -214,8 +214,10 @@ def test_generation_where_nothing_can_be_recorded(monkeypatch, capsys):
     gpt, prompt = random_gpt(tiny_config("gpt2")), random_tokens(4).tolist()
     monkeypatch.setattr(model.GPT, "device", property(lambda self: torch.device("cuda")))
     model.prepare_generation(gpt, "float32")
-    model.compile_model(gpt, model.TrainConfig(compile="true"), 16)
+    objective = model.Distillation(torch.nn.Identity(), model.DistillConfig(), 100)
+    model.compile_model(gpt, model.TrainConfig(compile="true"), 16, objective)
     assert isinstance(gpt.engine, model.CUDAGraphs) and gpt.compiled_loss
+    assert objective.divergence_loss is not model.divergence_loss
     monkeypatch.undo()
     assert generated(gpt, [prompt], 5) == recomputed(gpt, [prompt], 5)
     assert gpt.engine is None and capsys.readouterr().err.count("going on without CUDA graphs") == 1

@@ -683,6 +683,9 @@ def test_recipes(cli, text_file):
         assert found == (arch, optimizer, batch_size)
         assert c["config"]["n_layer"] == 4 and c["config"]["n_embd"] == 128
     assert c["train_config"]["schedule"] == "wsd"
+    assert c["train_config"]["embd_lr"] > c["train_config"]["learning_rate"]
+    cli(*short, "--learning_rate", 1e-3).ok()  # is the embedding's too
+    assert checkpoint_of()["train_config"]["embd_lr"] == 0
 
 
 def test_a_run_of_so_many_minutes(cli, text_file):
