@@ -820,7 +820,7 @@ def save_theirs(steps: int = 0, tie: bool = True) -> None:
         max_position_embeddings=128, tie_word_embeddings=tie,
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(theirs.parameters(), 1e-2)
-    ids = torch.tensor(tokenizer.encode(" ".join(" ".join(t["utterances"]) for t in TALKS)))
+    ids = torch.tensor(tokenizer.encode("\n".join("\n".join(t["utterances"]) for t in TALKS)))  # as turns begin
     for _ in range(steps):
         idx = torch.stack([ids[i : i + 64] for i in torch.randint(len(ids) - 64, (8,))])
         theirs(input_ids=idx, labels=idx).loss.backward()
@@ -868,8 +868,8 @@ def test_lora_trains_the_rows_of_the_chat_tokens_it_adds(cli, monkeypatch, tie):
 
 
 def test_an_answer_of_a_lora_finetuned_base_ends_by_itself(cli):
-    save_theirs(steps=60)
-    finetune(cli, "--lora_rank", 16, "--learning_rate", 2e-2, "--eval_interval", 60, start="theirs", iters=60).ok()
+    save_theirs(steps=100)
+    finetune(cli, "--lora_rank", 16, "--learning_rate", 1e-2, "--eval_interval", 100, start="theirs", iters=100).ok()
     made = model.open_model("finetuned_theirs_model.pt")
     for color in ANSWERS:
         question = model.render_chat(made.tokenizer, turns(f"What is {color} and big?"), add_generation_prompt=True)
