@@ -248,7 +248,7 @@ PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
 TUNED: dict[str, Any] = dict(
-    optimizer="normuon", muon_lr=0.02, beta2=0.98, schedule="wsd", decay_fraction=-1.0, weight_decay=0.1
+    optimizer="normuon", muon_lr=0.02, beta2=0.98, schedule="wsd", decay_fraction=-1.0, weight_decay=-1.0
 )
 
 
@@ -1147,9 +1147,13 @@ class Tokenizer:
             return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
         return np.array(self.encode(text, continues), dtype)
 
-    def prompt(self, text: str) -> list[int]:
-        """The ids that a model continues: never empty."""
-        return self.bos + self.encode(text) or ([self.eot] if self.eot is not None else self.encode("\n") or [0])
+    def prompt(self, text: str, context: int) -> list[int]:
+        """The ids that a model continues: never empty. A single word, with our own tokenizers and where there is room,
+        begins a line: alone it could be anything, for blocks are cut anywhere ("def" the end of another word)."""
+        ids = self.bos + self.encode(text)
+        if self.is_ours and len(text.split()) < 2 and len(begun := self.encode(f"\n{text}")) <= context:
+            ids = begun
+        return ids or ([self.eot] if self.eot is not None else self.encode("\n") or [0])
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered chat template, in which special tokens are special."""
@@ -2354,6 +2358,7 @@ class ChatFormat(Settings):
 
     chat_format: str | None = setting(None, "form of the conversations (default: what the columns show)", FORMS)
     train_on_all: bool = setting(False, "every token of a conversation is a target, not only the assistant's")
+    skip_bad: bool = setting(False, "leave out records that cannot be read as the others are, and say how many")
 
 
 @dataclass
@@ -2432,7 +2437,9 @@ class Records(ChatFormat):
     def texts(self, limit: int = 100_000_000) -> Iterator[str]:
         """What a vocabulary is learned from: the first 100 MB."""
         for record in readable(self.open(), self.hf_dataset):
-            content = self.content(record)
+            content: Any = ""
+            with suppress(UserError):  # what is wrong with it will be told when it is encoded
+                content = self.content(record)
             for text in [content] if isinstance(content, str) else [m["content"] for m in content]:
                 yield text
                 limit -= len(text)
@@ -2472,7 +2479,13 @@ def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, An
             ids, mask = encode_conversation(tokenizer, content, r.train_on_all)
         return {"ids": ids, "mask": mask, "error": None}
     except UserError as e:
-        return {"ids": [], "mask": None, "error": str(e)}
+        return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} (in the record {shortened(record)})"}
+
+
+def shortened(record: dict[str, Any]) -> str:
+    """The beginning of a record, as its file may have it."""
+    text = json.dumps({**record}, ensure_ascii=False, default=str)
+    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 @functools.lru_cache(maxsize=1)
@@ -2486,30 +2499,34 @@ def tokenize_records(
     """Make a data folder of a `datasets` data set. With streaming, an interrupted run goes on where it stopped."""
     from datasets import Features, Value
 
+    if r.streaming and r.num_proc > 1:
+        raise UserError("--num_proc is for records on the disk: leave it out, or --streaming")
     tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
     key = json.dumps([source, tokenizer.digest]) if r.streaming else None
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int64)
-    saved_at = time.monotonic()
+    saved_at, n_bad, first_bad = time.monotonic(), 0, ""
     bar = progress_bar(unit=" records", desc="tokenize")
     with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
-        first = None if r.streaming else next(readable(records, r.hf_dataset), None)
-        if first and isinstance(r.content(first), list):
+        whole = (row for row in map(encode, () if r.streaming else readable(records, r.hf_dataset)) if not row["error"])
+        if next(whole, {"mask": None})["mask"] is not None:
             # conversations often stand by subject, of which the last tenth, held out, would be others than the rest
             records = records.shuffle(seed=0, keep_in_memory=True)
         if writer.state is not None:
             say(f"resuming after {writer.n_tokens:,} tokens")
             records.load_state_dict(writer.state)
-        if r.num_proc > 1 and not r.streaming:
+        if r.num_proc > 1:
             workers_end_with_program()
             kind = Features(ids=[Value("int64")], mask=[Value("uint8")], error=Value("string"))
             rows = records.map(encode, num_proc=r.num_proc, remove_columns=records.column_names, features=kind)
         else:
             rows = map(encode, records)
         for row in readable(rows, r.hf_dataset):
+            if row["error"] and not r.skip_bad:
+                raise UserError(f"{row['error']}: mend it, or leave such records out by tokenize --skip_bad")
             if row["error"]:
-                raise UserError(row["error"])
+                n_bad, first_bad = n_bad + 1, first_bad or row["error"]
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
             if len(ids):
                 is_chat, was_chat = mask is not None, writer.files["starts.bin"].tell() > 0
@@ -2523,6 +2540,8 @@ def tokenize_records(
             if r.streaming and time.monotonic() - saved_at > 2:
                 writer.save_progress(records.state_dict())
                 saved_at = time.monotonic()
+        if n_bad:
+            say(f"left out {n_bad:,} records that cannot be used; the first: {first_bad}", sys.stderr)
         return writer.finish(r.val_fraction, source)
 
 
@@ -2541,7 +2560,7 @@ def readable(records: Iterable, source: str) -> Iterator[dict[str, Any]]:
 class SamplingSettings(Settings):
     """sampling"""
 
-    temperature: float = setting(0.8, "divides the logits; 0 is greedy: always the most likely token", ge=0)
+    temperature: float = setting(0.9, "divides the logits; 0 is greedy: always the most likely token", ge=0)
     top_k: int = setting(0, "sample among the k most likely tokens (0: all)", ge=0)
     top_p: float = setting(1.0, "sample among the most likely tokens that have this probability together", gt=0, le=1)
     min_p: float = setting(0.05, "leave out tokens less likely than this fraction of the most likely", ge=0, le=1)
@@ -3269,7 +3288,9 @@ class Optimization(Settings):
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
     head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)", ge=0, rare=True)
-    weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings", ge=0)
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay of matrices and embeddings (-1: the more, the more often the data is seen)", ge=-1
+    )
     beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1, rare=True)
     beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1, rare=True)
     grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
@@ -3341,6 +3362,12 @@ def lr_factor(step: int, t: TrainConfig) -> float:
         "wsd": min(1.0, (t.max_iters - step) / max(decay * t.max_iters, 1)),
         "constant": 1.0,
     }[t.schedule]
+
+
+def decay_by_passes(passes: float) -> float:
+    """The weight decay that learns best from data that is seen so many times (tests/benchmarks/README.md): what is seen
+    again is learned by heart."""
+    return 0.1 * min(max(1.0, passes) ** 0.65, 5.0)
 
 
 def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -3763,6 +3790,9 @@ class Run:
         self.windows = self.split.windows(self.block_size)
         if t.epochs:
             t = replace(t, max_iters=max(1, math.ceil(t.epochs * len(self.windows) / t.batch_size)), epochs=0.0)
+        self.passes = t.max_iters * t.batch_size / len(self.windows)
+        if t.weight_decay < 0 and not t.max_minutes:  # else the number of steps is not known yet
+            t = replace(t, weight_decay=decay_by_passes(self.passes))
         self.t, self.sampler = t, BlockSampler(len(self.windows), t.batch_size, t.seed)
         check_targets(self.split, self.windows, range(len(self.windows)), self.block_size)
         micro_batch = t.batch_size // (t.grad_accum * world_size())
@@ -3944,11 +3974,20 @@ class Run:
             has_model = files.model.exists() and not self.replaces
             self.save(improved or "stop" in due and not has_model, totals)
         if "sample" in due:
-            tokenizer, length = self.data.tokenizer, min(100, self.block_size)
-            text = shown_text(self.model, tokenizer, tokenizer.prompt(prompt), length, SamplingSettings(), heal=True)
-            say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
-            self.publish({"sample": prompt + text})
+            self.sample(prompt)
         self.start_clock()
+
+    def sample(self, prompt: str) -> None:
+        """Show how the model continues a text; of conversations, what it answers in the first that is held out."""
+        tokenizer, length = self.data.tokenizer, min(100, self.block_size)
+        ids, e = tokenizer.prompt(prompt, self.model.config.context), self.evaluate
+        if self.data.is_chat:
+            held_out = e.split.batch(e.windows, e.blocks[:1], self.block_size)
+            ids = held_out["idx"][0, : 1 + int((held_out["targets"][0] >= 0).int().argmax())].tolist()
+            prompt = tokenizer.decode(ids)
+        text = shown_text(self.model, tokenizer, ids, length, SamplingSettings(), heal=True)
+        say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
+        self.publish({"sample": prompt + text})
 
     def check_finite(self) -> dict[str, Any]:
         """What the log says of skipped steps. Raises UserError if there are too many, or the model is not finite."""
@@ -5145,7 +5184,7 @@ def tokenize(a: TokenizeArgs) -> None:
         raise UserError("one file of records at a time: for several, put them into a folder and use hf_tokenize")
     if not Path(first).exists():
         raise UserError(f"{first}: no such file")
-    records = Records(a.chat_format, a.train_on_all, first, val_fraction=a.val_fraction)
+    records = Records(a.chat_format, a.train_on_all, a.skip_bad, first, val_fraction=a.val_fraction)
     tokenize_records(folder, records, tokenizer, a.vocab_size, a.overwrite)
 
 
@@ -5259,9 +5298,9 @@ def start_run(
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} minutes")
             run.fit_into(t.max_minutes, loss_fn)
-        say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens with {t.optimizer}, on {model.device} "
-            f"in {dtype}")  # fmt: skip
-        fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "\n")
+        seen = f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens, {run.passes:.3g} times the data"
+        say(f"{seen}, with {t.optimizer} on {model.device} in {dtype}")
+        fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "")
     use = "chat" if data.is_chat else "sample"
     say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python model.py {use} "
         f"--model_checkpoint {shlex.quote(files.model.name)}")  # fmt: skip
@@ -5287,6 +5326,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     began = ("recipe", "model_checkpoint", "student_checkpoint")
     ours |= {k: None for k in began if getattr(a, k, None) not in said}
     theirs = {k: v for k, v in vars(a).items() if v not in (None, "") and k not in {*FREE, "vocab_size", "max_minutes"}}
+    theirs |= {"weight_decay": t.weight_decay} if theirs.get("weight_decay") == -1 else {}  # the run has fixed it
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
         raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
@@ -5399,7 +5439,8 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         """Print the answer to --prompt: as a turn of a conversation where the data is conversations."""
         if self.prompt is None:
             return
-        prompt, settings = data.tokenizer.prompt(self.prompt), SamplingSettings(self.sample_temperature)
+        prompt = data.tokenizer.prompt(self.prompt, model.config.context)
+        settings = SamplingSettings(self.sample_temperature)
         if data.is_chat:
             turns = [{"role": "user", "content": self.prompt}]
             prompt = data.tokenizer.encode_rendered(render_chat(data.tokenizer, turns, add_generation_prompt=True))
@@ -5462,9 +5503,9 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
         add_lora(model, a.lora_rank)
         train_tokens(model, new_tokens)
     full, trained = count_parameters(model.config), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    without = f" ({16 * full / 2**30:.2f} GB without LoRA)" * bool(a.lora_rank)
+    without = f" ({16 * full / 2**30:.3g} GB without LoRA)" * bool(a.lora_rank)
     say(f"training {trained:,} of {full:,} parameters: weights, gradients and AdamW's moments take "
-        f"{(4 * full + 12 * trained) / 2**30:.2f} GB{without}")  # fmt: skip
+        f"{(4 * full + 12 * trained) / 2**30:.3g} GB{without}")  # fmt: skip
     lengths = [np.diff(np.append(s.starts, len(s.tokens))) for s in data.splits.values() if s.starts is not None]
     if n := sum(int((x > block_size + 1).sum()) for x in lengths):
         advice = "raise --block_size"
@@ -5626,7 +5667,7 @@ def sample(a: SampleArgs) -> None:
     model, tokenizer = opened.model, opened.tokenizer
     prepare_generation(model, a.dtype, a.quantize)
     prompt = a.prompt if a.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.read()
-    ids = tokenizer.prompt(prompt)
+    ids = tokenizer.prompt(prompt, model.config.context)
     if a.model_checkpoint is None:
         say(f"using {opened.path}", sys.stderr)
     out = functools.partial(print, end="", flush=True)
@@ -5671,7 +5712,7 @@ def chat(a: ChatArgs) -> None:
                 session.messages = [{"role": "system", "content": rest}] if rest else []
             elif word == "/save":
                 target = Path(rest or "conversation.jsonl")
-                with told_as(f"cannot save to {target}", OSError), open(target, "a", encoding="utf-8") as f:
+                with told_as(f"cannot save to {target}", OSError, ValueError), open(target, "a", encoding="utf-8") as f:
                     print(json.dumps({"messages": session.messages}, ensure_ascii=False), file=f)
                 print(f"saved to {target}")
             elif word.startswith("/"):
@@ -6059,7 +6100,7 @@ def variants(a: VariantsArgs) -> None:
     """the variants: parameters, memory, and the time that training takes here"""
     device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
-    c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
+    c, t = make_config(name, 50259, {}), TrainConfig(**{**TUNED, "weight_decay": 0.1})
     model = set_precision(GPT(c).to(device), "auto", training=True).train()
     optimizers, square = make_optimizers(model, t), torch.ones(n, n, dtype=model.compute_dtype, device=device)
     idx = torch.randint(c.vocab_size, (t.batch_size, c.block_size), device=device)

@@ -438,6 +438,31 @@ def test_max_tokens(cli, flags):
     assert 500 <= len(all_tokens(opened("x"))) < 511
 
 
+@pytest.mark.parametrize("flags", [(), ("--num_proc", 2), ("--streaming",), ("--tokenizer", "bpe")])
+def test_records_that_cannot_be_used(cli, flags):
+    """They are shown as they begin, so that they can be found; and left out on request."""
+
+    def talk(*turns: tuple[str, str]) -> dict:
+        return {"conversations": [{"from": name, "value": text} for name, text in turns]}
+
+    good = [talk(("human", f"{i}?"), ("gpt", f"{i}.")) for i in range(9)]
+    bad = [talk(("gpt", f"Answer {i}"), ("human", "?")) for i in (1, 2)]
+    run = ("hf_tokenize", "--hf_dataset", "a.jsonl", "--tokenizer", "byte", "--vocab_size", 300, "--val_fraction", 0)
+    run = (*run, *flags)
+    write_jsonl("a.jsonl", [bad[0], *good, bad[1]])
+    error = cli(*run, "--dataset", "x").error
+    assert "turn 1 is 'assistant'" in error and "--skip_bad" in error and '"value": "Answer' in error
+    assert not Path("data/x").exists()
+    left_out = cli(*run, "--dataset", "x", "--skip_bad").ok().err
+    assert "left out 2 records" in left_out and '"value": "Answer' in left_out
+    write_jsonl("a.jsonl", good)
+    cli(*run, "--dataset", "y").ok()
+    assert sorted(read("x")[0].split("<|im_start|>user")) == sorted(read("y")[0].split("<|im_start|>user"))
+    write_jsonl("a.jsonl", bad)
+    result = cli(*run, "--dataset", "z", "--skip_bad")
+    assert "left out 2 records" in result.err and "not one token is a target" in result.error
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
 def test_other_tokenizers(cli, tokenizer, gpt2):
     """A bpe is learned from the records themselves, text or conversations."""

@@ -417,7 +417,7 @@ def test_exported_tokenizer_is_ours(cli, complaints, tokenizer, shakespeare):
     assert not different, different[:5]
     assert theirs.batch_decode(ids) == strings
 
-    assert theirs("Hello 12").input_ids == tokenizer.prompt("Hello 12")
+    assert theirs("Hello 12").input_ids == tokenizer.prompt("Hello 12", 8)
     rendered = "<|im_start|>user\n 12<|im_end|>"
     assert theirs(rendered, add_special_tokens=False).input_ids == tokenizer.encode_rendered(rendered)
     plain = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)

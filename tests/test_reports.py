@@ -33,7 +33,7 @@ def test_tensorboard_shows_the_log(cli, text_file, monkeypatch):
         found = [(e.step, e.value) for e in events.Scalars(name)]
         assert found == [(r["step"], pytest.approx(r[name])) for r in records if name in r]
     samples = text(events, "sample")
-    assert len(samples) == 3 and all(s.startswith("    \n    ") for s in samples)  # the prompt, a line break
+    assert len(samples) == 3 and all(s.startswith("    ") for s in samples)
     settings = text(events, "settings")[0]
     assert "    learning_rate: 0.0003\n" in settings and "    n_layer: 2\n" in settings
     cli(*RUN, "--report_to", "tensorboard", "--overwrite").ok()

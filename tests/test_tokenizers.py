@@ -259,13 +259,20 @@ def test_tokenizers_that_leave_spaces_out(kind, corpus, tmp_path):
     assert token_bytes(ours)[ids].sum() == len(ours.decode(ids)) + 1
 
 
+def test_a_prompt_of_one_word_begins_a_line():
+    """Where there is room for it. Others are as they are, and as transformers takes them."""
+    byte = model.byte_tokenizer()
+    for text, context, ids in (("def ", 5, b"\ndef "), ("def ", 4, b"def "), ("def f", 9, b"def f"), ("", 5, b"\n")):
+        assert bytes(byte.prompt(text, context)) == ids
+
+
 def test_a_prompt_is_never_empty(corpus, tmp_path):
     """Without special tokens, of a tokenizer that leaves all white space out."""
     backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.train_from_iterator(corpus, trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False))
     ours = saved(backend, tmp_path)
-    assert ours.encode("\n") == [] and ours.prompt("\n") == ours.prompt("") == [0]
+    assert ours.encode("\n") == [] and ours.prompt("\n", 8) == ours.prompt("", 8) == [0]
 
 
 def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
@@ -280,7 +287,7 @@ def test_a_tokenizer_json_that_pads_and_adds_bos_and_eos(corpus, tmp_path):
     ours = saved(backend, tmp_path, eos_token="</s>")
     assert ours.encode("hello") == in_pieces(ours, ["hello"]) == hello
     assert ours.encode("hello " * 9) == in_pieces(ours, ["hello " * 9]) and len(ours.encode("hello " * 9)) > 9
-    assert ours.bos == [bos] and ours.prompt("hello") == [bos, *hello] and ours.eot == eos
+    assert ours.bos == [bos] and ours.prompt("hello", 8) == [bos, *hello] and ours.eot == eos
 
 
 @pytest.mark.parametrize("config", [

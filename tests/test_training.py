@@ -447,6 +447,14 @@ def test_samples_are_shown_when_they_are_asked_for(cli, text_file):
     assert_same_run("shown", "silent")
 
 
+def test_a_sample_of_conversations_is_an_answer(cli, workdir):
+    """To the question of the first conversation that is held out."""
+    ask, answer = [list(f"<{n}>".encode()) for n in ("What?", "That.")]
+    write_conversations(Path("chat"), [([48 + i, *ask, *answer], [0] * 8 + [1] * 7) for i in range(40)])
+    out = cli("train", "--data", "chat", *TINY_RUN, "--max_iters", 3, "--sample_interval", 3).ok().out
+    assert "--- sample at step 3 ---\nT<What?>" in out
+
+
 def test_a_step_without_a_target_does_not_end_a_run(cli, workdir):
     """A window of a conversation may be all prompt."""
     write_conversations(Path("chat"), [([65] * 20, [i % 4 == 0] * 20) for i in range(40)])
@@ -688,9 +696,24 @@ def test_recipes(cli, text_file):
     assert checkpoint_of()["train_config"]["embd_lr"] == 0
 
 
+def test_weight_decay_by_how_often_the_data_is_seen(cli, text_file):
+    """54,000 bytes are 3,374 blocks of 16 and a target. What is asked for, or published, is as it is."""
+    short = ("train", *BYTES, *TINY_SHAPE, *HERE, "--batch_size", 1024, "--sample_interval", -1, "--overwrite")
+    for passes, flags in ((1024 / 3374, ("--max_iters", 1)), (14 * 1024 / 3374, ("--epochs", 4))):
+        out = cli(*short, *flags).ok().out
+        assert f"{passes:.3g} times the data" in out
+        assert checkpoint_of()["train_config"]["weight_decay"] == model.decay_by_passes(passes)
+    cli(*short, "--epochs", 4, "--weight_decay", 0.2).ok()
+    assert checkpoint_of()["train_config"]["weight_decay"] == 0.2
+    cli(*short, "--epochs", 4, "--recipe", "published").ok()
+    assert checkpoint_of()["train_config"]["weight_decay"] == 0.1
+    by_passes = [model.decay_by_passes(passes) for passes in (0.01, 1, 2, 4, 8, 16, 1e6)]
+    assert by_passes[0] == by_passes[1] == 0.1 and by_passes == sorted(by_passes) and by_passes[-1] < 1
+
+
 def test_a_run_of_so_many_minutes(cli, text_file):
     """The steps that are measured leave no trace: it is the run of as many steps, to the last bit."""
-    run = (*TRAIN, "--optimizer", "normuon", "--resid_pdrop", 0.1, "--sample_interval", -1)
+    run = (*TRAIN, "--optimizer", "normuon", "--weight_decay", -1, "--resid_pdrop", 0.1, "--sample_interval", -1)
     begun = time.monotonic()
     cli(*run, "--max_minutes", 0.05, "--name", "timed").ok()
     assert time.monotonic() - begun < 20
