@@ -1148,10 +1148,11 @@ class Tokenizer:
         return np.array(self.encode(text, continues), dtype)
 
     def prompt(self, text: str, context: int) -> list[int]:
-        """The ids that a model continues: never empty. A single word, with our own tokenizers and where there is room,
-        begins a line: alone it could be anything, for blocks are cut anywhere ("def" the end of another word)."""
+        """The ids that a model continues: never empty. With our own tokenizers a single token begins a line, where
+        there is room: alone it could be anything, for training cuts text anywhere ("def" may end another word)."""
         ids = self.bos + self.encode(text)
-        if self.is_ours and len(text.split()) < 2 and len(begun := self.encode(f"\n{text}")) <= context:
+        one = self.is_ours and len(self.encode(text.strip())) < 2
+        if one and len(begun := self.encode(f"\n{text}")) <= context:
             ids = begun
         return ids or ([self.eot] if self.eot is not None else self.encode("\n") or [0])
 
@@ -2358,7 +2359,7 @@ class ChatFormat(Settings):
 
     chat_format: str | None = setting(None, "form of the conversations (default: what the columns show)", FORMS)
     train_on_all: bool = setting(False, "every token of a conversation is a target, not only the assistant's")
-    skip_bad: bool = setting(False, "leave out records that cannot be read as the others are, and say how many")
+    skip_bad: bool = setting(False, "leave out records that cannot be used, and say how many")
 
 
 @dataclass
@@ -2524,7 +2525,7 @@ def tokenize_records(
             rows = map(encode, records)
         for row in readable(rows, r.hf_dataset):
             if row["error"] and not r.skip_bad:
-                raise UserError(f"{row['error']}: mend it, or leave such records out by tokenize --skip_bad")
+                raise UserError(f"{row['error']}: mend it, or have tokenize or hf_tokenize --skip_bad leave it out")
             if row["error"]:
                 n_bad, first_bad = n_bad + 1, first_bad or row["error"]
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
@@ -3503,8 +3504,11 @@ class Muon(Optimizer):
             torch._foreach_copy_([updates[i] for work in self.work for i in work], list(itertools.chain(*arrived)))
 
 
-def make_optimizers(model: GPT, t: TrainConfig) -> list[Optimizer]:
-    """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if asked."""
+def make_optimizers(model: GPT, t: TrainConfig, passes: float = 1.0) -> list[Optimizer]:
+    """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if asked, for a
+    run that sees its data so many times. Their states hold the decay: a run that resumes them and goes further keeps
+    it."""
+    weight_decay = decay_by_passes(passes) if t.weight_decay < 0 else t.weight_decay
     groups, muon, fused = defaultdict(list), {}, model.fused_rows()
     own_lr = {"wte.weight": t.embd_lr, "lm_head.weight": t.head_lr}
     for name, p in model.named_parameters():
@@ -3513,7 +3517,7 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[Optimizer]:
             muon[own_shard(p)] = fused.get(name, [p.size(0)])
         elif p.requires_grad:
             decays = p.dim() >= 2 and (in_block or not model.new_tokens)
-            groups[own_lr.get(name) or t.learning_rate, t.weight_decay * decays].append(own_shard(p))
+            groups[own_lr.get(name) or t.learning_rate, weight_decay * decays].append(own_shard(p))
     betas = t.beta1, t.beta2
     adamw = [dict(params=params, lr=lr, weight_decay=decay, betas=betas) for (lr, decay), params in groups.items()]
     optimizers: list[Optimizer] = [AdamW(adamw)] if adamw else []
@@ -3521,7 +3525,7 @@ def make_optimizers(model: GPT, t: TrainConfig) -> list[Optimizer]:
         # many CPUs and GPUs only emulate bfloat16, ten times slower
         dtype = model.compute_dtype if model.device.type == "cpu" else choose_dtype("auto", model.device)
         beta2 = 0.95 if t.optimizer == "normuon" else 1.0
-        optimizers.append(Muon(list(muon), list(muon.values()), t.muon_lr, 0.95, t.weight_decay, beta2, dtype))
+        optimizers.append(Muon(list(muon), list(muon.values()), t.muon_lr, 0.95, weight_decay, beta2, dtype))
     return optimizers
 
 
@@ -3588,6 +3592,10 @@ def stop_signals() -> Iterator[list[int]]:
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
+    except Exception:
+        if distributed():  # torchrun's SIGTERM, when another has ended, must not come before end_all has told it
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -3791,13 +3799,11 @@ class Run:
         if t.epochs:
             t = replace(t, max_iters=max(1, math.ceil(t.epochs * len(self.windows) / t.batch_size)), epochs=0.0)
         self.passes = t.max_iters * t.batch_size / len(self.windows)
-        if t.weight_decay < 0 and not t.max_minutes:  # else the number of steps is not known yet
-            t = replace(t, weight_decay=decay_by_passes(self.passes))
         self.t, self.sampler = t, BlockSampler(len(self.windows), t.batch_size, t.seed)
         check_targets(self.split, self.windows, range(len(self.windows)), self.block_size)
         micro_batch = t.batch_size // (t.grad_accum * world_size())
         self.evaluate = Evaluator(self.data, self.block_size, micro_batch, t.eval_tokens)
-        self.optimizers = make_optimizers(model, t)
+        self.optimizers = make_optimizers(model, t, self.passes)
         self.reporters = dict.fromkeys(reporters_in(t.report_to) if rank() == 0 else ())  # None: not open yet
         scaler = torch.amp.GradScaler
         if world_size() > 1:  # whose scale all processes change together
@@ -5298,8 +5304,9 @@ def start_run(
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} minutes")
             run.fit_into(t.max_minutes, loss_fn)
-        seen = f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens, {run.passes:.3g} times the data"
-        say(f"{seen}, with {t.optimizer} on {model.device} in {dtype}")
+        again = f", {run.passes:,.1f} times the data," * (run.passes > 1)
+        say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens{again} with {t.optimizer} on "
+            f"{model.device} in {dtype}")  # fmt: skip
         fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "")
     use = "chat" if data.is_chat else "sample"
     say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python model.py {use} "
@@ -5326,7 +5333,6 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     began = ("recipe", "model_checkpoint", "student_checkpoint")
     ours |= {k: None for k in began if getattr(a, k, None) not in said}
     theirs = {k: v for k, v in vars(a).items() if v not in (None, "") and k not in {*FREE, "vocab_size", "max_minutes"}}
-    theirs |= {"weight_decay": t.weight_decay} if theirs.get("weight_decay") == -1 else {}  # the run has fixed it
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
         raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
@@ -6100,7 +6106,7 @@ def variants(a: VariantsArgs) -> None:
     """the variants: parameters, memory, and the time that training takes here"""
     device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
-    c, t = make_config(name, 50259, {}), TrainConfig(**{**TUNED, "weight_decay": 0.1})
+    c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
     model = set_precision(GPT(c).to(device), "auto", training=True).train()
     optimizers, square = make_optimizers(model, t), torch.ones(n, n, dtype=model.compute_dtype, device=device)
     idx = torch.randint(c.vocab_size, (t.batch_size, c.block_size), device=device)

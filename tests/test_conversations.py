@@ -453,6 +453,8 @@ def test_records_that_cannot_be_used(cli, flags):
     error = cli(*run, "--dataset", "x").error
     assert "turn 1 is 'assistant'" in error and "--skip_bad" in error and '"value": "Answer' in error
     assert not Path("data/x").exists()
+    if "--streaming" in flags:
+        assert "--num_proc" in cli(*run, "--dataset", "x", "--num_proc", 2).error
     left_out = cli(*run, "--dataset", "x", "--skip_bad").ok().err
     assert "left out 2 records" in left_out and '"value": "Answer' in left_out
     write_jsonl("a.jsonl", good)

@@ -65,7 +65,10 @@ def test_two_processes_equal_one_and_a_restart_changes_nothing(one, cli):
     close_runs(one, log_of("two"))
     assert_close_weights(checkpoint_of("one")["model"], checkpoint_of("two")["model"])
 
-    kill = "before_step = lambda step: (step, rank, attempt) == (5, 1, 0) and os.kill(os.getpid(), signal.SIGKILL)"
+    # the other learns of it, and is slow on its way out, where torchrun's SIGTERM finds it
+    kill = "unlink = model.Path.unlink\n"
+    kill += "model.Path.unlink = lambda p, **k: (time.sleep(p.suffix == '.lock'), unlink(p, **k))\n"
+    kill += "before_step = lambda step: (step, rank, attempt) == (5, 1, 0) and os.kill(os.getpid(), signal.SIGKILL)"
     run = Torchrun(*RUN, "--name", "killed", "--resume", "auto", flags=(*TWO, "--max_restarts", 1), patch=kill)
     killed = run.result().ok()
     assert "resuming killed at step 3" in killed.out
@@ -123,7 +126,7 @@ def test_a_state_of_two_goes_on_in_three_and_in_one(cli, text_file):
 
 MUON_OF_EACH = """
 make = model.make_optimizers
-def make_optimizers(gpt, t):
+def make_optimizers(gpt, t, passes):
     *adamw, muon = make(gpt, t)
     of_one = lambda p, rows: model.Muon([p], [rows], t.muon_lr, weight_decay=t.weight_decay, dtype=muon.dtype)
     return [*adamw, *map(of_one, muon.params, muon.rows)]

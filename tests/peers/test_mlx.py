@@ -9,7 +9,7 @@ from tests_conftest import random_tokens, save_model, stdlib_source
 
 import model
 
-OPENED = {k: v for k, v in MODELS.items() if v[0] in ("llama", "qwen2", "qwen3")}  # of the others it wants other names
+OPENED = {k: v for k, v in MODELS.items() if v[0] in ("llama", "qwen2", "qwen3")}  # others it wants under other names
 OPENED |= {
     "llama_untied": ("llama", dict(tie_word_embeddings=False)),
     "llama_linear": ("llama", dict(rope_scaling="linear", rope_factor=4.0)),
