@@ -3386,8 +3386,8 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Optimizer:
     """What is needed here of torch.optim.Optimizer, the making of which imports torch._dynamo, a second of every start.
-    Its state_dict is the same. The rates it is made with are the peaks of a schedule. As in PyTorch's fused optimizers
-    a found_inf of 1 skips a step, without a word to the host."""
+    Its state_dict is the same, of tensors changed by change(tensor, its parameter). The rates it is made with are the
+    peaks of a schedule. As in PyTorch's fused optimizers a found_inf of 1 skips a step, without a word to the host."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
         self.param_groups = [{**group, "peak_lr": group["lr"]} for group in param_groups]
@@ -3399,16 +3399,17 @@ class Optimizer:
         for p in self.params:
             p.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, change: Callable = lambda x, p: x) -> dict[str, Any]:
         number = {p: i for i, p in enumerate(self.params)}
         groups = [{**group, "params": [number[p] for p in group["params"]]} for group in self.param_groups]
-        return {"state": {number[p]: state for p, state in self.state.items() if state}, "param_groups": groups}
+        state = {number[p]: {k: change(x, p) for k, x in kept.items()} for p, kept in self.state.items() if kept}
+        return {"state": state, "param_groups": groups}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], change: Callable = lambda x, p: x) -> None:
         for group, kept in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({k: v for k, v in kept.items() if k != "params"})
-        for i, state in saved["state"].items():
-            self.state[self.params[i]] = {k: x.to(self.params[i].device) for k, x in state.items()}
+        for p, state in ((self.params[i], state) for i, state in saved["state"].items()):
+            self.state[p] = {k: change(x, p).to(p.device) for k, x in state.items()}
 
 
 class AdamW(Optimizer):
@@ -3832,7 +3833,7 @@ class Run:
         self.best_step = m.get("best_step", 0)
         self.bad = torch.tensor(m.get("bad", [0] * 4), device=self.model.device)
         for optimizer, state in zip(self.optimizers, c.optimizer, strict=True):
-            optimizer.load_state_dict(self.of_each(optimizer, state, scattered))
+            optimizer.load_state_dict(state, lambda x, shard: scattered(x, self.params[shard]))
         self.scaler.load_state_dict(c.scaler)
         if rank() > 0:
             return
@@ -3840,12 +3841,6 @@ class Run:
         self.records = c.log
         if c.format_version < 3 and self.files.log.exists():
             self.records = [json.dumps(r) for r in read_log(self.files.log) if r["step"] <= self.step]
-
-    def of_each(self, optimizer: Optimizer, state: dict[str, Any], change: Callable) -> dict[str, Any]:
-        """The state of an optimizer with its tensors changed, each by change(tensor, its parameter)."""
-        params = [self.params[p] for p in optimizer.params]
-        changed = {i: {k: change(x, params[i]) for k, x in kept.items()} for i, kept in state["state"].items()}
-        return {**state, "state": changed}
 
     def mend_files(self, c: Checkpoint) -> None:
         """Bring the log, and the best model if this state is it, up to the state: a kill may have come between them."""
@@ -4067,11 +4062,11 @@ class Run:
         """Write the state to go on from, and the model if it is the best. From 300M parameters on this overlaps the
         next steps, where there is memory for a copy; the next save, and the end, wait for it."""
         state = {name: gathered(own_shard(p).detach(), p) for name, p in self.model.named_parameters()}
-        optimizers = [self.of_each(optimizer, optimizer.state_dict(), gathered) for optimizer in self.optimizers]
+        whole = [o.state_dict(lambda x, shard: gathered(x, self.params[shard])) for o in self.optimizers]
         if rank() > 0:
             return
         self.wait_for_save()
-        files, contents = self.files, {self.files.last: self.checkpoint(state, sums, optimizers)}
+        files, contents = self.files, {self.files.last: self.checkpoint(state, sums, whole)}
         if best:
             contents[files.model] = self.checkpoint(merged(state), sums)
 
