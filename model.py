@@ -3640,10 +3640,8 @@ class RunFiles:
 
     def states(self) -> list[Path]:
         """What there is to go on from, the newest first: NAME_model_last.pt, NAME_model_last.2.pt, ..."""
-        found = {1: self.last} if self.last.exists() else {}
-        for path in CHECKPOINT_DIR.glob(f"{glob.escape(self.last.stem)}.*.pt"):
-            if (number := path.stem.rpartition(".")[2]).isdecimal():
-                found[int(number)] = path
+        name = re.compile(re.escape(self.last.stem) + r"(?:\.(\d+))?\.pt")
+        found = {int(m[1] or 1): path for path in CHECKPOINT_DIR.glob("*.pt") if (m := name.fullmatch(path.name))}
         return [found[i] for i in sorted(found)]
 
     def check_free(self) -> None:
