@@ -3289,9 +3289,7 @@ class Optimization(Settings):
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
     head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)", ge=0, rare=True)
-    weight_decay: float = setting(
-        0.1, "decoupled weight decay of matrices and embeddings (-1: the more, the more often the data is seen)", ge=-1
-    )
+    weight_decay: float = setting(0.1, "of matrices and embeddings, decoupled (-1: by how often data is seen)", ge=-1)
     beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1, rare=True)
     beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1, rare=True)
     grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
@@ -3333,20 +3331,13 @@ class Machine(Settings):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the computation; weights stay float32", DTYPES)
     compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
-    fsdp: bool = setting(
-        False, "with torchrun: weights stay sharded within a step too, which takes less memory and more time"
-    )
+    fsdp: bool = setting(False, "with torchrun: weights stay sharded within a step too: less memory, more time")
     seed: int = setting(1337, "random seed of weights, data order and dropout", ge=0, le=2**31)
 
 
 @dataclass
 class TrainConfig(Optimization, Schedule, Reporting, Machine):
     """How a model is trained. A batch is what one optimizer step sees: over all micro-batches and processes."""
-
-    def check_division(self) -> None:
-        if self.batch_size % (self.grad_accum * world_size()):
-            raise UserError(f"batch_size {self.batch_size} is not divisible by grad_accum {self.grad_accum} times "
-                            f"{world_size()} processes")  # fmt: skip
 
 
 def lr_factor(step: int, t: TrainConfig) -> float:
@@ -4404,11 +4395,9 @@ class Distillation:
 def every_kth_layer(teacher: GPT, student: GPT) -> None:
     """Start a student as the teacher with only every k-th of its layers (as DistilGPT2 was made, arXiv 1910.01108)."""
     for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_inner"):
-        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
-        if ours != theirs:
-            raise UserError(
-                f"--init_from_teacher: widths must agree; the teacher has {name} {theirs}, the student {ours}"
-            )
+        if (ours := getattr(student.config, name)) != (theirs := getattr(teacher.config, name)):
+            widths = f"the teacher has {name} {theirs}, the student {ours}"
+            raise UserError(f"--init_from_teacher: widths must agree; {widths}")
     weights, last = teacher.state_dict(), (len(teacher.blocks) - 1, max(len(student.blocks) - 1, 1))
     for name, tensor in student.state_dict().items():
         source = re.sub(r"(?<=^blocks\.)\d+", lambda i: str(round(int(i[0]) * last[0] / last[1])), name)
@@ -5262,8 +5251,10 @@ def start_run(
     state: Checkpoint | None = None, recipe: str | None = None, **about: Any,
 ) -> None:  # fmt: skip
     """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
-    t.check_division()
-    device, micro_batch = choose_device(t.device), t.batch_size // (t.grad_accum * world_size())
+    device, n = choose_device(t.device), world_size()
+    micro_batch, rest = divmod(t.batch_size, t.grad_accum * n)
+    if rest:
+        raise UserError(f"batch_size {t.batch_size} is not divisible by grad_accum {t.grad_accum} times {n} processes")
     if device.type == "mps" and micro_batch * block_size > MPS_LONGEST_SUM:
         raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens has wrong gradients on some Macs: use a "
                         "larger --grad_accum")  # fmt: skip
