@@ -5453,11 +5453,8 @@ class HFFinetuneArgs(Records, FinetuneArgs):
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}"
 
         def find(folder: Path) -> Data | None:
-            if not (folder / "meta.json").exists():
-                return None
-            made = read_schema(Meta, folder / "meta.json")
-            same = (made.source, made.tokenizer) == (json.loads(json.dumps(self.describe())), tokenizer.spec)
-            return Data(folder) if same else None
+            data, wanted = existing_data(folder), (json.loads(json.dumps(self.describe())), tokenizer.spec)
+            return data if data and (data.source, data.tokenizer.spec) == wanted else None
 
         return found_or_made(folder, find, lambda folder: tokenize_records(folder, self, tokenizer, overwrite=True))
 
