@@ -4370,12 +4370,7 @@ class Distillation:
 
     def live(self, batch: dict[str, Tensor]) -> Callable[[slice], Tensor]:
         hidden = self.teacher.hidden(batch["idx"], segments=batch.get("segments")).flatten(0, 1)
-
-        @torch.no_grad()
-        def logits(rows: slice) -> Tensor:
-            return self.teacher.logits(hidden[rows])[:, : self.n_vocab].div_(self.d.temperature)
-
-        return logits
+        return lambda rows: self.teacher.logits(hidden[rows])[:, : self.n_vocab].div_(self.d.temperature)
 
     @torch.no_grad()
     def student_writes(self, student: GPT, batch: dict[str, Tensor]) -> dict[str, Tensor]:
