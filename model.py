@@ -5974,11 +5974,8 @@ def differences(logs: list[Path]) -> list[list[str]]:
     """The settings in which runs differ, at most four of each, those of a command line first; by the checkpoints beside
     their logs. These are read without PyTorch: only their plain data, and nothing that a pickle names is called."""
 
-    class Ignored(dict):
-        def __init__(self, *args: Any) -> None: ...
-
     class PlainData(pickle.Unpickler):
-        find_class = staticmethod(lambda module, name: Ignored)
+        find_class = staticmethod(lambda module, name: later)
         persistent_load = staticmethod(lambda storage: None)
 
     def settings(log: Path) -> dict[str, str]:
