@@ -3626,9 +3626,6 @@ class RunFiles:
         self.overwrite, self.run, ends = overwrite, CHECKPOINT_DIR / name, (".pt", "_last.pt", ".jsonl")
         self.model, self.last, self.log = (CHECKPOINT_DIR / f"{name}_model{end}" for end in ends)
 
-    def state(self, i: int) -> Path:
-        return self.last if i == 1 else self.last.with_suffix(f".{i}.pt")
-
     def states(self) -> list[Path]:
         """What there is to go on from, the newest first: NAME_model_last.pt, NAME_model_last.2.pt, ..."""
         name = re.compile(re.escape(self.last.stem) + r"(?:\.(\d+))?\.pt")
@@ -3661,11 +3658,11 @@ class RunFiles:
 
     def rotate(self, keep: int) -> None:
         """Make room for a new state, of which `keep` in all are kept."""
-        for path in self.states()[max(keep - 1, 1) :]:
+        states = self.states()
+        for path in states[max(keep - 1, 1) :]:
             path.unlink()
-        for i in range(keep - 1, 0, -1):
-            if self.state(i).exists():
-                replace_file(self.state(i), self.state(i + 1))
+        for i, path in reversed([*enumerate(states[: keep - 1], start=2)]):
+            replace_file(path, self.last.with_suffix(f".{i}.pt"))
 
 
 def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
