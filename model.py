@@ -515,7 +515,9 @@ class KVCache:
     def __init__(self, model: "GPT", batch_size: int, max_length: int, pad: Tensor | None = None) -> None:
         c = model.config
         shape = (c.n_layer, batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
-        self.kv = torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
+        in_c = isinstance(model.engine, CEngine) and batch_size <= CEngine.max_rows  # float16: half as much to read
+        dtype = torch.float16 if in_c else model.compute_dtype
+        self.kv = torch.zeros(shape, dtype=dtype, device=model.device)
         self.length, self.max_length, self.pad = 0, max_length, pad
         self.steps: dict[int, OneToken] = {}  # of CUDAGraphs
 
@@ -523,7 +525,7 @@ class KVCache:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
         kv = self.kv[layer, :, :, : self.length + k.size(2)]
         kv[:, :, self.length :] = torch.cat((k, v), dim=1)
-        return kv.chunk(2, dim=1)
+        return kv.to(k.dtype).chunk(2, dim=1)
 
 
 class Attention(nn.Module):
@@ -6428,19 +6430,59 @@ static void rotate(float *x, const float *cos, const float *sin, long d, long ba
     }
 }
 
+// exp as Cephes has it, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
+static inline float exponential(float x) {
+    float y = x < -87 ? -87 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f), power;
+    float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
+    p = ((((p * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r;
+    p = (p + 0.5f) * r * r + r + 1;
+    int32_t bits = ((int32_t)k + 127) * (1 << 23);
+    memcpy(&power, &bits, sizeof power);
+    return x < -87 ? 0 : p * power;
+}
+
+// float16 of x, to nearest, ties to even.
+static uint16_t to_half(float x) {
+    uint32_t bits, sign;
+    memcpy(&bits, &x, sizeof bits);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits < 0x38800000) {  // subnormal: added to 0.5, it is rounded to float16's last place
+        x = fabsf(x) + 0.5f;
+        memcpy(&bits, &x, sizeof bits);
+        return sign | (bits - 0x3f000000);
+    }
+    bits = bits < 0x47800000 ? bits : 0x47800000;  // infinity
+    return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
+}
+
+// y (n) += share * v (n).
+static void add_half(float *y, float share, const uint16_t *v, long n) {
+    uint16_t v_rest[LANES] = {0};
+    float y_rest[LANES] = {0};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vec sum = load(y + i) + share * load_half(v + i);
+        memcpy(y + i, &sum, sizeof sum);
+    }
+    if (i == n) return;
+    memcpy(v_rest, v + i, (n - i) * sizeof *v);
+    vec sum = share * load_half(v_rest);
+    memcpy(y_rest, &sum, sizeof sum);
+    for (long j = i; j < n; j++) y[j] += y_rest[j - i];
+}
+
 // Softmax attention of q (d) to n keys and values (n, d).
-static void attend(const float *q, const float *k, const float *v, long n, long d, float *p, float *y) {
+static void attend(const float *q, const uint16_t *k, const uint16_t *v, long n, long d, float *p, float *y) {
     float scale = 1 / sqrtf(d), max = -INFINITY, sum = 0;
     for (long s = 0; s < n; s++) {
-        p[s] = dot(q, k + s * d, d) * scale;
+        p[s] = dot_half(k + s * d, q, d) * scale;
         max = fmaxf(max, p[s]);
     }
-    for (long s = 0; s < n; s++) sum += p[s] = expf(p[s] - max);
+    #pragma omp simd reduction(+ : sum)
+    for (long s = 0; s < n; s++) sum += p[s] = exponential(p[s] - max);
     memset(y, 0, d * sizeof *y);
-    for (long s = 0; s < n; s++, v += d) {
-        float share = p[s] / sum;
-        for (long i = 0; i < d; i++) y[i] += share * v[i];
-    }
+    for (long s = 0; s < n; s++) add_half(y, p[s] / sum, v + s * d, d);
 }
 
 static float activate(long kind, float x) {  // in the order of ACTIVATIONS
@@ -6456,9 +6498,9 @@ static float activate(long kind, float x) {  // in the order of ACTIVATIONS
 static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
 
 // x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
-// batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
+// batch, 2 n_kv_head, max_length, head_dim): the cache, float16. pad (batch): how many of its first tokens are padding.
 // rope_cos, rope_sin (context, rope_dim): as in apply_rope; NULL if rope_dim is 0.
-void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, float *kv,
+void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, uint16_t *kv,
             const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
     const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
     const long heads = n_q + 2 * n_kv, fan_out = c->n_inner * (1 + c->is_glu);
@@ -6472,7 +6514,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
         memcpy(mine, x, rows * n * sizeof *x);
         for (long l = 0; l < c->n_layer; l++) {
             const Layer *layer = layers + l;
-            float *cache = kv + l * batch * 2 * n_kv * max_length * d;
+            uint16_t *cache = kv + l * batch * 2 * n_kv * max_length * d;
             normalise(layer->norm_1, c->layernorm, eps, mine, rows, n, h);
             product(layer->qkv, heads * d, n, h, rows, qkv);
             #pragma omp for
@@ -6486,15 +6528,15 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                     rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 0);
                     if (c->norm_after_rope) normalise(norm, 0, eps, y, 1, d, y);
                 }
-                if (head >= n_q)
-                    memcpy(cache + ((b * 2 * n_kv + head - n_q) * max_length + t) * d, y, d * sizeof *y);
+                for (long j = 0; head >= n_q && j < d; j++)
+                    cache[((b * 2 * n_kv + head - n_q) * max_length + t) * d + j] = to_half(y[j]);
             }
             #pragma omp for
             for (long i = 0; i < rows * n_q; i++) {
                 long row = i / n_q, head = i % n_q, b = row / T, t = start + row % T, from = pad[b] < t ? pad[b] : t;
-                const float *k = cache + ((b * 2 * n_kv + head / (n_q / n_kv)) * max_length + from) * d;
-                const float *q = qkv + (row * heads + head) * d, *v = k + n_kv * max_length * d;
-                attend(q, k, v, t + 1 - from, d, p, attended + i * d);
+                const uint16_t *k = cache + ((b * 2 * n_kv + head / (n_q / n_kv)) * max_length + from) * d;
+                const uint16_t *v = k + n_kv * max_length * d;
+                attend(qkv + (row * heads + head) * d, k, v, t + 1 - from, d, p, attended + i * d);
             }
             product(layer->proj, n, n_q * d, attended, rows, delta);
             if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
@@ -6602,17 +6644,6 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
         }
         free(x);
     }
-}
-
-// exp as Cephes has it, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
-static inline float exponential(float x) {
-    float y = x < -87 ? -87 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f), power;
-    float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
-    p = ((((p * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r;
-    p = (p + 0.5f) * r * r + r + 1;
-    int32_t bits = ((int32_t)k + 127) * (1 << 23);
-    memcpy(&power, &bits, sizeof power);
-    return x < -87 ? 0 : p * power;
 }
 
 static float log_sum_exp(const float *x, long n) {
@@ -6806,7 +6837,7 @@ class CEngine:
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        if cache is None or B * T > self.max_rows:
+        if cache is None or cache.kv.dtype != torch.float16 or B * T > self.max_rows:
             return self.model.run_blocks(x, rope, mask, cache)
         x, pad = x.contiguous(), torch.zeros(B, dtype=torch.int64) if cache.pad is None else cache.pad
         tables, sizes = (self.model.rope_cos, self.model.rope_sin), (B, T, cache.length, cache.max_length)
