@@ -155,9 +155,19 @@ def is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if origin is float else origin)
 
 
+# What other programs call our flags.
+SYNONYMS = {
+    "lr": "learning_rate", "bs": "batch_size", "steps": "max_iters", "iters": "max_iters", "gpu": "device",
+    "cpu": "device", "wandb": "report_to", "dropout": "resid_pdrop", "seq_len": "block_size", "context": "block_size",
+    "hidden_size": "n_embd", "layers": "n_layer", "heads": "n_head", "max_new_tokens": "length",
+    "ckpt": "model_checkpoint", "model": "model_checkpoint",
+}  # fmt: skip
+
+
 def nearest(name: Any, options: Iterable[str]) -> str:
     """What a mistyped name may have meant, as the end of a sentence."""
-    found = difflib.get_close_matches(str(name), list(options), 1, 0.5)
+    other = f"--{SYNONYMS.get(str(name).lstrip('-'))}"
+    found = [other] if other in options else difflib.get_close_matches(str(name), list(options), 1, 0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
@@ -1138,15 +1148,23 @@ class Tokenizer:
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of a text; if it continues another, without what a tokenizer may put before the first word."""
         if self.is_ours:
-            return self.tiktoken.encode_ordinary(valid(text))
-        return (self.middle if continues else self.backend).encode(valid(text), add_special_tokens=False).ids
+            return self.encode_array(text).tolist()
+        with told_as(f"tokenizer {self.name} cannot encode {text[:40]!r}"):  # one without a token for the unknown
+            return (self.middle if continues else self.backend).encode(valid(text), add_special_tokens=False).ids
 
     def encode_array(self, text: str, dtype: Any = np.int64, continues: bool = False) -> np.ndarray:
         """encode, for long texts, as an array. tiktoken makes no Python list, so that other threads run meanwhile."""
         if self.kind == "byte":
             return np.frombuffer(valid(text).encode(), np.uint8).astype(dtype)
         if self.is_ours:
-            return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
+            try:
+                return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
+            except ValueError:  # a million white spaces in a row are too much for its regular expressions
+                return np.array(as_text(self.backend).encode(valid(text), add_special_tokens=False).ids, dtype)
+        if continues and text[:1].isspace():  # after a word: some tokenizers put a space before every word
+            word, ids = self.encode("a"), self.encode(f"a{text}")
+            if ids[: len(word)] == word:
+                return np.array(ids[len(word) :], dtype)
         return np.array(self.encode(text, continues), dtype)
 
     def prompt(self, text: str, context: int) -> list[int]:
@@ -1160,8 +1178,9 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered chat template, in which special tokens are special."""
-        if self.is_ours:
-            return self.tiktoken.encode(valid(text), allowed_special="all")
+        with suppress(ValueError):  # as in encode_array
+            if self.is_ours:
+                return self.tiktoken.encode(valid(text), allowed_special="all")
         self.backend.encode_special_tokens = False
         ids = self.backend.encode(valid(text), add_special_tokens=False).ids
         self.backend.encode_special_tokens = True
@@ -1246,7 +1265,8 @@ def no_prefix(node: dict[str, Any]) -> dict[str, Any] | None:
 def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str) -> None:
     """Raise UserError, which names both, unless two tokenizers map the same text to the same ids."""
     if a.digest != b.digest:
-        raise UserError(f"{a_is} has tokenizer {a.describe()} and {b_is} has {b.describe()}: {remedy}")
+        other = " of its own, learned from another text" * (a.describe() == b.describe())
+        raise UserError(f"{a_is} has tokenizer {a.describe()} and {b_is} has {b.describe()}{other}: {remedy}")
 
 
 def as_text(backend: Any) -> Any:
@@ -1604,7 +1624,7 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
             found = [p for p in visible if p.is_file() and p.stat().st_size and not looks_binary(p, encoding)]
             if not found:
-                records = any(p.suffix in RECORD_FILES for p in path.rglob("*"))
+                records = any(p.suffix.lower() in RECORD_FILES for p in path.rglob("*"))
                 hint = f": for its records, hf_tokenize --hf_dataset {source}" * records
                 raise UserError(f"{source} is a directory without text files{hint}")
             files += in_mixed_order(found, path)
@@ -1736,6 +1756,7 @@ class DataWriter:
         self.files = {name: open(self.part / name, "ab") for name in DATA_FILES}
         for name, f in self.files.items():
             f.truncate(saved.get(name, 0))
+            f.seek(0, os.SEEK_END)  # or tell() is where the file ended before
 
     def __enter__(self) -> "DataWriter":
         return self
@@ -2182,7 +2203,7 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Dat
                 raise UserError(f"{other}: tokenize that under another name")
 
     def make(folder: Path) -> None:
-        if path.suffix in RECORD_FILES:
+        if path.suffix.lower() in RECORD_FILES:
             tokenize_records(folder, Records(hf_dataset=str(path)), tokenizer, vocab_size)
         else:
             tokenize_text(folder, [str(path)], tokenizer, vocab_size)
@@ -2194,7 +2215,9 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Dat
 # Conversations and records
 # ----------------------------------------------------------------------------------------------------------------------
 
-RECORD_FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+RECORD_FILES = {
+    ".parquet": "parquet", **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"), ".csv": "csv", ".arrow": "arrow",
+}  # fmt: skip
 ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "bing", "model"), "assistant")}
 FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the columns that show one, its turns
     "messages": (("messages",), lambda r: [(t.get("role"), t.get("content")) for t in r["messages"] or []]),
@@ -2224,6 +2247,8 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
         turns = [(ROLES.get(role, role), content) for role, content in turns_of(record)]
     except (AttributeError, TypeError):
         raise UserError(f"column {columns[0]} holds {str(value)[:60]!r} where {form} has a list of turns") from None
+    if (said := record.get("system")) and isinstance(said, str) and turns and turns[0][0] != "system":
+        turns.insert(0, ("system", said))  # from a column of its own
     system = 1 if turns and turns[0][0] == "system" else 0
     for i, (role, content) in enumerate(turns):
         if not isinstance(content, str):
@@ -2392,17 +2417,20 @@ class Records(ChatFormat):
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         path, kinds = Path(self.hf_dataset), {**RECORD_FILES, ".txt": "text"}
-        if not path.exists() and path.suffix in kinds:
+        if not path.exists() and path.suffix.lower() in kinds:
             raise UserError(f"{path}: no such file")
-        if path.is_file() and path.suffix not in kinds:
+        if path.is_file() and path.suffix.lower() not in kinds:
             raise UserError(f"{path}: a local data set is one of {', '.join(kinds)}, or a folder")
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         for file in files:
-            if RECORD_FILES.get(file.suffix) == "json":
+            if RECORD_FILES.get(file.suffix.lower()) == "json":
                 check_nesting(file)
         options = {"split": self.hf_split, "streaming": self.streaming}
-        if {p.suffix for p in files} & kinds.keys() == {".txt"}:
-            options["sample_by"] = "document"  # a file is a document
+        found = {p.suffix.lower() for p in files} & kinds.keys()
+        if found == {".txt"}:
+            options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # a file is a document
+        if found == {".csv"}:
+            options["keep_default_na"] = False  # NA and None are text
         missing = f"{path} is no local data set, and not to be had from the Hub"
         # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
         with told_as(f"cannot read {path}" if path.exists() else missing):
@@ -2415,7 +2443,7 @@ class Records(ChatFormat):
                 return table.to_iterable_dataset() if self.streaming else table
             if path.is_file():  # it is whatever split is asked for
                 file = {self.hf_split.partition("[")[0]: str(path)}
-                return datasets.load_dataset(kinds[path.suffix], data_files=file, **options)
+                return datasets.load_dataset(kinds[path.suffix.lower()], data_files=file, **options)
             return datasets.load_dataset(self.hf_dataset, self.hf_config, revision=self.hf_revision, **options)
 
     def content(self, record: dict[str, Any]) -> str | list[dict[str, str]]:
@@ -2506,9 +2534,9 @@ def tokenize_records(
         raise UserError("--num_proc is for records on the disk: leave it out, or --streaming")
     tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
-    key = json.dumps([source, tokenizer.digest]) if r.streaming else None
+    key = json.dumps([source, digest_of(tokenizer.spec)]) if r.streaming else None
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int64)
-    saved_at, n_bad, first_bad = time.monotonic(), 0, ""
+    saved_at, n_bad, first_bad, n_empty = time.monotonic(), 0, "", 0
     bar = progress_bar(unit=" records", desc="tokenize")
     with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
@@ -2518,7 +2546,8 @@ def tokenize_records(
             records = records.shuffle(seed=0, keep_in_memory=True)
         if writer.state is not None:
             say(f"resuming after {writer.n_tokens:,} tokens")
-            records.load_state_dict(writer.state)
+            position, n_bad, first_bad, n_empty = writer.state
+            records.load_state_dict(position)
         if r.num_proc > 1:
             workers_end_with_program()
             kind = Features(ids=[Value("int64")], mask=[Value("uint8")], error=Value("string"))
@@ -2537,14 +2566,17 @@ def tokenize_records(
                     raise UserError(f"{r.hf_dataset} holds conversations and other text: give each its own data set")
                 ids = np.concatenate((separator, ids)) if writer.n_tokens and not is_chat else ids
                 writer.write(ids, np.asarray(mask) if is_chat else None)
+            n_empty += not len(ids) and not row["error"]
             bar.update()
             if r.max_tokens and writer.n_tokens >= r.max_tokens:
                 break
             if r.streaming and time.monotonic() - saved_at > 2:
-                writer.save_progress(records.state_dict())
+                writer.save_progress((records.state_dict(), n_bad, first_bad, n_empty))
                 saved_at = time.monotonic()
         if n_bad:
             say(f"left out {n_bad:,} records that cannot be used; the first: {first_bad}", sys.stderr)
+        if n_empty and writer.n_tokens:
+            say(f"{n_empty:,} records have no text, or no turn of the assistant", sys.stderr)
         return writer.finish(r.val_fraction, source)
 
 
@@ -3959,7 +3991,7 @@ class Run:
                 "per byte, {tokens_per_s:,} tokens/s".format_map(shown))  # fmt: skip
         if improved := evaluated and self.results["val_loss"] < self.best:
             self.best, self.best_step = self.results["val_loss"], self.step
-        if evaluated or due & {"save", "stop"}:
+        if evaluated or "stop" in due or "save" in due and not self.bad[0]:  # the weights may be why steps are bad
             has_model = files.model.exists() and not self.replaces
             self.save(improved or "stop" in due and not has_model, totals)
         if "sample" in due:
@@ -3983,7 +4015,7 @@ class Run:
         _, longest, count, last = self.bad.tolist()
         kept = self.files.last
         kept = "no checkpoint was written yet" if self.replaces or not kept.exists() else f"the last good one is {kept}"
-        remedy = f"{kept}; try a lower --learning_rate, a longer --warmup_iters or --dtype float32"
+        remedy = f"{kept}; begin again with a lower --learning_rate, a longer --warmup_iters or --dtype float32"
         if longest >= self.t.max_bad_steps:
             in_a_row = f"the loss or its gradient was not finite in {longest} steps in a row, up to step {last}"
             raise UserError(f"{in_a_row}: {remedy}")
@@ -4130,7 +4162,8 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             if "stop" in due and run.step < t.max_iters:  # else it is done
                 bar.close()
                 from_first(run.wait_for_save)  # when one process has ended, torchrun ends the others
-                say(f"stopped at step {run.step}: saved {run.files.last}; go on with --resume")
+                go_on = f"go on with --name {run.files.run.name} --resume"
+                say(f"stopped at step {run.step}: saved {run.files.last}; {go_on}")
                 raise SystemExit(128 + int(run.answer[0]))
         run.wait_for_save()
 
@@ -5159,7 +5192,7 @@ class TokenizeArgs(ChatFormat, DatasetArgs):
 def tokenize(a: TokenizeArgs) -> None:
     """turn text or conversations into a data folder"""
     folder, tokenizer, first = a.folder, a.tokenizer or "gpt2", a.txt[0]
-    if Path(first).suffix not in RECORD_FILES:
+    if not any(Path(source).suffix.lower() in RECORD_FILES for source in a.txt):
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
     if len(a.txt) > 1:
@@ -5209,7 +5242,9 @@ class RunArgs(DataArgs):
     """run"""
 
     name: str | None = setting(None, "checkpoints/NAME_model.pt (default: after the variant or model)")
-    resume: str = setting("false", "go on with the run of this name (auto: if there is one)", ("false", "true", "auto"))
+    resume: str = setting(
+        "false", "go on with the run of this --name (auto: if it is there)", ("false", "true", "auto")
+    )
     overwrite: bool = setting(False, "replace the run of this name")
 
 
@@ -5315,6 +5350,8 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
         raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
+    if a.max_minutes:
+        say(f"--max_minutes was settled when the run began: it goes on to step {t.max_iters:,}")
     if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
@@ -5341,11 +5378,12 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
         recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
         if a.recipe == "tuned":
             scale = (c.n_embd / 128) ** -0.5
-            embd_lr = 0.0 if "learning_rate" in given else 5e-3 * scale  # a rate that is asked for is for all
-            recipe |= {**TUNED, "learning_rate": 3e-3 * scale, "embd_lr": embd_lr}
+            recipe |= {**TUNED, "learning_rate": 3e-3 * scale, "embd_lr": 5e-3 * scale}
         recipe |= ARCH_RECIPES.get(c.arch, {})
         if c.arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
             recipe |= dict.fromkeys(("learning_rate", "head_lr"), 0.004 * (c.n_embd / 768) ** -0.5)
+        if "learning_rate" in given:  # a rate that is asked for is for all
+            recipe |= {"embd_lr": 0.0, "head_lr": 0.0}
     return TrainConfig(**{**recipe, **given})
 
 
@@ -5520,7 +5558,7 @@ class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
 
     teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or hub id, or hf: by --teacher_variant",
                                       required=True)  # fmt: skip
-    teacher_variant: str | None = setting(None, f"its shape; of hf, which GPT-2: {', '.join(HF_ALIASES)}", VARIANTS)
+    teacher_variant: str | None = setting(None, f"its shape; of hf, a GPT-2's ({', '.join(HF_ALIASES)})", VARIANTS)
     student_variant: str | None = setting(None, "shape of the student", VARIANTS)
     student_checkpoint: str | None = setting(None, "go on from this model")
     init_from_teacher: bool = setting(False, "start with every k-th layer of the teacher (default shape: half as deep)")
@@ -5892,10 +5930,10 @@ def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray |
     """What eval runs on, and its name: the tokens of a text file or of the validation split of a data set; or, where
     it holds conversations, the data set."""
     path, tokenizer = Path(spec or ""), opened.tokenizer
-    if path.is_file() and path.suffix not in (".bin", *RECORD_FILES):
+    if path.is_file() and path.suffix.lower() not in (".bin", *RECORD_FILES):
         ids = tokenizer.encode_array("".join(read_text(path, "utf-8-sig", "strict")))
         return str(path), np.append(np.array(tokenizer.bos, np.int64), ids)
-    data = open_data(spec, tokenizer) if path.suffix in RECORD_FILES else open_data(spec)
+    data = open_data(spec, tokenizer) if path.suffix.lower() in RECORD_FILES else open_data(spec)
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, "give eval a text file")
     if not len(tokens := data.splits["val"].tokens):
         raise UserError(f"{data.path} has no validation split: give eval a text file")

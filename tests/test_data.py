@@ -515,3 +515,17 @@ def test_two_programs_that_open_one_text_make_its_data_once(cli, text_file, monk
     assert text_of(model.open_data("input.txt", "byte")) == text_file.read_text()
     first.join()
     assert len(made) == 1 and [p.name for p in Path("data").iterdir()] == ["input"]
+
+
+def test_progress_is_saved_again_before_anything_new_is_written(tmp_path):
+    """A writer that was killed after its last progress, twice: the second has added nothing."""
+    folder, tokenizer = tmp_path / "twice", model.byte_tokenizer()
+    for new in (range(10), (), range(10, 15)):
+        writer = model.DataWriter(folder, tokenizer, False, "key")
+        writer.write(np.array(new, np.int64))
+        writer.save_progress(None)
+        writer.write(np.arange(100))
+        writer.close()
+    with model.DataWriter(folder, tokenizer, False, "key") as writer:
+        writer.finish(0.0, "twice")
+    assert model.Data(folder).splits["train"].tokens.tolist() == [*range(15)]

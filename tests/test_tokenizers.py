@@ -344,7 +344,7 @@ def test_spaces_that_are_added_tokens(tmp_path):
     assert tokenizer.bytes_of(three) == b"   " and tokenizer.bytes_of(2) == b"</s>"
 
 
-@pytest.mark.parametrize("kind", ["Prepend", "ByteLevel", "old Metaspace", "Metaspace"])
+@pytest.mark.parametrize("kind", ["Prepend", "ByteLevel", "old Metaspace", "Metaspace", "Sequence"])
 def test_what_continues_a_text_begins_without_a_space(kind, tmp_path):
     """Truth: the ids of the whole text."""
     spec = json.loads(sentencepiece().to_str())
@@ -354,11 +354,22 @@ def test_what_continues_a_text_begins_without_a_space(kind, tmp_path):
             "ByteLevel": {"type": kind, "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
             "Metaspace": {"type": kind, "replacement": "▁", "prepend_scheme": "always", "split": True},
             "old Metaspace": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True},
+            "Sequence": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
         }[kind]
+        if kind == "Sequence":  # T5's: each word has a space before it
+            split = [{"type": "WhitespaceSplit"}, spec["pre_tokenizer"]]
+            spec["pre_tokenizer"] = {"type": kind, "pretokenizers": split}
         spec["model"]["vocab"] |= {"Ġ": 400, "Ċ": 401, "normalizers": 402}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = model.hf_tokenizer(tmp_path)
-    assert tokenizer.encode("a b") + tokenizer.encode("\nb", continues=True) == tokenizer.encode("a b\nb")
+    rest = tokenizer.encode_array("\nb", continues=True).tolist()
+    assert tokenizer.encode("a b") + rest == tokenizer.encode("a b\nb")
+
+
+def test_more_white_space_than_a_regular_expression_takes():
+    tokenizer, text = model.train_bpe(["some text"], 300), " " * 2_000_000 + "x"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.encode_rendered(text + model.EOT) == [*ids, tokenizer.eot]
 
 
 # --- Chat tokens
