@@ -196,9 +196,11 @@ class Settings:
 
 def from_dict(cls: type, content: Any, where: Any) -> Any:
     """A dataclass from what a file holds: the one schema of that file. Raises UserError, with the file and the field,
-    for what is missing, unknown or of another type."""
+    for what is missing, unknown or of another type, and for what a later model.py wrote."""
     if not isinstance(content, dict):
         raise UserError(f"{where} holds {type(content).__name__} and should hold an object: {{...}}")
+    if is_a(version := content.get("format_version"), int) and version > FORMAT_VERSION:
+        raise UserError(f"{where} has format version {version}, made by a newer model.py: update this one")
     known = {f.name: f for f in fields(cls)}
     required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - content.keys()):
@@ -1419,13 +1421,6 @@ def read_schema(cls: type, path: Path, default: Any = None) -> Any:
     return from_dict(cls, content, path)
 
 
-def check_version(content: Any, where: Any) -> None:
-    """Raise UserError for what a later model.py wrote."""
-    version = content.get("format_version", 0) if isinstance(content, dict) else 0
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UserError(f"{where} has format version {version}, made by a newer model.py: update this one")
-
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
     """Write a file atomically: it appears under its name when it is whole and on the disk, or not at all. What a kill
@@ -1991,9 +1986,7 @@ class Data:
     def read_folder(self) -> list[tuple[np.ndarray, ...]]:
         """The tokens of each split; for conversations also their starts and mask."""
         where = self.folder / "meta.json"
-        content = read_json(where)
-        check_version(content, where)
-        meta = from_dict(Meta, content, where)
+        meta = from_dict(Meta, read_json(where), where)
         with told_as(str(where), UserError):
             self.tokenizer = Tokenizer(meta.tokenizer)
         self.ids_digest, self.source = meta.digest, meta.source
@@ -2903,7 +2896,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def as_checkpoint(path: Path, content: Any) -> Checkpoint:
-    check_version(content, path)
     c = from_dict(Checkpoint, content, path)
     schemas = dict(config=GPTConfig, train_config=TrainConfig, distill=DistillConfig, data=Source, teacher=Source)
     for name, cls in schemas.items():
