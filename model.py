@@ -207,10 +207,8 @@ def from_dict(cls: type, content: Any, where: Any) -> Any:
         raise UserError(f"{where} lacks {', '.join(missing)}: damaged, or not a file of this program")
     if unknown := sorted(map(str, content.keys() - known.keys())):
         raise UserError(f"{where} has an unknown field {unknown[0]}: damaged, or made by another model.py")
-    try:
+    with told_as(str(where), UserError):
         return cls(**content)
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -1645,13 +1643,11 @@ def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
 def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -> Iterator[str]:
     """The text of a file in blocks. Raises UserError with the line of what is not in the encoding."""
     try:
-        with open(path, encoding=encoding, errors=errors, newline="") as f:
+        with told_as("--encoding", LookupError), open(path, encoding=encoding, errors=errors, newline="") as f:
             while block := f.read(PIECE_CHARS):
                 yield block
                 if bar is not None:
                     bar.update(len(block))
-    except LookupError as e:
-        raise UserError(f"--encoding: {e}") from None
     except UnicodeError as e:
         if not isinstance(e, UnicodeDecodeError):  # of UTF-16 and UTF-32 without their mark, before Python 3.13
             raise UserError(f"{path}: {e}: name the right --encoding (perhaps utf-16-le)") from None
@@ -1859,12 +1855,8 @@ def tokenize_text(
 
 def evenly(pieces: Iterable[str], total: int, limit: int = 100_000_000) -> Iterator[str]:
     """The text that a vocabulary is learned from: all of it, or evenly spread pieces of about `limit` bytes in all."""
-    keep, owed = min(1.0, limit / max(total, 1)), 0.0
-    for piece in pieces:
-        owed += keep
-        if owed >= 1:
-            owed -= 1
-            yield piece
+    keep = min(1.0, limit / max(total, 1))
+    return (piece for i, piece in enumerate(pieces) if int((i + 1) * keep) > int(i * keep))
 
 
 def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
