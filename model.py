@@ -554,9 +554,7 @@ class Attention(nn.Module):
             need("flash_attn", "attn_implementation flash_attention_2 (sdpa is PyTorch's own)", "flash-attn")
         self.attn_pdrop, self.resid_pdrop = c.attn_pdrop, c.resid_pdrop
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = self.heads(qkv, rope)
