@@ -2113,11 +2113,6 @@ def found_or_made(folder: Path, find: Callable[[Path], Data | None], make: Calla
     return data
 
 
-def is_utf8(path: Path) -> bool:
-    content = path.read_bytes()
-    return content.decode(errors="ignore").encode() == content
-
-
 def tokenize_python_stdlib(folder: Path) -> None:
     """The data set of the quickstart: the source of Python's standard library, which every machine has."""
     import sysconfig
@@ -2126,7 +2121,8 @@ def tokenize_python_stdlib(folder: Path) -> None:
     say(f"no --data given: making {folder} from the source of Python's standard library in {root}")
     left_out = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other people's; tables, not programs
     files = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size]
-    files = in_mixed_order([p for p in files if is_utf8(p)], root)
+    in_utf8 = [p for p in files if (text := p.read_bytes()).decode(errors="ignore").encode() == text]
+    files = in_mixed_order(in_utf8, root)
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
     # a small vocabulary learns more in minutes, for its head takes less of a step (tests/benchmarks/README.md)
@@ -2493,13 +2489,9 @@ def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, An
             ids, mask = encode_conversation(tokenizer, content, r.train_on_all)
         return {"ids": ids, "mask": mask, "error": None}
     except UserError as e:
-        return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} (in the record {shortened(record)})"}
-
-
-def shortened(record: dict[str, Any]) -> str:
-    """The beginning of a record, as its file may have it."""
-    text = json.dumps({**record}, ensure_ascii=False, default=str)
-    return text if len(text) <= 100 else f"{text[:100]} ..."
+        text = json.dumps({**record}, ensure_ascii=False, default=str)  # as the record's file may have it
+        where = f"in the record {text[:100]}{' ...' * (len(text) > 100)}"
+        return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} ({where})"}
 
 
 @functools.lru_cache(maxsize=1)
