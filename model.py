@@ -2850,25 +2850,20 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[],
         before()
 
 
-def is_sealed(path: Path) -> bool:
-    """Whether a file ends in the digest of its contents; format 3 has one. Raises ValueError if it is another."""
-    with open(path, "rb") as f:
-        size = max(f.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
-        f.seek(size)
-        seal = f.read()
-    if seal.startswith(SEAL) and seal != seal_of(path, size):
-        raise ValueError("its digest differs")
-    return seal.startswith(SEAL)
-
-
 def read_archive(path: Path) -> Any:
     """What is in a checkpoint, which is known to be whole from format 3 on. Only tensors and plain containers are
     unpickled, so a file that would run code is refused."""
     with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
+        with open(path, "rb") as f:
+            size = max(f.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
+            f.seek(size)
+            seal = f.read()
+        if seal.startswith(SEAL) and seal != seal_of(path, size):
+            raise ValueError("its digest differs")
         in_place = os.name != "nt"  # Windows does not let a file be replaced that is mapped into memory
-        sealed, content = is_sealed(path), torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
         version = content.get("format_version") if isinstance(content, dict) else None
-        if not sealed and version in range(3, FORMAT_VERSION + 1):
+        if not seal.startswith(SEAL) and version in range(3, FORMAT_VERSION + 1):
             raise ValueError("it does not end in its digest")
         return content
 
