@@ -343,9 +343,10 @@ class GPTConfig(Settings):
     @property
     def context(self) -> int:
         """The longest sequence the positions reach, in tokens: block_size, or what rope_scaling makes of it."""
-        if self.rope_scaling == "none":
-            return self.block_size
-        return max(self.block_size, int((self.rope_original_block_size or self.block_size) * self.rope_factor))
+        original = self.rope_original_block_size or self.block_size
+        if self.rope_scaling == "none" or self.rope_scaling == "llama3" and original < self.block_size:
+            return self.block_size  # Llama 3.2 reaches half of what its factor would
+        return max(self.block_size, int(original * self.rope_factor))
 
 
 def round_up(n: float, multiple: int) -> int:
@@ -790,7 +791,10 @@ class GPT(nn.Module):
 
     def extend_context(self, **changes: Any) -> None:
         """Change rope_scaling and rope_factor, or block_size, of a trained model, so that it reaches further."""
-        original = self.config.rope_original_block_size or self.config.block_size
+        original, context = self.config.rope_original_block_size or self.config.block_size, self.config.context
+        if "rope_factor" in changes and (reach := int(original * changes["rope_factor"])) < context:
+            raise UserError(f"the model reaches {context:,} tokens already, and this --rope_factor of its original "
+                            f"{original:,} only {reach:,}: leave it out, or use a larger one")  # fmt: skip
         if changes.get("rope_factor", self.config.rope_factor) != self.config.rope_factor:
             changes["rope_attention_factor"] = 0.0  # a model's own, which an export always has, goes with its factor
         self.config = replace(self.config, rope_original_block_size=original, **changes)
@@ -1057,6 +1061,7 @@ class TokenizerSpec(Settings):
     pad_token: str | None = None
     unk_token: str | None = None
     chat_template: str | None = None
+    ends: list[int] = field(default_factory=list)  # of hf: other ids that end a text, as that of a turn may
 
 
 class Tokenizer:
@@ -1368,6 +1373,12 @@ def hf_tokenizer(path: Path) -> Tokenizer:
     made.special.update({t: made.vocab[t] for t in (EOT, IM_START, IM_END) if t in made.vocab})
     if eos in made.vocab and (EOT not in made.special or eos != IM_END):
         made.special[EOT] = made.vocab[eos]
+    for name in ("generation_config.json", "config.json"):  # Llama 3's eos_token is not its end of turn
+        said = read_json(file.with_name(name), {})
+        if (ends := said.get("eos_token_id") if isinstance(said, dict) else None) is not None:
+            known, new = made.special.values(), {*made.control.values()}
+            made.fields.ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in new and i not in known]
+            break
     plain, whole = made.encode("a"), made.backend.encode("a").ids  # what its post-processor puts before a text
     made.bos += next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
     return made
@@ -1397,7 +1408,9 @@ PIECE_CHARS = 1 << 20  # text goes to the tokenizer in pieces of about this leng
 
 
 def read_file(path: Path) -> str:
-    with told_as(f"{path} cannot be read as text", FileNotFoundError, UnicodeDecodeError):
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    with told_as(f"{path} cannot be read as text", UnicodeDecodeError):
         return path.read_text(encoding="utf-8")
 
 
@@ -2711,7 +2724,8 @@ def read_tokens(
 ) -> list[str]:  # fmt: skip
     """The texts of generated tokens (num_samples,), read until each has come to the end-of-text token or to one of the
     `stop` strings, before which it ends. The first text is handed to on_text as it grows."""
-    ends, stop = {tokenizer.special.get(t) for t in (EOT, IM_END)} - {None}, [s for s in stop if s]
+    ends = {*tokenizer.fields.ends, tokenizer.special.get(EOT), tokenizer.special.get(IM_END)}
+    stop = [s for s in stop if s]
     # text comes out when it is whole: a character may be spread over several tokens
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
     texts, done, shown = [""] * num_samples, [False] * num_samples, 0
@@ -4842,7 +4856,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
         # transformers 5 opens every qwen2 with Qwen's own split and NFC, unless this has it read the tokenizer.json
         **({"trust_remote_code": True} if c.arch == "qwen2" else {}),
     })  # fmt: skip
-    ends = dict.fromkeys(i for i in (tokenizer.special.get(IM_END), tokenizer.eot) if i is not None)
+    ends = dict.fromkeys(i for i in (tokenizer.special.get(IM_END), tokenizer.eot, *s.ends) if i is not None)
     write_json(folder / "generation_config.json", {**ids, "eos_token_id": list(ends)})
     if template := chat_template(tokenizer):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
@@ -4872,6 +4886,8 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
     idx = torch.arange(min(64, c.block_size)).remainder(c.vocab_size)[None]
     with torch.no_grad():
         difference = (again(idx) - same(idx)).abs().max().item()
+    if wide := next((name for name, x in tensors.items() if not x.isfinite().all()), None):
+        raise UserError(f"{wide} has values that {str(dtype)[6:]} cannot hold: use --dtype bfloat16 or float32")
     if not difference <= 1e-3:
         raise RuntimeError(f"the export read back differs from the model by {difference} in its logits")
     return difference
@@ -5699,7 +5715,7 @@ def chat(a: ChatArgs) -> None:
             elif word == "/system":
                 session.messages = [{"role": "system", "content": rest}] if rest else []
             elif word == "/save":
-                target = Path(rest or "conversation.jsonl")
+                target = Path(rest.strip() or "conversation.jsonl").expanduser()
                 with told_as(f"cannot save to {target}", OSError, ValueError), open(target, "a", encoding="utf-8") as f:
                     print(json.dumps({"messages": session.messages}, ensure_ascii=False), file=f)
                 print(f"saved to {target}")
@@ -6270,6 +6286,7 @@ def with_torch() -> types.ModuleType:
 
 
 def main() -> None:
+    sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
             # what is not UTF-8 is read, and a terminal that is not shows it, as ?; pipes are UTF-8 on Windows too

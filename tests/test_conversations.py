@@ -207,6 +207,22 @@ def test_empty_conversations_are_passed_over(cli, column):
     kept, nothing, empty = FORMS[column][0], {column: None}, {column: []}
     expected = tokenized(cli, kept)
     assert tokenized(cli, nothing, empty, kept, empty) == tokenized(cli, empty, nothing, kept, nothing) == expected
+    assert "3 records have no text, or no turn of the assistant" in hub(cli, "records.jsonl").ok().err
+
+
+def test_a_system_turn_in_a_column_of_its_own(cli):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    told = [{"from": "system", "value": "Be brief."}, *turns]
+    assert tokenized(cli, {"system": "Be brief.", "conversations": turns}) == tokenized(cli, {"conversations": told})
+    assert tokenized(cli, {"system": "No.", "conversations": told}) == tokenized(cli, {"conversations": told})
+
+
+def test_in_csv_none_is_a_word(cli):
+    Path("answers.csv").write_text("instruction,input,output\nWho?,,None\nWhat?,,NA\n")
+    talks = [{"instruction": "Who?", "output": "None"}, {"instruction": "What?", "output": "NA"}]
+    expected = tokenized(cli, *talks)
+    hub(cli, "answers.csv").ok()
+    assert read("x") == expected
 
 
 # --- The exported chat template

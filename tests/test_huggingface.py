@@ -1088,3 +1088,17 @@ def test_published_command_lines_run_as_printed(cli, stand_ins):
     assert all(Path(file).exists() for file in made)
     for name in ("exported_7M", "exported_finetuned_120M"):
         assert open_theirs(Path(name)).config.vocab_size == 259
+
+
+def test_a_declared_context_is_kept():
+    """Llama 3.2 reaches 131,072 tokens, not the 262,144 of its factor. A factor that reaches less is refused."""
+    scaling = dict(rope_type="llama3", rope_theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    scaling["original_max_position_embeddings"] = 8192
+    read = transformers.LlamaConfig(max_position_embeddings=131072, rope_scaling=scaling, hidden_size=64).to_dict()
+    c = model.config_from_hf({**read, "model_type": "llama"}, Path("config.json"))
+    assert c.context == 131072 == model.hf_config(c, model.byte_tokenizer(), "float32")["max_position_embeddings"]
+    gpt = model.GPT(tiny_config("llama", block_size=128, **{**LLAMA3, "rope_original_block_size": 32}))
+    with pytest.raises(model.UserError, match="reaches 128 tokens already"):
+        gpt.extend_context(rope_scaling="yarn", rope_factor=2.0)
+    gpt.extend_context(rope_scaling="yarn", rope_factor=16.0)
+    assert gpt.config.context == 512

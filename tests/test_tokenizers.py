@@ -383,3 +383,17 @@ def test_chat_tokens_take_no_id_that_is_taken():
     gpt = random_gpt(tiny_config(vocab_size=tokenizer.n_vocab))
     with pytest.raises(model.UserError, match="gaps.*'ab'"):
         model.add_chat_tokens(gpt, tokenizer)
+
+
+def test_what_else_ends_a_text(tmp_path):
+    """Llama 3's eos_token ends a text, and another a turn; words that are listed by mistake end nothing."""
+    backend = sentencepiece()
+    backend.add_special_tokens(["<|eot_id|>"])
+    turn, word = backend.token_to_id("<|eot_id|>"), backend.token_to_id("e")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert saved(backend, tmp_path, eos_token="</s>").fields.ends == []
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, turn, word]}))
+    tokenizer = saved(backend, tmp_path, eos_token="</s>")
+    assert streamed(tokenizer, [word, turn, word]) == "e" == streamed(tokenizer, [word, 2, word])
+    model.export_tokenizer(tokenizer, tmp_path, model.GPTConfig(arch="llama", vocab_size=turn + 1))
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, turn]

@@ -593,6 +593,15 @@ def test_skipped_steps_before_a_stop_are_those_of_the_run_never_stopped(cli, tex
     assert log_of("parts")[0]["bad_steps"] == 3
 
 
+def test_a_save_by_the_clock_waits_for_a_finite_step(cli, text_file, monkeypatch):
+    """The weights may be why steps are not finite: states from before are kept."""
+    saved, save = set(), model.save_checkpoint
+    spoil(monkeypatch, 7, 9, math.nan)
+    monkeypatch.setattr(model, "save_checkpoint", lambda p, c, *more: (saved.add(c["step"]), save(p, c, *more)))
+    cli(*TRAIN, "--max_iters", 12, "--eval_interval", 12, "--save_minutes", 1e-9).ok()
+    assert saved == {*range(1, 13)} - {7, 8, 9}
+
+
 def test_a_record_of_skipped_steps_alone_has_no_loss(cli, text_file, monkeypatch):
     """It would be 0, better than any."""
     spoil(monkeypatch, 2, 2, math.nan)
@@ -693,6 +702,8 @@ def test_recipes(cli, text_file):
         assert c["config"]["n_layer"] == 4 and c["config"]["n_embd"] == 128
     assert c["train_config"]["schedule"] == "wsd"
     assert c["train_config"]["embd_lr"] > c["train_config"]["learning_rate"]
+    cli(*short, "--learning_rate", 1e-3, "--arch", "nanochat").ok()
+    assert checkpoint_of()["train_config"]["embd_lr"] == checkpoint_of()["train_config"]["head_lr"] == 0
     cli(*short, "--learning_rate", 1e-3).ok()  # is the embedding's too
     assert checkpoint_of()["train_config"]["embd_lr"] == 0
 
