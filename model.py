@@ -1376,8 +1376,8 @@ def hf_tokenizer(path: Path) -> Tokenizer:
     for name in ("generation_config.json", "config.json"):  # Llama 3's eos_token is not its end of turn
         said = read_json(file.with_name(name), {})
         if (ends := said.get("eos_token_id") if isinstance(said, dict) else None) is not None:
-            known, new = made.special.values(), {*made.control.values()}
-            made.fields.ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in new and i not in known]
+            known, ends = {*made.special.values()}, ends if isinstance(ends, list) else [ends]
+            made.fields.ends = [i for i in made.control.values() if i in ends and i not in known]
             break
     plain, whole = made.encode("a"), made.backend.encode("a").ids  # what its post-processor puts before a text
     made.bos += next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])

@@ -392,7 +392,7 @@ def test_what_else_ends_a_text(tmp_path):
     turn, word = backend.token_to_id("<|eot_id|>"), backend.token_to_id("e")
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
     assert saved(backend, tmp_path, eos_token="</s>").fields.ends == []
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, turn, word]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, turn, word, [0], "</s>"]}))
     tokenizer = saved(backend, tmp_path, eos_token="</s>")
     assert streamed(tokenizer, [word, turn, word]) == "e" == streamed(tokenizer, [word, 2, word])
     model.export_tokenizer(tokenizer, tmp_path, model.GPTConfig(arch="llama", vocab_size=turn + 1))
