@@ -2219,6 +2219,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
     "alpaca": (("instruction", "output"), lambda r: [
         ("user", "\n\n".join(filter(None, (r["instruction"], r.get("input"))))), ("assistant", r["output"])]),
     "prompt": (("prompt", "completion"), lambda r: [("user", r["prompt"]), ("assistant", r["completion"])]),
+    "question": (("question", "answer"), lambda r: [("user", r["question"]), ("assistant", r["answer"])]),
 }  # fmt: skip
 
 
@@ -3186,7 +3187,7 @@ def end_all(e: BaseException) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another has ended: not before the error is told
     if isinstance(e, torch.distributed.DistError) or type(e) is RuntimeError and "gloo" in str(e):  # of the other end
         reason = " ".join(str(e).split())[:300]
-        e = UserError(f"a process has vanished, killed or with its machine: go on with --resume ({reason})")
+        e = UserError(f"a process has vanished, killed or with its machine: go on with --resume auto ({reason})")
     told, words = isinstance(e, KeyboardInterrupt), str(e) or type(e).__name__
     with suppress(RuntimeError):  # the store is gone too
         first = store().compare_set("failed", "", words).decode()

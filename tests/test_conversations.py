@@ -128,6 +128,7 @@ FORMS = {
     "alpaca, no input": ({"instruction": "Add.", "input": "", "output": "4"}, turns("Add.", "4")),
     "alpaca, input left out": ({"instruction": "Add.", "output": "4", "text": "x"}, turns("Add.", "4")),
     "prompt and completion": ({"prompt": "Hi!", "completion": "Hello."}, TWO[:2]),
+    "question and answer": ({"question": "Hi!", "answer": "Hello.", "id": "q1"}, TWO[:2]),
     "prompt and response": ({"prompt": "Hi!", "response": "Hello.", "score": 3}, TWO[:2]),
 }  # fmt: skip
 
