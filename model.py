@@ -526,9 +526,7 @@ class KVCache:
     def __init__(self, model: "GPT", batch_size: int, max_length: int, pad: Tensor | None = None) -> None:
         c = model.config
         shape = (c.n_layer, batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
-        in_c = isinstance(model.engine, CEngine) and batch_size <= CEngine.max_rows  # float16: half as much to read
-        dtype = torch.float16 if in_c else model.compute_dtype
-        self.kv = torch.zeros(shape, dtype=dtype, device=model.device)
+        self.kv = torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
         self.length, self.max_length, self.pad = 0, max_length, pad
         self.steps: dict[int, OneToken] = {}  # of CUDAGraphs
 
@@ -536,7 +534,7 @@ class KVCache:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
         kv = self.kv[layer, :, :, : self.length + k.size(2)]
         kv[:, :, self.length :] = torch.cat((k, v), dim=1)
-        return kv.to(k.dtype).chunk(2, dim=1)
+        return kv.chunk(2, dim=1)
 
 
 class Attention(nn.Module):
@@ -793,8 +791,8 @@ class GPT(nn.Module):
         """Change rope_scaling and rope_factor, or block_size, of a trained model, so that it reaches further."""
         original, context = self.config.rope_original_block_size or self.config.block_size, self.config.context
         if "rope_factor" in changes and (reach := int(original * changes["rope_factor"])) < context:
-            raise UserError(f"the model reaches {context:,} tokens already, and this --rope_factor of its original "
-                            f"{original:,} only {reach:,}: leave it out, or use a larger one")  # fmt: skip
+            raise UserError(f"the model reaches {context:,} tokens already, and with this --rope_factor it would reach "
+                            f"only {reach:,}: leave it out, or use a larger one")  # fmt: skip
         if changes.get("rope_factor", self.config.rope_factor) != self.config.rope_factor:
             changes["rope_attention_factor"] = 0.0  # a model's own, which an export always has, goes with its factor
         self.config = replace(self.config, rope_original_block_size=original, **changes)
@@ -1123,7 +1121,7 @@ class Tokenizer:
         import tokenizers
 
         if self.is_ours:
-            return from_tiktoken(self)
+            return as_text(from_tiktoken(self))
         with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
             text = self.fields.json
             if re.search(r"\\u00[4-7]", text):  # letters as escapes
@@ -1135,25 +1133,22 @@ class Tokenizer:
             return as_text(tokenizers.Tokenizer.from_str(self.fields.json))
 
     @functools.cached_property
-    def middle(self) -> Any:
-        """The backend for text that continues other text: without the space that SentencePiece puts before a text."""
-        import tokenizers
-
-        if not re.search(r'"Prepend"|"prepend_scheme"|"add_prefix_space":\s*true', self.fields.json):
-            return self.backend
-        spec = json.loads(self.fields.json, object_hook=no_prefix)
-        return as_text(tokenizers.Tokenizer.from_str(json.dumps(spec)))
-
-    @functools.cached_property
     def vocab(self) -> dict[str, int]:
         return self.backend.get_vocab()
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Token ids of a text; if it continues another, without what a tokenizer may put before the first word."""
+        """Token ids of a text; if it continues another, without what a tokenizer may put before a text: as what follows
+        the end of a word or of a line."""
         if self.is_ours:
             return self.encode_array(text).tolist()
+        encode = functools.partial(self.backend.encode, add_special_tokens=False)
         with told_as(f"tokenizer {self.name} cannot encode {text[:40]!r}"):  # one without a token for the unknown
-            return (self.middle if continues else self.backend).encode(valid(text), add_special_tokens=False).ids
+            if continues:
+                before = "a" if text[:1].isspace() else "\n"
+                known, ids = encode(before).ids, encode(before + valid(text)).ids
+                if ids[: len(known)] == known:
+                    return ids[len(known) :]
+            return encode(valid(text)).ids
 
     def encode_array(self, text: str, dtype: Any = np.int64, continues: bool = False) -> np.ndarray:
         """encode, for long texts, as an array. tiktoken makes no Python list, so that other threads run meanwhile."""
@@ -1163,11 +1158,7 @@ class Tokenizer:
             try:
                 return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
             except ValueError:  # a million white spaces in a row are too much for its regular expressions
-                return np.array(as_text(self.backend).encode(valid(text), add_special_tokens=False).ids, dtype)
-        if continues and text[:1].isspace():  # after a word: some tokenizers put a space before every word
-            word, ids = self.encode("a"), self.encode(f"a{text}")
-            if ids[: len(word)] == word:
-                return np.array(ids[len(word) :], dtype)
+                return np.array(self.backend.encode(valid(text), add_special_tokens=False).ids, dtype)
         return np.array(self.encode(text, continues), dtype)
 
     def prompt(self, text: str, context: int) -> list[int]:
@@ -1181,8 +1172,8 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered chat template, in which special tokens are special."""
-        with suppress(ValueError):  # as in encode_array
-            if self.is_ours:
+        if self.is_ours:
+            with suppress(ValueError):  # as in encode_array
                 return self.tiktoken.encode(valid(text), allowed_special="all")
         self.backend.encode_special_tokens = False
         ids = self.backend.encode(valid(text), add_special_tokens=False).ids
@@ -1254,22 +1245,11 @@ def growth(node: Any) -> float:
     return min(own * math.prod(map(growth, inner)), 1e12)
 
 
-def no_prefix(node: dict[str, Any]) -> dict[str, Any] | None:
-    """A node of a tokenizer.json without what puts a space before a text."""
-    if node.get("type") == "Prepend":
-        return None
-    if isinstance(normalizers := node.get("normalizers"), list):
-        node = {**node, "normalizers": [x for x in normalizers if x is not None]}
-    never = {"add_prefix_space": False}
-    by_type = {"ByteLevel": never, "Metaspace": {**never, "prepend_scheme": "never"}}
-    return node | by_type.get(str(node.get("type")), {})
-
-
 def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str) -> None:
     """Raise UserError, which names both, unless two tokenizers map the same text to the same ids."""
     if a.digest != b.digest:
-        other = " of its own, learned from another text" * (a.describe() == b.describe())
-        raise UserError(f"{a_is} has tokenizer {a.describe()} and {b_is} has {b.describe()}{other}: {remedy}")
+        other = b.describe() if a.describe() != b.describe() else "another of that name"
+        raise UserError(f"{a_is} has tokenizer {a.describe()} and {b_is} has {other}: {remedy}")
 
 
 def as_text(backend: Any) -> Any:
@@ -5337,7 +5317,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
         raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
     if a.max_minutes:
-        say(f"--max_minutes was settled when the run began: it goes on to step {t.max_iters:,}")
+        say(f"--max_minutes is left aside: the number of steps was fixed when the run began, {t.max_iters:,}")
     if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
@@ -5471,8 +5451,11 @@ class HFFinetuneArgs(Records, FinetuneArgs):
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}"
 
         def find(folder: Path) -> Data | None:
-            data, wanted = existing_data(folder), (json.loads(json.dumps(self.describe())), tokenizer.spec)
-            return data if data and (data.source, data.tokenizer.spec) == wanted else None
+            if not (folder / "meta.json").exists():
+                return None
+            made = read_schema(Meta, folder / "meta.json")
+            same = (made.source, made.tokenizer) == (json.loads(json.dumps(self.describe())), tokenizer.spec)
+            return Data(folder) if same else None
 
         return found_or_made(folder, find, lambda folder: tokenize_records(folder, self, tokenizer, overwrite=True))
 
@@ -5997,8 +5980,11 @@ def differences(logs: list[Path]) -> list[list[str]]:
     """The settings in which runs differ, at most four of each, those of a command line first; by the checkpoints beside
     their logs. These are read without PyTorch: only their plain data, and nothing that a pickle names is called."""
 
+    class Ignored(dict):
+        def __init__(self, *args: Any) -> None: ...
+
     class PlainData(pickle.Unpickler):
-        find_class = staticmethod(lambda module, name: later)
+        find_class = staticmethod(lambda module, name: Ignored)
         persistent_load = staticmethod(lambda storage: None)
 
     def settings(log: Path) -> dict[str, str]:
@@ -6455,59 +6441,19 @@ static void rotate(float *x, const float *cos, const float *sin, long d, long ba
     }
 }
 
-// exp as Cephes has it, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
-static inline float exponential(float x) {
-    float y = x < -87 ? -87 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f), power;
-    float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
-    p = ((((p * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r;
-    p = (p + 0.5f) * r * r + r + 1;
-    int32_t bits = ((int32_t)k + 127) * (1 << 23);
-    memcpy(&power, &bits, sizeof power);
-    return x < -87 ? 0 : p * power;
-}
-
-// float16 of x, to nearest, ties to even.
-static uint16_t to_half(float x) {
-    uint32_t bits, sign;
-    memcpy(&bits, &x, sizeof bits);
-    sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffff;
-    if (bits < 0x38800000) {  // subnormal: added to 0.5, it is rounded to float16's last place
-        x = fabsf(x) + 0.5f;
-        memcpy(&bits, &x, sizeof bits);
-        return sign | (bits - 0x3f000000);
-    }
-    bits = bits < 0x47800000 ? bits : 0x47800000;  // infinity
-    return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
-}
-
-// y (n) += share * v (n).
-static void add_half(float *y, float share, const uint16_t *v, long n) {
-    uint16_t v_rest[LANES] = {0};
-    float y_rest[LANES] = {0};
-    long i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vec sum = load(y + i) + share * load_half(v + i);
-        memcpy(y + i, &sum, sizeof sum);
-    }
-    if (i == n) return;
-    memcpy(v_rest, v + i, (n - i) * sizeof *v);
-    vec sum = share * load_half(v_rest);
-    memcpy(y_rest, &sum, sizeof sum);
-    for (long j = i; j < n; j++) y[j] += y_rest[j - i];
-}
-
 // Softmax attention of q (d) to n keys and values (n, d).
-static void attend(const float *q, const uint16_t *k, const uint16_t *v, long n, long d, float *p, float *y) {
+static void attend(const float *q, const float *k, const float *v, long n, long d, float *p, float *y) {
     float scale = 1 / sqrtf(d), max = -INFINITY, sum = 0;
     for (long s = 0; s < n; s++) {
-        p[s] = dot_half(k + s * d, q, d) * scale;
+        p[s] = dot(q, k + s * d, d) * scale;
         max = fmaxf(max, p[s]);
     }
-    #pragma omp simd reduction(+ : sum)
-    for (long s = 0; s < n; s++) sum += p[s] = exponential(p[s] - max);
+    for (long s = 0; s < n; s++) sum += p[s] = expf(p[s] - max);
     memset(y, 0, d * sizeof *y);
-    for (long s = 0; s < n; s++) add_half(y, p[s] / sum, v + s * d, d);
+    for (long s = 0; s < n; s++, v += d) {
+        float share = p[s] / sum;
+        for (long i = 0; i < d; i++) y[i] += share * v[i];
+    }
 }
 
 static float activate(long kind, float x) {  // in the order of ACTIVATIONS
@@ -6523,9 +6469,9 @@ static float activate(long kind, float x) {  // in the order of ACTIVATIONS
 static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
 
 // x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
-// batch, 2 n_kv_head, max_length, head_dim): the cache, float16. pad (batch): how many of its first tokens are padding.
+// batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
 // rope_cos, rope_sin (context, rope_dim): as in apply_rope; NULL if rope_dim is 0.
-void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, uint16_t *kv,
+void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, float *kv,
             const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
     const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
     const long heads = n_q + 2 * n_kv, fan_out = c->n_inner * (1 + c->is_glu);
@@ -6539,7 +6485,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
         memcpy(mine, x, rows * n * sizeof *x);
         for (long l = 0; l < c->n_layer; l++) {
             const Layer *layer = layers + l;
-            uint16_t *cache = kv + l * batch * 2 * n_kv * max_length * d;
+            float *cache = kv + l * batch * 2 * n_kv * max_length * d;
             normalise(layer->norm_1, c->layernorm, eps, mine, rows, n, h);
             product(layer->qkv, heads * d, n, h, rows, qkv);
             #pragma omp for
@@ -6553,15 +6499,15 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                     rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 0);
                     if (c->norm_after_rope) normalise(norm, 0, eps, y, 1, d, y);
                 }
-                for (long j = 0; head >= n_q && j < d; j++)
-                    cache[((b * 2 * n_kv + head - n_q) * max_length + t) * d + j] = to_half(y[j]);
+                if (head >= n_q)
+                    memcpy(cache + ((b * 2 * n_kv + head - n_q) * max_length + t) * d, y, d * sizeof *y);
             }
             #pragma omp for
             for (long i = 0; i < rows * n_q; i++) {
                 long row = i / n_q, head = i % n_q, b = row / T, t = start + row % T, from = pad[b] < t ? pad[b] : t;
-                const uint16_t *k = cache + ((b * 2 * n_kv + head / (n_q / n_kv)) * max_length + from) * d;
-                const uint16_t *v = k + n_kv * max_length * d;
-                attend(qkv + (row * heads + head) * d, k, v, t + 1 - from, d, p, attended + i * d);
+                const float *k = cache + ((b * 2 * n_kv + head / (n_q / n_kv)) * max_length + from) * d;
+                const float *q = qkv + (row * heads + head) * d, *v = k + n_kv * max_length * d;
+                attend(q, k, v, t + 1 - from, d, p, attended + i * d);
             }
             product(layer->proj, n, n_q * d, attended, rows, delta);
             if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
@@ -6669,6 +6615,17 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
         }
         free(x);
     }
+}
+
+// exp as Cephes has it, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
+static inline float exponential(float x) {
+    float y = x < -87 ? -87 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f), power;
+    float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
+    p = ((((p * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r;
+    p = (p + 0.5f) * r * r + r + 1;
+    int32_t bits = ((int32_t)k + 127) * (1 << 23);
+    memcpy(&power, &bits, sizeof power);
+    return x < -87 ? 0 : p * power;
 }
 
 static float log_sum_exp(const float *x, long n) {
@@ -6862,7 +6819,7 @@ class CEngine:
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        if cache is None or cache.kv.dtype != torch.float16 or B * T > self.max_rows:
+        if cache is None or B * T > self.max_rows:
             return self.model.run_blocks(x, rope, mask, cache)
         x, pad = x.contiguous(), torch.zeros(B, dtype=torch.int64) if cache.pad is None else cache.pad
         tables, sizes = (self.model.rope_cos, self.model.rope_sin), (B, T, cache.length, cache.max_length)
