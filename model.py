@@ -1306,10 +1306,11 @@ def bounded_words(texts: Iterable[str], longest: int = 4096) -> Iterator[str]:
         yield from [text] if whole else (text[i : i + longest] for i in range(0, len(text), longest))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     """A byte-level BPE of vocab_size tokens, special ones included, learned from texts with GPT-2's split pattern."""
     import tokenizers
 
+    vocab_size = vocab_size or 8192
     if vocab_size < 259:
         raise UserError(f"vocab_size is {vocab_size}: a bpe needs 256 bytes and 3 special tokens, so at least 259")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -1819,7 +1820,7 @@ def settle(folder: Path) -> None:
 
 
 def tokenize_text(
-    folder: Path, sources: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192,
+    folder: Path, sources: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int | None = None,
     encoding: str = "utf-8-sig", errors: str = "strict", val_fraction: float = 0.1, overwrite: bool = False,
     source: Any = None,
 ) -> Meta:  # fmt: skip
@@ -2122,7 +2123,7 @@ def tokenize_python_stdlib(folder: Path) -> None:
     tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=2048, source=str(root))
 
 
-def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
+def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size: int | None = None) -> Data:
     """Open what --data names: a name under data/, a folder, a .bin file, or a file of text or records, which is
     tokenized first. Without a name: the newest data set under data/, or Python's standard library."""
     made = sorted(DATA_DIR.glob("[!.]*/meta.json"), key=lambda p: p.stat().st_mtime)  # none that is being written
@@ -2144,7 +2145,7 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
     raise UserError(f"no data at {spec} or {DATA_DIR / spec}; {there}")
 
 
-def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
+def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int | None = None) -> Data:
     """One data set or none, as open_data has it; or a mixture of several, each NAME or NAME:WEIGHT."""
     if len(specs) < 2:
         return open_data(specs[0] if specs else None, tokenizer, vocab_size)
@@ -2158,7 +2159,7 @@ def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: 
     return Mixture(data, weights)
 
 
-def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Data:
+def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int | None) -> Data:
     """The data folder of one file of text or of records, made if it is not there yet."""
     name = path.stem if isinstance(tokenizer, str) else f"{path.stem}_{tokenizer.name}"
 
@@ -2494,7 +2495,7 @@ def tokenizer_of(spec: str) -> Tokenizer:
 
 
 def tokenize_records(
-    folder: Path, r: Records, tokenizer: str | Tokenizer, vocab_size: int = 8192, overwrite: bool = False
+    folder: Path, r: Records, tokenizer: str | Tokenizer, vocab_size: int | None = None, overwrite: bool = False
 ) -> Meta:
     """Make a data folder of a `datasets` data set. With streaming, an interrupted run goes on where it stopped."""
     from datasets import Features, Value
@@ -2543,9 +2544,9 @@ def tokenize_records(
                 writer.save_progress((records.state_dict(), n_bad, first_bad, n_empty))
                 saved_at = time.monotonic()
         if n_bad:
-            say(f"left out {n_bad:,} records that cannot be used; the first: {first_bad}", sys.stderr)
+            say(f"left out {n_bad:,} record(s) that cannot be used; the first: {first_bad}", sys.stderr)
         if n_empty and writer.n_tokens:
-            say(f"{n_empty:,} records have no text, or no turn of the assistant", sys.stderr)
+            say(f"{n_empty:,} record(s) without text, or without a turn of the assistant", sys.stderr)
         return writer.finish(r.val_fraction, source)
 
 
@@ -2791,6 +2792,7 @@ class Source(Settings):
     digest: str | None = None
     variant: str | None = None
     parts: list[str] = field(default_factory=list)  # of a mixture
+    is_chat: bool | None = None  # whether the data is conversations
 
 
 @dataclass
@@ -3947,7 +3949,8 @@ class Run:
             self.bad[1:] = 0
             shown = {"loss": math.nan, **record}  # where no step counted
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s".format_map(shown))
-            self.records.append(json.dumps(record))
+            finite = {k: v if not is_a(v, float) or math.isfinite(v) else None for k, v in record.items()}
+            self.records.append(json.dumps(finite))
             self.write_log()
             self.publish({k: v for k, v in record.items() if is_a(v, float) and k != "step"})
         if evaluated:
@@ -4035,7 +4038,7 @@ class Run:
             "step": self.step,
             "block_size": self.block_size,
             "train_config": asdict(replace(self.t, dtype=str(model.compute_dtype).removeprefix("torch."))),
-            "data": {"path": str(data.path), "digest": data.digest, **({"parts": data.parts} if data.parts else {})},
+            "data": {"path": str(data.path), "digest": data.digest, "is_chat": data.is_chat, "parts": [*data.parts]},
             "metrics": {**metrics, "last": self.results, "sums": sums},
             "log": list(self.records),
             "optimizer": optimizers,
@@ -5077,7 +5080,12 @@ class TokenizerArgs(Settings):
     """data"""
 
     tokenizer: str | None = setting(None, "gpt2, bpe, byte, or that of a checkpoint, data or folder (default: gpt2)")
-    vocab_size: int = setting(8192, "tokens of --tokenizer bpe", ge=1, le=1 << 24)
+    vocab_size: int | None = setting(None, "tokens of --tokenizer bpe (default: 8192)", ge=1, le=1 << 24)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size and self.tokenizer != "bpe":
+            raise UserError("--vocab_size is for --tokenizer bpe: add that, or leave --vocab_size out")
 
 
 @dataclass
@@ -5281,7 +5289,7 @@ def start_run(
         dtype = str(model.compute_dtype).removeprefix("torch.")
         compile_model(model, run.t, block_size, loss_fn)
         if run.t.max_minutes:
-            say(f"measuring how many steps fit into {t.max_minutes:g} minutes")
+            say(f"measuring how many steps fit into {t.max_minutes:g} min")
             run.fit_into(t.max_minutes, loss_fn)
         again = f", {run.passes:,.1f} times the data," * (run.passes > 1)
         say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens{again} with {t.optimizer} on "
@@ -5420,8 +5428,7 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         spec = self.model_checkpoint
         if self.variant or spec and not spec.endswith(".pt"):
             return f"finetuned_{self.variant or Path(spec.partition('@')[0]).absolute().name}"
-        path = find_checkpoint(spec)
-        return f"finetuned_{load_checkpoint(path).variant or path.stem.removesuffix('_model')}"
+        return f"finetuned_{find_checkpoint(spec).stem.removesuffix('_model')}"
 
     def show_answer(self, model: GPT, data: Data, when: str) -> None:
         """Print the answer to --prompt: as a turn of a conversation where the data is conversations."""
@@ -5687,12 +5694,14 @@ def chat(a: ChatArgs) -> None:
     render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # a model without a chat template shows now
     session = ChatSession(opened.model, opened.tokenizer, a, a.length, a.seed)
     session.messages = [{"role": "system", "content": a.system}] if a.system else []
+    if opened.checkpoint and opened.checkpoint.data.get("is_chat") is False:
+        say("this model was trained on text, not on conversations: finetune teaches it to answer", sys.stderr)
     say(f"chatting with {opened.path}: /reset, /system TEXT, /save FILE, /quit; Ctrl-C stops an answer", sys.stderr)
     while True:
         try:
             line = input("> " * sys.stdin.isatty()).strip()
             word, _, rest = line.partition(" ")
-            if word == "/quit":
+            if word == "/quit" or line in ("exit", "quit"):
                 break
             elif word == "/reset":
                 session.messages = [m for m in session.messages if m["role"] == "system"]
@@ -5780,7 +5789,8 @@ def export(a: ExportArgs) -> None:
 
     output, gguf, dtype, quantize = Path(a.output_dir), a.format == "gguf", a.dtype or "float32", a.quantize or "f16"
     if a.dtype if gguf else a.quantize:
-        raise UserError(f"--{'dtype' if gguf else 'quantize'} is of the other --format: leave it out, or change that")
+        wrong, other = ("dtype", "hf") if gguf else ("quantize", "gguf")
+        raise UserError(f"--{wrong} is for --format {other}: add that, or leave --{wrong} out")
     there = {p.name for p in output.iterdir()} if output.is_dir() else {output.name} if output.exists() else set()
     there -= DESKTOP_FILES
     earlier = set(export_digests(output))

@@ -182,6 +182,7 @@ WRONG_DATA = [  # --tokenizer byte, unless it names another
     (f"{TOKENIZE} input.txt --tokenizer nope", ["nope"]),
     (f"{TOKENIZE} input.txt --tokenizer ./nope/tokenizer.json", ["nope"]),
     (f"{TOKENIZE} input.txt --tokenizer bpe --vocab_size 100", ["259"]),
+    ("train --data input.txt --tokenizer byte --vocab_size 300", ["--vocab_size is for --tokenizer bpe"]),
 ]  # fmt: skip
 
 

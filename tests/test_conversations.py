@@ -208,7 +208,7 @@ def test_empty_conversations_are_passed_over(cli, column):
     kept, nothing, empty = FORMS[column][0], {column: None}, {column: []}
     expected = tokenized(cli, kept)
     assert tokenized(cli, nothing, empty, kept, empty) == tokenized(cli, empty, nothing, kept, nothing) == expected
-    assert "3 records have no text, or no turn of the assistant" in hub(cli, "records.jsonl").ok().err
+    assert "3 record(s) without text, or without a turn of the assistant" in hub(cli, "records.jsonl").ok().err
 
 
 def test_a_system_turn_in_a_column_of_its_own(cli):
@@ -464,7 +464,7 @@ def test_records_that_cannot_be_used(cli, flags):
 
     good = [talk(("human", f"{i}?"), ("gpt", f"{i}.")) for i in range(9)]
     bad = [talk(("gpt", f"Answer {i}"), ("human", "?")) for i in (1, 2)]
-    run = ("hf_tokenize", "--hf_dataset", "a.jsonl", "--tokenizer", "byte", "--vocab_size", 300, "--val_fraction", 0)
+    run = ("hf_tokenize", "--hf_dataset", "a.jsonl", "--tokenizer", "byte", "--val_fraction", 0)
     run = (*run, *flags)
     write_jsonl("a.jsonl", [bad[0], *good, bad[1]])
     error = cli(*run, "--dataset", "x").error
@@ -473,13 +473,13 @@ def test_records_that_cannot_be_used(cli, flags):
     if "--streaming" in flags:
         assert "--num_proc" in cli(*run, "--dataset", "x", "--num_proc", 2).error
     left_out = cli(*run, "--dataset", "x", "--skip_bad").ok().err
-    assert "left out 2 records" in left_out and '"value": "Answer' in left_out
+    assert "left out 2 record(s)" in left_out and '"value": "Answer' in left_out
     write_jsonl("a.jsonl", good)
     cli(*run, "--dataset", "y").ok()
     assert sorted(read("x")[0].split("<|im_start|>user")) == sorted(read("y")[0].split("<|im_start|>user"))
     write_jsonl("a.jsonl", bad)
     result = cli(*run, "--dataset", "z", "--skip_bad")
-    assert "left out 2 records" in result.err and "not one token is a target" in result.error
+    assert "left out 2 record(s)" in result.err and "not one token is a target" in result.error
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
@@ -678,16 +678,19 @@ def test_finetuning_lowers_the_held_out_loss(cli, base):
     before, after = (out.split(f"--- {when} finetuning ---\n")[1].split("\n---")[0] for when in ("before", "after"))
     assert before.startswith("What is red and big?\n") and before != after
     assert after == "What is red and big?\nThe big apples."
-    said = cli("chat", "--model_checkpoint", "finetuned_tiny_model.pt", "--temperature", 0, "--length", 20,
+    said = cli("chat", "--model_checkpoint", "finetuned_base_model.pt", "--temperature", 0, "--length", 20,
                stdin=b"What is red and big?\n")  # fmt: skip
-    assert said.ok().out == "The big apples.\n"
+    assert said.ok().out == "The big apples.\n" and "trained on text" not in said.err
+    Path("text.txt").write_text("The apples are red and big. " * 100)
+    finetune(cli, "--name", "text", data="text.txt").ok()
+    assert "trained on text" in cli("chat", "--model_checkpoint", "text_model.pt", stdin=b"").ok().err
 
 
 def test_lora_trains_adapters_only(cli, base):
     """What is saved to go on from holds the base's weights bit for bit; what is saved to use is W + 2 B A; and the
     two models say the same."""
     out = finetune(cli, "--lora_rank", 4, "--eval_interval", 20, iters=20).ok().out
-    first, last = model.load_checkpoint(Path(base)).model, checkpoint_of("finetuned_tiny")["model"]
+    first, last = model.load_checkpoint(Path(base)).model, checkpoint_of("finetuned_base")["model"]
     adapters = {name: tensor for name, tensor in last.items() if "lora" in name}
     torch.testing.assert_close({name: last[name] for name in first}, first, rtol=0, atol=0)
     expected = dict(first)
@@ -695,7 +698,7 @@ def test_lora_trains_adapters_only(cli, base):
         a, b = (last[f"{layer}lora_{x}"] for x in "ab")
         assert a.shape[0] == b.shape[1] == 4 and b.abs().max() > 0
         expected[f"{layer}weight"] = first[f"{layer}weight"] + 2 * b @ a
-    torch.testing.assert_close(checkpoint_of("finetuned_tiny", last=False)["model"], expected, rtol=0, atol=0)
+    torch.testing.assert_close(checkpoint_of("finetuned_base", last=False)["model"], expected, rtol=0, atol=0)
     assert len(adapters) == 16 and last.keys() == first.keys() | adapters.keys()
     n_adapters, n_all = (sum(tensor.numel() for tensor in part.values()) for part in (adapters, first))
     assert f"training {n_adapters:,} of {n_all:,} parameters" in out and out.count(" GB") == 2
@@ -704,7 +707,7 @@ def test_lora_trains_adapters_only(cli, base):
     unadapted = gpt(idx)
     assert torch.equal(model.add_lora(gpt, 4)(idx), unadapted)  # a new adapter changes nothing
     gpt.load_state_dict(last)
-    for path in ("finetuned_tiny_model.pt", "finetuned_tiny_model_last.pt"):  # which is a model to use, too
+    for path in ("finetuned_base_model.pt", "finetuned_base_model_last.pt"):  # which is a model to use, too
         torch.testing.assert_close(gpt.eval()(idx), model.open_model(path).model(idx), atol=1e-4, rtol=0)
 
 
@@ -717,7 +720,7 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     if start == "theirs":
         save_theirs()
     flags = (*(("--lora_rank", lora) if lora else ()), "--eval_interval", 3, "--resid_pdrop", 0.1)
-    run, parts = dict(start=start, iters=6, command=command), f"{command}d_{start.replace('base.pt', 'tiny')}"
+    run, parts = dict(start=start, iters=6, command=command), f"{command}d_{start.removesuffix('.pt')}"
     finetune(cli, *flags, "--name", "whole", **run).ok()
     stop_at(monkeypatch, 2)
     assert finetune(cli, *flags, **run).code == 130
@@ -760,7 +763,7 @@ def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
 
     def trained_on(data: str, *flags) -> tuple[str, int]:
         finetune(cli, "--overwrite", *flags, data=data, command="hf_finetune").ok()
-        path = Path(checkpoint_of("hf_finetuned_tiny")["data"]["path"])
+        path = Path(checkpoint_of("hf_finetuned_base")["data"]["path"])
         return text_of(model.Data(path)), (path / "data.bin").stat().st_mtime_ns
 
     first = trained_on("a/talks")
@@ -780,7 +783,7 @@ def test_hf_finetune_heeds_every_flag_of_its_data(cli, base):
     for flags in ((), ("--train_on_all",), ("--chat_format", "prompt"), ("--max_tokens", 900), ("--val_fraction", 0.5)):
         finetune(cli, "--overwrite", *flags, data="both.jsonl", command="hf_finetune").ok()
         hub(cli, "both.jsonl", "--overwrite", *flags).ok()
-        made = model.Data(Path(checkpoint_of("hf_finetuned_tiny")["data"]["path"]))
+        made = model.Data(Path(checkpoint_of("hf_finetuned_base")["data"]["path"]))
         for name, split in opened("x").splits.items():
             assert np.array_equal(made.splits[name].tokens, split.tokens), flags
             assert np.array_equal(made.splits[name].mask, split.mask), flags
@@ -1003,6 +1006,8 @@ def test_chat_in_the_terminal(cli, chatty, bpe):
         assert messages[-1]["content"] in said.out
     assert "/reset, /system TEXT, /save FILE" in said.out and "never read" not in said.out
     cli("tokenize", "--dataset", "x", "--txt", "one.jsonl", *BYTES).ok()
+    chat(cli, "quit", "/save never.jsonl").ok()
+    assert not Path("never.jsonl").exists()
     flagged = chat(cli, "Hello", flags=("--system", "Be kind.")).ok()
     assert flagged.out.startswith(second[-1]["content"])
 

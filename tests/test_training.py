@@ -608,6 +608,8 @@ def test_a_record_of_skipped_steps_alone_has_no_loss(cli, text_file, monkeypatch
     run = ("train", *BYTES, *TINY_RUN, "--max_iters", 3, "--log_interval", 1, "--eval_interval", 2)
     assert "step 2: loss nan, val_loss" in cli(*run).ok().out
     assert [("loss" in r, r.get("bad_step")) for r in log_of()] == [(True, None), (False, 2), (True, None)]
+    assert [r["grad_norm"] is None for r in log_of()] == [False, True, False]
+    assert "NaN" not in Path("checkpoints/7M_model.jsonl").read_text()  # which JSON does not have
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(cli, text_file, monkeypatch):
