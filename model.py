@@ -2218,7 +2218,7 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
     try:
         if len(columns) == 1 and not isinstance(value, list | None):
             raise TypeError
-        turns = [(ROLES.get(role, role), content) for role, content in turns_of(record)]
+        turns = [(ROLES.get(role, role), joined(content)) for role, content in turns_of(record)]
     except (AttributeError, TypeError):
         raise UserError(f"column {columns[0]} holds {str(value)[:60]!r} where {form} has a list of turns") from None
     if (said := record.get("system")) and isinstance(said, str) and turns and turns[0][0] != "system":
@@ -2230,6 +2230,13 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
         if i >= system and role != ("user", "assistant")[(i - system) % 2]:
             raise UserError(f"roles are out of order: turn {i + 1} is {role!r}, and user and assistant must take turns")
     return [{"role": role, "content": content} for role, content in turns]
+
+
+def joined(content: Any) -> Any:
+    """The text of a turn, which may be a list of parts, [{"type": "text", "text": ...}, ...], as in OpenAI's format."""
+    if not isinstance(content, list) or not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        return content
+    return "".join(str(part.get("text")) for part in content)
 
 
 CHATML = (

@@ -129,6 +129,10 @@ FORMS = {
     "alpaca, input left out": ({"instruction": "Add.", "output": "4", "text": "x"}, turns("Add.", "4")),
     "prompt and completion": ({"prompt": "Hi!", "completion": "Hello."}, TWO[:2]),
     "question and answer": ({"question": "Hi!", "answer": "Hello.", "id": "q1"}, TWO[:2]),
+    "messages in parts": ({"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i!"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]},
+    ]}, TWO[:2]),
     "prompt and response": ({"prompt": "Hi!", "response": "Hello.", "score": 3}, TWO[:2]),
 }  # fmt: skip
 
@@ -180,7 +184,7 @@ WRONG = {
     "no role": ("None", {"messages": [{"content": "c"}]}),
     "sharegpt roles": ("turn 1 is 'assistant'", {"conversations": [{"from": "gpt", "value": "a"}]}),
     "content of a number": ("int", {"messages": [{"role": "user", "content": 3}]}),
-    "content in parts": ("not text", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
+    "a picture": ("not text", {"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}),
     "answer missing": ("not text", {"prompt": "a", "completion": None}),
     "a number": ("conversations", {"conversations": 7}),
     "turns that are none": ("messages", {"messages": ["hello", "there"]}),
