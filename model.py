@@ -1546,46 +1546,32 @@ MAX_DOWNLOAD = 100e9  # bytes
 def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> None:
     """Fetch an http or https URL into a file. Raises UserError when it cannot be had, not all of it, or it is endless:
     larger than MAX_DOWNLOAD or the free disk, or slower than 1 kB/s."""
-    import http.client
-    import ssl
-    import urllib.error
-    import urllib.request
-
-    class OnlyHTTP(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, to: str) -> Any:
-            if not to.startswith(("http://", "https://")):
-                raise ValueError(f"it leads to {to}, which is not allowed: only http and https are")
-            return super().redirect_request(request, fp, code, msg, headers, to)
-
-    trust = ssl.create_default_context()
-    if not trust.get_ca_certs():  # as in Python's own build for Macs
-        import certifi
-
-        trust.load_verify_locations(certifi.where())
-    opener = urllib.request.build_opener(OnlyHTTP, urllib.request.HTTPSHandler(context=trust))
+    import requests  # brought by tiktoken and datasets
+    import urllib3
 
     def get() -> None:
-        with opener.open(url, timeout=timeout) as response, open(path, "wb") as f:
+        whole = {"Accept-Encoding": "identity"}
+        with requests.get(url, stream=True, timeout=timeout, headers=whole) as response, open(path, "wb") as f:
+            response.raise_for_status()
             length = int(response.headers.get("Content-Length") or 0)
             limit, begun = min(MAX_DOWNLOAD, shutil.disk_usage(path.parent).free), time.monotonic()
             with progress_bar(total=length or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
-                while max(length, f.tell()) <= limit and (block := response.read1(1 << 20)):
+                while max(length, f.tell()) <= limit and (block := response.raw.read1(1 << 20)):
                     f.write(block)
                     bar.update(len(block))
                     if (seconds := time.monotonic() - begun) > 2 * timeout and f.tell() < 1000 * seconds:
                         raise ValueError(f"the server sends less than 1 kB/s: gave up after {seconds:.0f} s")
             if max(length, f.tell()) > limit:
                 raise ValueError(f"it has more than {limit / 1e9:,.1f} GB, the limit or the room on the disk")
-            if f.tell() < length:
-                raise OSError(f"got only {f.tell()} out of {length} bytes")
 
     for attempt in range(retries):
         try:
             return get()
-        except (OSError, ValueError, http.client.HTTPException) as e:  # URLError and time-outs are OSErrors
-            permanent = isinstance(e, (ValueError, http.client.InvalidURL))
-            if permanent or isinstance(e, urllib.error.HTTPError) and e.code < 500 or attempt == retries - 1:
-                raise UserError(f"cannot download {url}: {getattr(e, 'reason', None) or e}") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as e:
+            status = getattr(getattr(e, "response", None), "status_code", 500)
+            if isinstance(e, ValueError) or status < 500 or attempt == retries - 1:
+                reason = str(getattr(e.args[0], "reason", e.args[0])).partition(" for url")[0]
+                raise UserError(f"cannot download {url}: {reason}") from None
             time.sleep(2**attempt)
 
 
