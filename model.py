@@ -3191,7 +3191,7 @@ def say(text: str, file: Any = None) -> None:
         if rank() == 0:
             tqdm.write(text, file=file)
             file.flush()
-    except BrokenPipeError:
+    except OSError:  # of a pipe, a terminal that is closed, a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -4200,15 +4200,15 @@ class TeacherCache:
     byte a block; meta.json, which says for which teacher, data, temperature and shape. A position has its K ids in
     ascending order as Elias and Fano write them, 2 + log2(n_vocab / K) bits each: the low bits, and the high ones in
     unary. Then 7 bits an id, how far its log-probability lies below the likeliest's, in 127ths of the span; the span (6
-    bits, quarters of a nat); and the log-odds of all other tokens, the tail (7 bits, eighths of a nat from -12 on).
+    bits, quarters of a nat); and the log-odds of all other tokens, the tail (8 bits, eighths of a nat from -12 on).
     """
 
     def __init__(
         self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int, n_vocab: int
     ) -> None:
         self.folder, self.K, self.n_low = folder, K, int(math.log2(n_vocab / K))
-        self.widths = [K * self.n_low, K + (n_vocab - 1 >> self.n_low), 7 * K, 6, 7]
-        shape, meta = (n_blocks, block_size, math.ceil(sum(self.widths) / 8)), {"format": 2, **meta}
+        self.widths = [K * self.n_low, K + (n_vocab - 1 >> self.n_low), 7 * K, 6, 8]
+        shape, meta = (n_blocks, block_size, math.ceil(sum(self.widths) / 8)), {"format": 3, **meta}
         remedy = "delete it, or run without --cache_teacher"
         with locked(folder, wait=True):
             there = read_json(folder / "meta.json", {})
@@ -4240,8 +4240,8 @@ class TeacherCache:
         below = log_p.max(axis=1, keepdims=True) - log_p
         span = np.ceil(4 * below.max(axis=1, keepdims=True)).clip(1, 64)
         below, top = np.rint(below * 4 / span * 127).clip(max=127), np.exp(log_p).sum(axis=1, keepdims=True)
-        tail = np.rint(8 * (12 + np.log((1 - top).clip(1e-9) / top))).clip(0, 127)
-        numbers = zip((ids, below, span - 1, tail), (self.n_low, 7, 6, 7), strict=True)
+        tail = np.rint(8 * (12 + np.log((1 - top).clip(1e-9) / top))).clip(0, 255)
+        numbers = zip((ids, below, span - 1, tail), (self.n_low, 7, 6, 8), strict=True)
         low, *rest = (to_bits(x.astype(np.int64), n) for x, n in numbers)
         self.answers[block] = np.packbits(np.concatenate((low, high, *rest), axis=1), axis=1)
         self.done[block] = 1
@@ -4255,7 +4255,7 @@ class TeacherCache:
         ids = high.nonzero()[1].reshape(-1, self.K) - np.arange(self.K) << self.n_low
         ids += from_bits(low, self.n_low, self.K)
         below = from_bits(below, 7, self.K) * ((1 + from_bits(span, 6, 1)) / (4 * 127))
-        tail = torch.from_numpy(from_bits(tail, 7, 1) / 8 - 12).float()
+        tail = torch.from_numpy(from_bits(tail, 8, 1) / 8 - 12).float()
         top = torch.from_numpy(-below).float().log_softmax(dim=1) + F.logsigmoid(-tail)
         return torch.from_numpy(ids), torch.cat((top, F.logsigmoid(tail)), dim=1)
 
@@ -5007,6 +5007,9 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
         raise UserError(f"tokenizer {tokenizer.name} is not a byte-level BPE, the only kind that a GGUF can hold here")
     if (j["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # Qwen's, which llama.cpp does without
         raise UserError(f"tokenizer {tokenizer.name} has a normalizer, {j['normalizer']['type']}; llama.cpp has none")
+    added = {} if tokenizer.is_ours else tokenizer.added  # found in a text before it is split, and kept as they are
+    if odd := next((t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word), None):
+        say(f"warning: token {odd!r} takes in the spaces beside it, or stands alone only; llama.cpp does neither")
     steps, split = [], j["pre_tokenizer"] or {"pretokenizers": []}
     for p in split.get("pretokenizers", [split]):
         if p["type"] != "ByteLevel":
@@ -5016,7 +5019,6 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
     if tuple(steps) not in GGUF_SPLITS or not steps and tokenizer.kind != "byte":
         raise UserError(f"tokenizer {tokenizer.name} splits text in a way that llama.cpp has no name for: {steps}")
     token_of, bos = {i: t for t, i in tokenizer.vocab.items()}, special_ids(tokenizer)["bos_token_id"]
-    added = () if tokenizer.is_ours else tokenizer.added  # found in a text before it is split, and kept as they are
     type_of = dict.fromkeys(token_of, types.NORMAL) | dict.fromkeys(added, types.USER_DEFINED)
     type_of |= dict.fromkeys(tokenizer.control.values(), types.CONTROL)
     keys = dict(
@@ -6277,6 +6279,7 @@ def with_torch() -> types.ModuleType:
 
 def main() -> None:
     sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
             # what is not UTF-8 is read, and a terminal that is not shows it, as ?; pipes are UTF-8 on Windows too

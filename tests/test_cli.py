@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,16 @@ def test_a_closed_pipe_is_no_error(run_files):
     run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
     assert run.stdout == "ab"
     assert "error" not in run.stderr.lower() and "Traceback" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("nowhere", ["> /dev/full", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_run_whose_words_nobody_can_read_goes_on(run_files, nowhere):
+    """Its disk is full, or its terminal is closed."""
+    words = ("train", "--data", "input", "--name", "new", *map(str, TINY_RUN), "--max_iters", "2", "--device", "cpu")
+    command = f"{shlex.join([sys.executable, str(ROOT / 'model.py'), *words])} {nowhere}"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
+    assert checkpoint_of("new")["step"] == 2
 
 
 def test_debug_shows_the_traceback(cli):

@@ -373,15 +373,16 @@ def test_the_layout_of_a_position_in_the_cache(tmp_path):
     low, high = "110" + "101", "1" + "0" + "1"  # of 6 = 0|110 and 13 = 1|101: a one for each, a zero between
     span = math.ceil(4 * math.log(4))  # quarters of a nat
     below = [round(math.log(4) * 127 * 4 / span), 0]
-    bits = low + high + "".join(f"{x:07b}" for x in below) + f"{span - 1:06b}" + f"{8 * 12:07b}"  # as likely as not
+    bits = low + high + "".join(f"{x:07b}" for x in below) + f"{span - 1:06b}" + f"{8 * 12:08b}"  # as likely as not
     assert "".join(f"{byte:08b}" for byte in (tmp_path / "answers.bin").read_bytes()) == bits.ljust(40, "0")
     assert cache.read([0])[0].tolist() == [[6, 13]]
     assert cache.read([0])[1].exp()[0].tolist() == pytest.approx([0.1, 0.4, 0.5], rel=0.01)
     for n_vocab in (49_152, 50_259):
         cache = model.TeacherCache(tmp_path / str(n_vocab), {}, 1, 1, 64, n_vocab)
         ids = torch.randperm(n_vocab, generator=torch.Generator().manual_seed(1))[None, :64]
-        cache.write(0, ids, torch.full((1, 64), -5.0))
+        cache.write(0, ids, torch.full((1, 64), -9.0))  # nearly all of the probability lies elsewhere
         assert torch.equal(cache.read([0])[0], ids.sort(dim=1).values)
+        assert cache.read([0])[1].exp()[0, :64].tolist() == pytest.approx([math.exp(-9)] * 64, rel=0.07)
         assert (tmp_path / str(n_vocab) / "answers.bin").stat().st_size == 150
 
 
@@ -581,8 +582,8 @@ def test_a_run_refuses_the_cache_of_another(distill, text_file):
         distill(*run, "second", *flags).fails_with(f"another {words}", "teacher_cache")
     meta = Path("data/text/teacher_cache/meta.json")
     whole = meta.read_text()
-    meta.write_text(whole.replace('"format": 2,', ""))  # as before answers were packed
-    assert "another format (None, and this is 2): delete it" in distill(*run, "second").error
+    meta.write_text(whole.replace('"format": 3,', ""))  # as before answers were packed
+    assert "another format (None, and this is 3): delete it" in distill(*run, "second").error
     meta.write_text(whole)
     save_model("teacher.pt", mild_gpt(seed=9))
     assert "another teacher" in distill(*run, "second").error
