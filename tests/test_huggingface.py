@@ -34,7 +34,7 @@ from conftest import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -553,7 +553,7 @@ def test_gguf_holds_the_model(cli, arch, quantize, tolerance):
         assert difference <= tolerance * float(ours.abs().max()), name
 
 
-def test_gguf_says_which_tokens_are_found_before_a_text_is_split(corpus, tmp_path):
+def test_gguf_says_which_tokens_are_found_before_a_text_is_split(corpus, tmp_path, capsys):
     """Qwen's <tool_call>, Pythia's runs of spaces: as normal tokens they are never found, and written as nothing."""
     backend = byte_level_bpe(corpus, 300, ["<|endoftext|>"])
     backend.add_tokens(["<tool_call>", "    "])
@@ -563,6 +563,11 @@ def test_gguf_says_which_tokens_are_found_before_a_text_is_split(corpus, tmp_pat
     types = dict(zip(keys["token_list"], keys["token_types"], strict=True))
     assert types["<tool_call>"] == types["    "] == gguf.TokenType.USER_DEFINED
     assert types["<|endoftext|>"] == gguf.TokenType.CONTROL and types["a"] == gguf.TokenType.NORMAL
+    assert not capsys.readouterr().out
+    backend.add_tokens([AddedToken("<|user|>", rstrip=True)])  # Phi 3's; llama.cpp leaves the spaces after it
+    backend.save(str(tmp_path / "tokenizer.json"))
+    model.gguf_tokenizer(model.hf_tokenizer(tmp_path), small(tokenizer=tokenizer).config)
+    assert "warning: token '<|user|>'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("normalizer, refused", [
