@@ -160,7 +160,7 @@ SYNONYMS = {
     "lr": "learning_rate", "bs": "batch_size", "steps": "max_iters", "iters": "max_iters", "gpu": "device",
     "cpu": "device", "wandb": "report_to", "dropout": "resid_pdrop", "seq_len": "block_size", "context": "block_size",
     "hidden_size": "n_embd", "layers": "n_layer", "heads": "n_head", "max_new_tokens": "length",
-    "ckpt": "model_checkpoint", "model": "model_checkpoint",
+    "ckpt": "model_checkpoint",
 }  # fmt: skip
 
 
@@ -1317,7 +1317,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     options = dict(initial_alphabet=bpe.pre_tokenizer.alphabet(), show_progress=False)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 3, **options)
-    bpe.train_from_iterator(bounded_words(texts), trainer)
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait until all is learned
+    try:
+        bpe.train_from_iterator(bounded_words(texts), trainer)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     vocab = bpe.get_vocab()
     tokens = [bytes(UNICODE_TO_BYTE[c] for c in token) for token in sorted(vocab, key=vocab.get)]
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
@@ -1335,9 +1339,10 @@ class TokenizerConfig(Settings):
     added_tokens_decoder: dict[str, Any] | None = None
 
 
-def hf_tokenizer(path: Path) -> Tokenizer:
+def hf_tokenizer(path: Path, name: str = "") -> Tokenizer:
     """The tokenizer of a Hugging Face directory, or of a tokenizer.json with what stands beside it."""
     file = path / "tokenizer.json" if path.is_dir() else path
+    name = name or Path(os.path.abspath(file)).parent.name  # links are not followed: the Hub's cache has blobs/
     config = vars(read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"), {}))
     if not config.pop("added_tokens_decoder"):  # before transformers 4.34, another file had the last word on tokens
         older = vars(read_schema(TokenizerConfig, file.with_name("special_tokens_map.json"), {}))
@@ -1349,13 +1354,13 @@ def hf_tokenizer(path: Path) -> Tokenizer:
         default = next((t for t in several if t.get("name") == "default"), several[0] if several else {})
         spec["chat_template"] = default.get("template")
     with told_as(f"{file} is not a Hugging Face tokenizer.json"):
-        made = Tokenizer({**spec, "kind": "hf", "name": file.resolve().parent.name, "json": read_file(file)})
+        made = Tokenizer({**spec, "kind": "hf", "name": name, "json": read_file(file)})
     eos = made.fields.eos_token or EOT
     made.special.update({t: made.vocab[t] for t in (EOT, IM_START, IM_END) if t in made.vocab})
     if eos in made.vocab and (EOT not in made.special or eos != IM_END):
         made.special[EOT] = made.vocab[eos]
-    for name in ("generation_config.json", "config.json"):  # Llama 3's eos_token is not its end of turn
-        said = read_json(file.with_name(name), {})
+    for other in ("generation_config.json", "config.json"):  # Llama 3's eos_token is not its end of turn
+        said = read_json(file.with_name(other), {})
         if (ends := said.get("eos_token_id") if isinstance(said, dict) else None) is not None:
             known, ends = {*made.special.values()}, ends if isinstance(ends, list) else [ends]
             made.fields.ends = [i for i in made.control.values() if i in ends and i not in known]
@@ -1837,6 +1842,12 @@ def evenly(pieces: Iterable[str], total: int, limit: int = 100_000_000) -> Itera
     return (piece for i, piece in enumerate(pieces) if int((i + 1) * keep) > int(i * keep))
 
 
+def moved(sources: Any) -> Any:
+    """Sources without their folders, which may have been moved since."""
+    known = is_a(sources, list[dict[str, Any]]) and all(is_a(s.get("path"), str) for s in sources)
+    return [{**s, "path": Path(s["path"]).name} for s in sources] if known else sources
+
+
 def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
     """Where data came from; size and time tell whether a file is still the one that was read."""
 
@@ -1901,7 +1912,8 @@ class Split:
             windows = np.array(windows, np.int64)
         if not len(windows):
             if not n:
-                raise UserError(f"the {self.name} is empty: tokenize again, with more text or another --val_fraction")
+                more = "more text" if self.starts is None else "more conversations"
+                raise UserError(f"the {self.name} is empty: tokenize again, with {more} or another --val_fraction")
             short = f"the {self.name} has {n:,} tokens, fewer than a block of {block_size} and its target"
             raise UserError(f"{short}: use a smaller --block_size or more text")
         return windows
@@ -2155,11 +2167,11 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int | None)
             same, own = isinstance(tokenizer, str), data.tokenizer
             if not same and own.digest == tokenizer.digest:
                 same = not data.is_chat or chat_template(own) == chat_template(tokenizer)
-            if same and source == describe_sources([str(path)]):
+            if same and moved(source) == moved(describe_sources([str(path)])):
                 return data
             if data.folder == folder:
                 other = f"{folder} was made from something else than {path}, or by another tokenizer or chat template"
-                raise UserError(f"{other}: tokenize that under another name")
+                raise UserError(f"{other}: remove the folder, or give the file another name")
 
     def make(folder: Path) -> None:
         if path.suffix.lower() in RECORD_FILES:
@@ -2323,22 +2335,23 @@ def encode_conversation(
     tokenizer: Tokenizer, messages: list[dict[str, str]], train_on_all: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a rendered conversation, as apply_chat_template gives them, and the mask of targets: what the
-    assistant says and its end of turn, or everything."""
-    ids, mask, rendered, specials = [], [], "", set(tokenizer.special.values())
+    assistant says and its end of turn, or everything. Where a template rewrites earlier answers (Qwen 3's drops their
+    thinking) only the last one counts."""
+    ids, mask, specials = [], [], set(tokenizer.special.values())
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
         after = render_chat(tokenizer, messages[: i + 1])
-        if not (before.startswith(rendered) and after.startswith(before)):
-            raise UserError("this chat template changes earlier turns as the conversation grows: training on it is not "
+        if not after.startswith(before):
+            raise UserError("this chat template changes earlier turns when they are answered: training on it is not "
                             "supported")  # fmt: skip
         whole = tokenizer.encode_rendered(after)  # a turn alone may get the space that begins a text
         n = common_prefix(tokenizer.encode_rendered(before), whole)
-        k = min(common_prefix(ids, whole), n)  # a token may reach over the end of a turn
+        k = min(common_prefix(ids, whole), n)
         end = max((j + 1 for j in range(n, len(whole)) if whole[j] in specials), default=len(whole))
         mask = mask[:k] + [0] * (n - k) + [1] * (end - n) + [0] * (len(whole) - end)
-        ids, rendered = whole, after
+        ids = whole
     return np.array(ids, np.int64), np.array([1] * len(ids) if train_on_all else mask, np.uint8)
 
 
@@ -2850,6 +2863,8 @@ def read_archive(path: Path) -> Any:
             seal = f.read()
         if seal.startswith(SEAL) and seal != seal_of(path, size):
             raise ValueError("its digest differs")
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no file of PyTorch's")
         in_place = os.name != "nt"  # Windows does not let a file be replaced that is mapped into memory
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
         version = content.get("format_version") if isinstance(content, dict) else None
@@ -2911,7 +2926,7 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
     path = hub_directory(spec) if is_hub_id else find_checkpoint(spec)
     if path.is_dir():
         name = spec.partition("@")[0].rsplit("/", 1)[-1] if is_hub_id else path.resolve().name
-        opened = Opened(load_hf_model(path, device, **overrides), hf_tokenizer(path), path, name, None)
+        opened = Opened(load_hf_model(path, device, **overrides), hf_tokenizer(path, name), path, name, None)
     else:
         c = load_checkpoint(path)
         if c.config.get("attn_implementation") == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
@@ -3614,7 +3629,7 @@ class RunFiles:
     """What a run writes: the best model, the latest states to go on from, and the log."""
 
     def __init__(self, name: str, overwrite: bool) -> None:
-        if Path(name).name != name or name == "..":
+        if Path(name).name != name or name == ".." or not name.isprintable():
             raise UserError(f"--name {name!r} must be a plain name: that of files under {CHECKPOINT_DIR}/")
         self.overwrite, self.run, ends = overwrite, CHECKPOINT_DIR / name, (".pt", "_last.pt", ".jsonl")
         self.model, self.last, self.log = (CHECKPOINT_DIR / f"{name}_model{end}" for end in ends)
@@ -4122,7 +4137,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             if "stop" in due and run.step < t.max_iters:  # else it is done
                 bar.close()
                 from_first(run.wait_for_save)  # when one process has ended, torchrun ends the others
-                go_on = f"go on with --name {run.files.run.name} --resume"
+                go_on = f"go on with --name {shlex.quote(run.files.run.name)} --resume"
                 say(f"stopped at step {run.step}: saved {run.files.last}; {go_on}")
                 raise SystemExit(128 + int(run.answer[0]))
         run.wait_for_save()
@@ -5226,6 +5241,8 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
         with processes():
             device = choose_device(a.device or "auto")
             reporters_in(a.report_to)  # a mistake shows before data is made
+            if a.overwrite and a.resume != "false":
+                raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
             lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
             if len(lengths) > 1:
                 raise UserError(f"{' and '.join(lengths)} each say how long to train: give one of them")
@@ -5338,6 +5355,8 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
             raise UserError(f"the teacher {opened.path} has other weights than when {last} was made: bring it back")
     kept = ("kind", "arguments", "variant", "lora_rank", "new_tokens", "distill", "teacher")
     start_run(files, model, data, t, c.block_size, teacher_model, c, **{k: getattr(c, k) for k in kept})
+    if isinstance(a, FinetuneArgs):
+        a.show_answer(model, data, "after")
 
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
@@ -5954,8 +5973,11 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
     """Of each run its label, and the points (x, y) to draw: of training, and of validation."""
     paths = []
     for name in a.logs:
-        files = (p for p in (Path(name), CHECKPOINT_DIR / name) if p.exists() and not p.is_dir())
-        paths.append(next(files, CHECKPOINT_DIR / f"{name}_model.jsonl"))
+        files = [Path(name), CHECKPOINT_DIR / name, CHECKPOINT_DIR / f"{name}_model.jsonl"]
+        if not (found := [p for p in files if p.exists() and not p.is_dir()]):
+            runs = [p.name.removesuffix("_model.jsonl") for p in CHECKPOINT_DIR.glob("*_model.jsonl")]
+            raise UserError(f"there is no log of {name}: neither {files[0]} nor {files[2]}{nearest(name, runs)}")
+        paths.append(found[0])
     paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
     if not paths:
         raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
@@ -6144,6 +6166,11 @@ def variants_table(flops_per_s: float = 0.0) -> str:
 # The order of the groups in --help; those of a command's own come first.
 GROUPS = ("model", "data", "run", "optimizer", "schedule", "evaluation and log", "machine", "architecture")
 VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row in table.values() for name in row}
+MAIN_FLAGS = {  # what a word without a flag may be the value of
+    "tokenize": "txt", "hf_tokenize": "hf_dataset", "train": "data", "finetune": "data", "hf_finetune": "hf_dataset",
+    "distill": "teacher_model_path", "sample": "prompt", "chat": "model_checkpoint", "export": "model_checkpoint",
+    "eval": "model_checkpoint",
+}  # fmt: skip
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -6215,6 +6242,8 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> tuple[str, Any]:
     """The command and the dataclass of its flags."""
     name, *words = [w for w in argv if w != "--debug"] or ["help"]
+    if name in ("-h", "--help", "help") and words[:1] and words[0] in COMMANDS:
+        name, words = words[0], ["--help"]
     if name in ("-h", "--help", "help"):
         print(overview())
         sys.exit(0)
@@ -6229,8 +6258,10 @@ def parse(argv: list[str]) -> tuple[str, Any]:
     given, unknown = parser.parse_known_intermixed_args(words)  # names of logs may stand between the flags
     if unknown:
         word = unknown[0]
-        near = nearest(word.partition("=")[0], parser._option_string_actions)
-        parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} is the value of no flag")
+        near = nearest(word.partition("=")[0], [f for f in parser._option_string_actions if f != "-h"])
+        main = "variant" if name == "train" and word in VARIANTS else MAIN_FLAGS.get(name)
+        near = near or f" (did you mean --{main} {shlex.quote(word)}?)" * bool(main)
+        parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} is the value of no flag{near}")
     values = vars(given)
     for f in fields(cls):
         alias = f.metadata.get("alias")

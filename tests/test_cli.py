@@ -114,6 +114,7 @@ def test_requirements_are_the_script_metadata():
 @pytest.mark.parametrize("command", model.COMMANDS)
 def test_help_ends_with_an_example(cli, command):
     result = cli(command, "--help").ok()
+    assert cli("help", command).ok().out == result.out
     last = result.out.rstrip().splitlines()[-1]
     examples = result.out.split("examples:\n")[1].replace("\\\n", " ")
     assert last.strip() in examples and f"model.py {command}" in examples
@@ -296,7 +297,8 @@ def test_numbers_out_of_range(cli, command, name, value):
 @pytest.mark.parametrize("flags, words", [
     ("--variant 8M", ["8M", *model.VARIANTS]), ("--arch bert", ["bert"]), ("--pos_embd alibi", ["alibi"]),
     ("--n_layer two", ["two"]), ("--tie_word_embeddings perhaps", ["perhaps"]), ("--dtype int8", ["int8"]),
-    ("--no_such_flag 1", ["no_such_flag"]), ("8M", ["'8M' is the value of no flag"]),
+    ("--no_such_flag 1", ["no_such_flag"]), ("8M", ["'8M' is the value of no flag (did you mean --data 8M?)"]),
+    ("7M", ["(did you mean --variant 7M?)"]), ("-p 7M", ["unknown flag -p"]),
     ("--lr 1", ["--lr (did you mean --learning_rate?)"]),
     ("--n_head=2 --n_layr=2", ["--n_layr=2 (did you mean --n_layer?)"]),
 ])  # fmt: skip
@@ -323,10 +325,24 @@ def test_a_run_in_the_way(cli, refused, run_files):
     assert checkpoint_of()["step"] == 2
 
 
+def test_a_run_is_replaced_or_gone_on_with(refused, run_files):
+    error = refused("train", "--data", "input", *TINY_RUN, "--max_iters", 9, "--resume", "auto", "--overwrite")
+    assert "--resume" in error and "--overwrite" in error
+    assert "plain name" in refused("train", "--data", "input", "--name", "a\udcff", *TINY_RUN)
+
+
+def test_a_text_that_was_moved_with_its_data_is_known(cli, run_files):
+    """The fixture has moved them."""
+    assert "tokenizer byte; validation" not in cli(*TRAIN, "--max_iters", 1, "--name", "new").ok().out
+    Path("input.txt").write_text("another text " * 1000)
+    assert "made from something else than input.txt" in cli(*TRAIN, "--max_iters", 1, "--name", "other").error
+
+
 def test_nothing_to_go_on_with(refused, text_file):
     assert "nothing to resume" in refused("train", *BYTES, "--resume")
     assert "train" in refused("sample", "--prompt", "a")
     assert "nope.pt" in refused("sample", "--prompt", "a", "--model_checkpoint", "nope.pt")
+    assert "it is no file of PyTorch's" in refused("sample", "--prompt", "a", "--model_checkpoint", "input.txt")
     assert not Path("checkpoints").exists()
 
 

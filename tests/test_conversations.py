@@ -287,6 +287,18 @@ def save_random(path: str, tokenizer: model.Tokenizer, n_embd: int = 16, block_s
     return gpt
 
 
+def test_a_template_that_drops_the_thinking_of_earlier_answers(cli, tmp_path):
+    """Qwen 3's: only what the last answer stands for is a target. Truth: apply_chat_template of the whole."""
+    thinks = "{{ '<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' }}"
+    foreign(tmp_path / "theirs", SYSTEM_TEMPLATE.replace("m['content']", f"'' }}}}{thinks}{{{{ m['content']", 1))
+    write_jsonl("talk.jsonl", [{"messages": MESSAGES}])
+    cli("tokenize", "--dataset", "x", "--txt", "talk.jsonl", "--tokenizer", "theirs", "--val_fraction", 0).ok()
+    text, targets = read("x")
+    whole = transformers.AutoTokenizer.from_pretrained("theirs").apply_chat_template(MESSAGES, tokenize=False)
+    assert text == whole and "Hello.<|im_end|>" in whole
+    assert targets.strip("_") == "<think>\n\n</think>\n\n" + MESSAGES[-1]["content"] + "<|im_end|>"
+
+
 def without(names: list[str], text: str) -> str:
     """Text in which none of the names is left, however they are nested."""
     clean = re.sub("|".join(map(re.escape, names)), "", text)
@@ -524,7 +536,7 @@ def test_no_data_set(cli):
 def test_a_split_without_conversations(cli, base, flags):
     write_jsonl("few.jsonl", [{"utterances": ["What?", "That."]}] * (20 if flags else 1))
     cli("tokenize", "--dataset", "few", "--txt", "few.jsonl", *BYTES, *flags).ok()
-    words = "split of data/few is empty: tokenize again, with more text or another --val_fraction"
+    words = "split of data/few is empty: tokenize again, with more conversations or another --val_fraction"
     assert words in finetune(cli, data="few").error
 
 
@@ -729,8 +741,9 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     stop_at(monkeypatch, 2)
     assert finetune(cli, *flags, **run).code == 130
     assert checkpoint_of(parts)["step"] == 2
-    again = cli(command, "--name", parts, "--resume") if by_name else finetune(cli, *flags, "--resume", **run)
-    again.ok()
+    resume = ("--resume", "--prompt", "What is red?")
+    again = cli(command, "--name", parts, *resume) if by_name else finetune(cli, *flags, *resume, **run)
+    assert "--- after finetuning ---\nWhat is red?\n" in again.ok().out
     assert_same_weights("whole", parts)
 
 
@@ -806,7 +819,7 @@ def test_a_file_rendered_by_another_template_is_other_data(workdir):
     first, second = (foreign(Path("theirs"), text) for text in (template, "Now: " + template))
     made = model.data_of_file(Path("talks.jsonl"), first, 0)
     assert model.data_of_file(Path("talks.jsonl"), first, 0).path == made.path
-    with pytest.raises(model.UserError, match="tokenize that under another name"):
+    with pytest.raises(model.UserError, match="remove the folder, or give the file another name"):
         model.data_of_file(Path("talks.jsonl"), second, 0)
 
 

@@ -965,14 +965,19 @@ def test_a_directory_that_is_no_model(cli, llama):
 
 @pytest.fixture
 def hub_cache(cli, monkeypatch) -> Path:
-    """The hub's cache with tiny/model in it, at two revisions: main, and v1 with other weights."""
+    """The hub's cache with tiny/model in it, at two revisions: main, and v1 with other weights. As there, what lies
+    in the folders of the revisions are links."""
     cache = Path("hub").resolve()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     repo = cache / "models--tiny--model"
-    (repo / "refs").mkdir(parents=True)
+    for folder in ("refs", "blobs"):
+        (repo / folder).mkdir(parents=True)
     for seed, (revision, commit) in enumerate({"main": "a" * 40, "v1": "b" * 40}.items()):
         export(cli, random_gpt(small().config, seed), to=revision)
-        shutil.move(revision, repo / "snapshots" / commit)
+        shutil.move(revision, repo / "blobs" / commit)
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        for file in (repo / "blobs" / commit).iterdir():
+            (repo / "snapshots" / commit / file.name).symlink_to(file)
         (repo / "refs" / revision).write_text(commit)
     return repo
 
@@ -992,6 +997,7 @@ def test_what_is_made_of_a_hub_model_is_named_after_it(cli, hub_cache, text_file
     small_run = ("--finetune_iters", 1, "--block_size", 16, "--batch_size", 2, "--eval_tokens", 64)
     cli("finetune", "--model_checkpoint", "tiny/model", "--data", "input.txt", *small_run).ok()
     assert Path("checkpoints/finetuned_model_model.pt").exists(), os.listdir("checkpoints")
+    assert Path("data/input_model/meta.json").exists(), os.listdir("data")
 
 
 def test_a_partly_cached_model_is_fetched_whole(cli, hub_cache, monkeypatch):
