@@ -10,16 +10,16 @@
 #   "safetensors==0.8.0",
 # ]
 # ///
-"""Small language models from 7M to 1B parameters, in one file: the data, the GPT, its training and its use.
+"""Small language models from 7M to 1B parameters, in one file: data, model, training and inference.
 
 python model.py train --variant 7M                                     train (with no data: on Python's own library)
-python model.py sample --prompt "def "                                 generate text with the newest checkpoint
+python model.py sample --prompt "def "                                 generate text from the newest checkpoint
 python model.py tokenize --dataset shakespeare --txt input.txt         text, folders or URLs -> data/shakespeare/
 python model.py train --variant 26M --data shakespeare --max_iters 5000
 """
 
-# Read from top to bottom: settings, the GPT, tokenizers, data, conversations, generation, checkpoints, processes and
-# devices, training, distillation, evaluation, Hugging Face in and out, the commands, the parser; the appendix in C can
+# Reads from top to bottom: settings, the GPT, tokenizers, data, conversations, generation, checkpoints, processes and
+# devices, training, distillation, evaluation, Hugging Face import and export, commands, parser; the appendix in C can
 # be left out.
 
 import argparse
@@ -69,7 +69,7 @@ from tqdm import tqdm
 
 
 class Later(type):
-    """A class whose attributes are classes of its kind, and whose instances decorate without effect."""
+    """Metaclass of a placeholder for modules: any attribute is the placeholder, its instances are no-op decorators."""
 
     def __getattr__(cls, name: str) -> type:
         return later
@@ -77,7 +77,7 @@ class Later(type):
 
 later = Later("later", (), {"__init__": lambda self, *args, **kwargs: None, "__call__": lambda self, x: x})
 
-if __name__ == "__main__":  # a program reads its command line first, for which nobody should wait; see main
+if __name__ == "__main__":  # parse the command line before the slow imports; see main
     np = torch = nn = F = Tensor = later
 else:
     import numpy as np
@@ -86,31 +86,31 @@ else:
     import torch.nn.functional as F
     from torch import Tensor
 
-FORMAT_VERSION = 3  # of checkpoints and of data folders, 3: with digests; a reader refuses what is newer than itself
+FORMAT_VERSION = 3  # of checkpoints and data folders; 3 added digests; a newer version than this is refused
 DATA_DIR = Path("data")
 CHECKPOINT_DIR = Path("checkpoints")
 
 
 class UserError(Exception):
-    """User error: what is wrong and how to fix it, in one sentence; never shown as a traceback."""
+    """An error that the user can fix: what is wrong and what to do, in one sentence; shown without a traceback."""
 
 
 @contextmanager
 def told_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Tell a library's exceptions, of some kinds or of all, as a UserError: what could not be done, and the reason."""
+    """Turn a library's exceptions, all or only these kinds, into a UserError that says what failed and why."""
     caught = kinds or (Exception,)
     try:
         yield
     except caught as e:
         if isinstance(e, UserError) and UserError not in kinds:
             raise
-        # datasets' own error says no more than that there was one
+        # DatasetGenerationError itself says only that there was an error
         said = str(e.__cause__ or e if type(e).__name__ == "DatasetGenerationError" else e).split()
         raise UserError(f"{what}: {' '.join(said)[:300] or type(e).__name__}") from e
 
 
 def need(package: str, what: str, install: str = "") -> Any:
-    """An optional package."""
+    """Import an optional package, or raise a UserError that says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -124,7 +124,7 @@ def need(package: str, what: str, install: str = "") -> Any:
 
 def setting(default: Any, help: str, choices: Iterable = (), *, rare=False, alias="", required=False, **bounds) -> Any:
     """A dataclass field that is also a command-line flag: its name, type, default, meaning and bounds (ge, gt, le, lt),
-    declared once. `rare` flags are shown by --help_all only, `alias` is a second name; without help it is no flag."""
+    declared once. `rare` flags are shown by --help_all only, `alias` is a second name; without help, it is no flag."""
     metadata = dict(help=help, choices=choices, bounds=bounds, rare=rare, alias=alias, required=required)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -139,7 +139,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type, containers looked into. A whole number is a float too, a bool is no
+    """Whether a value has an annotated type, inside containers too. An int counts as a float, a bool never as a
     number."""
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if kind is Any:
@@ -172,7 +172,7 @@ def nearest(name: Any, options: Iterable[str]) -> str:
 
 
 def check(f: Field, value: Any) -> None:
-    """Raise UserError unless a value is of a field's type, one of its choices and within its bounds; NaN never is."""
+    """Raise UserError unless a value fits its field's type, choices and bounds; NaN never does."""
     if not is_a(value, f.type):
         wanted = TYPE_NAMES.get(typing.get_origin(f.type) or f.type, f.type)
         raise UserError(f"{f.name} is {str(value)[:60]!r}: it must be {wanted}")
@@ -187,7 +187,7 @@ def check(f: Field, value: Any) -> None:
 
 
 class Settings:
-    """Base of dataclasses whose fields are checked when they are made."""
+    """Base of dataclasses that check their fields on creation."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -195,16 +195,16 @@ class Settings:
 
 
 def from_dict(cls: type, content: Any, where: Any) -> Any:
-    """A dataclass from what a file holds: the one schema of that file. Raises UserError, with the file and the field,
-    for what is missing, unknown or of another type, and for what a later model.py wrote."""
+    """A dataclass, the one schema of a file, from the file's content. Raises UserError, naming the file and the field,
+    for missing or unknown fields, wrong types, and files written by a newer model.py."""
     if not isinstance(content, dict):
-        raise UserError(f"{where} holds {type(content).__name__} and should hold an object: {{...}}")
+        raise UserError(f"{where} holds {type(content).__name__} but should hold an object: {{...}}")
     if is_a(version := content.get("format_version"), int) and version > FORMAT_VERSION:
         raise UserError(f"{where} has format version {version}, made by a newer model.py: update this one")
     known = {f.name: f for f in fields(cls)}
     required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - content.keys()):
-        raise UserError(f"{where} lacks {', '.join(missing)}: damaged, or not a file of this program")
+        raise UserError(f"{where} lacks {', '.join(missing)}: damaged, or not written by this program")
     if unknown := sorted(map(str, content.keys() - known.keys())):
         raise UserError(f"{where} has an unknown field {unknown[0]}: damaged, or made by another model.py")
     with told_as(str(where), UserError):
@@ -212,10 +212,10 @@ def from_dict(cls: type, content: Any, where: Any) -> Any:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QK_NORMS = ("none", "before_rope", "after_rope", "true", "false")  # true: where the norm's weights would have it
+QK_NORMS = ("none", "before_rope", "after_rope", "true", "false")  # true: chosen by norm_weight; see GPTConfig
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: of the gate
+    "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: the gate's
 }  # fmt: skip
 
 # What `--arch` means. The names are Hugging Face model types, so that every export is native.
@@ -236,7 +236,7 @@ ARCH_RECIPES = {
     "nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0, embd_lr=0.2, beta1=0.8, beta2=0.95),
 }
 
-# Shapes, and the recipes as their sources (NGen3, NGen4, TransformerLM) published them: those of --recipe published.
+# Shapes, with the recipes that their sources (NGen3, NGen4, TransformerLM) published, for --recipe published.
 VARIANTS: dict[str, dict[str, Any]] = {
     "7M": dict(arch="gpt2", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, learning_rate=3e-4),
     "26M": dict(arch="llama", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, learning_rate=5e-4,
@@ -250,10 +250,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1B": dict(arch="gpt2", n_layer=28, n_head=26, n_embd=1664, block_size=1024, batch_size=16, learning_rate=2e-4),
 }
 # fmt: on
-# How they are trained otherwise: the fastest learner that sweeps have found (tests/benchmarks/README.md), with GPT-2's
-# shapes as a qwen3. AdamW's rates, of the embedding and the norms, fall with the square root of the width.
+# The default recipe: the fastest learner found in sweeps (tests/benchmarks/README.md), with the gpt2 variants built as
+# qwen3. AdamW's learning rates, for the embedding and the norms, fall with the square root of the width.
 RECIPES = ("tuned", "published")
-PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for --help, which has no PyTorch to count
+PARAMETERS = {  # with GPT-2's vocabulary (26M: with its own 6,400 tokens), for --help, which does not load PyTorch
     "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
@@ -266,7 +266,7 @@ TUNED: dict[str, Any] = dict(
 class GPTConfig(Settings):
     """architecture"""
 
-    arch: str = setting("gpt2", "how the shape is built", ARCHS)
+    arch: str = setting("gpt2", "model family, by Hugging Face's name", ARCHS)
     vocab_size: int = setting(50259, "", ge=1, le=1 << 24)  # tokens; the embedding is padded to a multiple of 64 rows
     block_size: int = setting(1024, "context length, in tokens", ge=1, le=1 << 24)
     n_layer: int = setting(12, "number of transformer blocks", ge=1, le=1000)
@@ -275,21 +275,21 @@ class GPTConfig(Settings):
     n_embd: int = setting(768, "width of the residual stream", ge=1, le=65536)
     head_dim: int = setting(0, "width of a head (0: n_embd / n_head)", ge=0, le=65536)
     n_inner: int = setting(0, "width of the MLP (0: 4 n_embd; 8/3 n_embd for GLUs)", ge=0, le=1 << 20)
-    pos_embd: str = setting("learned", "position information", ("none", "learned", "rope"))
+    pos_embd: str = setting("learned", "position encoding", ("none", "learned", "rope"))
     rope_theta: float = setting(10000.0, "base of RoPE's wavelengths", gt=0)
     rope_pct: float = setting(1.0, "fraction of each head that RoPE rotates", ge=0, le=1)
     rope_scaling: str = setting("none", "RoPE context extension", ("none", "linear", "ntk", "yarn", "llama3"))
-    rope_factor: float = setting(1.0, "how many times rope_scaling extends the context", ge=1, le=1e6)
+    rope_factor: float = setting(1.0, "factor by which rope_scaling extends the context", ge=1, le=1e6)
     rope_original_block_size: int = setting(0, "context before rope_scaling (0: block_size)", ge=0, rare=True)
-    rope_attention_factor: float = setting(0.0, "YaRN: factor on cos, sin (0: by rope_factor)", ge=0, le=1e6, rare=True)
-    rope_beta_fast: float = setting(32.0, "YaRN: what rotates more often is not interpolated", gt=0, le=1e6, rare=True)
-    rope_beta_slow: float = setting(1.0, "YaRN: what rotates less often is fully interpolated", gt=0, le=1e6, rare=True)
-    rope_low_freq_factor: float = setting(1.0, "llama3 scaling: interpolate below so many rotations", gt=0, rare=True)
-    rope_high_freq_factor: float = setting(4.0, "llama3 scaling: keep above so many rotations", gt=0, rare=True)
+    rope_attention_factor: float = setting(0.0, "YaRN: factor on cos, sin (0: derived)", ge=0, le=1e6, rare=True)
+    rope_beta_fast: float = setting(32.0, "YaRN: do not interpolate above this many rotations", gt=0, le=1e6, rare=True)
+    rope_beta_slow: float = setting(1.0, "YaRN: fully interpolate below this many rotations", gt=0, le=1e6, rare=True)
+    rope_low_freq_factor: float = setting(1.0, "llama3 scaling: interpolate below this many rotations", gt=0, rare=True)
+    rope_high_freq_factor: float = setting(4.0, "llama3 scaling: keep above this many rotations", gt=0, rare=True)
     norm: str = setting("layernorm", "normalisation", ("layernorm", "rmsnorm", "none"))
     norm_weight: bool = setting(True, "norms have learned weights", rare=True)
     norm_eps: float = setting(1e-5, "epsilon of the norms", gt=0, rare=True)
-    norm_position: str = setting("pre", "norm before or after each residual addition", ("pre", "post"))
+    norm_position: str = setting("pre", "norm before each sublayer or after its residual addition", ("pre", "post"))
     embd_norm: bool = setting(False, "normalise the token embedding too", rare=True)
     qk_norm: str = setting("none", "RMSNorm on queries and keys", QK_NORMS)
     activation: str = setting("gelu_new", "MLP activation", ACTIVATIONS)
@@ -297,7 +297,7 @@ class GPTConfig(Settings):
     parallel_residual: bool = setting(False, "attention and MLP read the same input and are added together", rare=True)
     tie_word_embeddings: bool = setting(True, "the head shares the token embedding's weights")
     logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (0: off)", ge=0, le=1e6, rare=True)
-    init: str = setting("gpt2", "weight initialization of this source", ("gpt2", "normal", "nanochat"), rare=True)
+    init: str = setting("gpt2", "weight initialization scheme", ("gpt2", "normal", "nanochat"), rare=True)
     resid_pdrop: float = setting(0.0, "dropout on each residual branch", ge=0, lt=1)
     embd_pdrop: float = setting(0.0, "dropout on the embeddings", ge=0, lt=1)
     attn_pdrop: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
@@ -305,7 +305,7 @@ class GPTConfig(Settings):
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, a third slower")
 
     def __post_init__(self) -> None:
-        # checkpoints of format 1, and --qk_norm alone, say whether; weights said where
+        # format 1 checkpoints and a bare --qk_norm only say whether; norm_weight then decides where
         if self.qk_norm in (True, "true"):
             self.qk_norm = "before_rope" if self.norm_weight else "after_rope"
         elif self.qk_norm in (False, "false"):
@@ -342,10 +342,10 @@ class GPTConfig(Settings):
 
     @property
     def context(self) -> int:
-        """The longest sequence the positions reach, in tokens: block_size, or what rope_scaling makes of it."""
+        """The longest sequence the positions support, in tokens: block_size, or what rope_scaling extends it to."""
         original = self.rope_original_block_size or self.block_size
         if self.rope_scaling == "none" or self.rope_scaling == "llama3" and original < self.block_size:
-            return self.block_size  # Llama 3.2 reaches half of what its factor would
+            return self.block_size  # Llama 3.2 reaches half of what its factor gives
         return max(self.block_size, int(original * self.rope_factor))
 
 
@@ -368,11 +368,11 @@ def make_config(variant: str, vocab_size: int, overrides: dict[str, Any], recipe
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weights follow the activations' dtype. Mixed precision without autocast: master weights stay
-    in float32, and what is multiplied is decided by the dtype of the embedding's output."""
+    """A linear layer that casts its weights to the activations' dtype: mixed precision without autocast. Master weights
+    stay in float32, and the dtype of the embedding's output sets that of every matmul."""
 
     def reset_parameters(self) -> None:
-        """GPT.init_weights does it."""
+        """Left to GPT.init_weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -384,8 +384,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def embedding(n: int, dim: int) -> nn.Embedding:
-    """A table (n, dim) that GPT.init_weights fills. nn.Embedding's own way imports torch._dynamo on the meta device,
-    which takes 1.5 s."""
+    """A table (n, dim) that GPT.init_weights fills. On the meta device, nn.Embedding's own initialization
+    imports torch._dynamo, which takes 1.5 s."""
     return nn.Embedding(n, dim, _weight=torch.empty(n, dim))
 
 
@@ -416,7 +416,7 @@ def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
     linear: positions are divided by the factor. ntk: theta grows by factor^(d / (d - 2)), so that the longest
     wavelength is stretched by the factor and the shortest not at all. yarn: fast dimensions stay, slow ones are
     divided by the factor, a ramp between, and attention is sharpened (arXiv 2309.00071, section 3; transformers'
-    modeling_rope_utils). llama3: as yarn with Llama 3.1's thresholds.
+    modeling_rope_utils). llama3: like yarn, with Llama 3.1's thresholds.
     """
     d, theta, factor = c.rope_dim, c.rope_theta, c.rope_factor
     original = c.rope_original_block_size or c.block_size
@@ -444,7 +444,7 @@ def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + d/2) of x's first d dimensions. x (B, T, heads, head_dim); cos and sin (T, 1, d), or
-    (B, T, 1, d), hold the angle of each pair twice, and sin its sign: minus in the first half."""
+    (B, T, 1, d), hold the values of each pair twice, with sin negated in the first half."""
     d = cos.size(-1)
     if d < x.size(-1):
         return torch.cat((apply_rope(x[..., :d], cos, sin), x[..., d:]), dim=-1)
@@ -465,7 +465,7 @@ def causal_mask(T_q: int, T_k: int, device: torch.device) -> Tensor:
 
 
 def ungrouped(x: Tensor, n_head: int) -> Tensor:
-    """GQA: keys or values with as many heads as the queries have."""
+    """GQA: repeat keys or values to as many heads as the queries have."""
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
@@ -488,11 +488,11 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
     if mask is None and 1 < q.size(2) < k.size(2):
         mask = causal_mask(q.size(2), k.size(2), q.device)
     if q.size(1) != k.size(1) and q.device.type == "cuda":
-        if q.size(2) == 1:  # the queries of a group may stand as so many positions
+        if q.size(2) == 1:  # the queries of a group can pass as that many positions
             grouped = q.reshape(q.size(0), k.size(1), -1, q.size(3))
             return F.scaled_dot_product_attention(grouped, k, v, mask, dropout_p).reshape(q.shape)
-        # flash attention knows GQA, but takes no mask and 16 bits only, on GPUs that have bfloat16; the other fused
-        # kernel does not (PyTorch's sdp_utils.cpp), and the plain one would do it
+        # the flash kernel supports GQA, but no mask and only 16-bit types, on GPUs with bfloat16; the other fused one
+        # does not support GQA (PyTorch's sdp_utils.cpp), which would leave the plain kernel
         if mask is not None or q.dtype != torch.bfloat16:
             k, v = ungrouped(k, q.size(1)), ungrouped(v, q.size(1))
     return F.scaled_dot_product_attention(
@@ -501,8 +501,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    """The flash-attn package. Its interface has no masks, and it takes 16-bit types on a GPU only: all else goes to
-    PyTorch's kernel."""
+    """The flash-attn package. It supports no masks, and only 16-bit types on a GPU: everything else goes to PyTorch's
+    kernel."""
     if mask is not None or q.device.type != "cuda" or q.dtype == torch.float32:
         return sdpa_attention(q, k, v, mask, dropout_p)
     from flash_attn import flash_attn_func
@@ -528,7 +528,7 @@ class KVCache:
         shape = (c.n_layer, batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
         self.kv = torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
         self.length, self.max_length, self.pad = 0, max_length, pad
-        self.steps: dict[int, OneToken] = {}  # of CUDAGraphs
+        self.steps: dict[int, OneToken] = {}  # for CUDAGraphs
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
@@ -563,7 +563,7 @@ class Attention(nn.Module):
         return dropout(self.proj(y.transpose(1, 2).reshape(B, T, -1)), self.resid_pdrop, self.training)
 
     def heads(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> Iterable[Tensor]:
-        """Queries, keys and values (B, heads, T, head_dim), normalised and rotated, of qkv (B, T, heads, head_dim)."""
+        """qkv (B, T, heads, head_dim) -> queries, keys and values (B, heads, T, head_dim), normalised and rotated."""
         if self.training and training_library(qkv):
             weights = (None, None) if self.qk_norm == "none" else (self.q_norm.weight, self.k_norm.weight)
             return HeadsInC.apply(qkv, rope, *weights, self.n_kv_head, self.qk_norm, self.eps)
@@ -616,7 +616,7 @@ class Block(nn.Module):
         self.pre_norm, self.parallel = c.norm_position == "pre", c.parallel_residual
 
     def linears(self) -> list[tuple[nn.Module, str]]:
-        """Where the linear layers hang: (module, name of its attribute)."""
+        """The linear layers, as (parent module, attribute name)."""
         return [(self.attn, "qkv"), (self.attn, "proj"), (self.mlp, "fc"), (self.mlp, "proj")]
 
     def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
@@ -630,8 +630,8 @@ class Block(nn.Module):
 
 
 def same_dropout_on_mps() -> tuple[Any, Any]:
-    """The contexts of a block's forward pass and of its recomputation: torch.utils.checkpoint repeats the random
-    numbers of CUDA, and those of MPS it does not (it looks for torch.mps._initialized)."""
+    """The contexts of a block's forward pass and of its recomputation: torch.utils.checkpoint restores the random state
+    of CUDA but not of MPS (it looks for torch.mps._initialized)."""
     state = torch.mps.get_rng_state()
 
     @contextmanager
@@ -644,8 +644,8 @@ def same_dropout_on_mps() -> tuple[Any, Any]:
 
 
 class CUDAGraphs:
-    """Generation on a GPU, which is limited by the launches of a token's kernels, some 140 with 12 layers: those of the
-    blocks are recorded once and launched as one. Prompts take the plain pass, and so does all where recording fails."""
+    """Generation on a GPU, which is limited by kernel launches, some 140 per token with 12 layers: those of the blocks
+    are recorded once and launched as one. Prompts take the plain pass, as does everything if recording fails."""
 
     def __init__(self, model: "GPT") -> None:
         self.model, self.head = model, model.head
@@ -658,15 +658,15 @@ class CUDAGraphs:
             try:
                 cache.steps[reach] = OneToken(self.model, cache, reach, x, rope)
             except RuntimeError as e:
-                say(f"going on without CUDA graphs: {e}", sys.stderr)
+                say(f"continuing without CUDA graphs: {e}", sys.stderr)
                 self.model.engine = None
                 return self.model.run_blocks(x, rope, mask, cache)
         return cache.steps[reach](x, rope, cache.length)
 
 
 class OneToken:
-    """The blocks on one token a row, with nothing that changes but the contents of tensors, all of them kept here. It
-    stands in for the cache: the token sees the first `reach` places, without the later ones and the padding."""
+    """The blocks on one token per row, where only the contents of tensors change, all of which are kept here. It stands
+    in for the cache: the token sees the first `reach` positions, except later ones and padding."""
 
     def __init__(self, model: "GPT", cache: KVCache, reach: int, x: Tensor, rope: Any) -> None:
         self.model, self.kv, self.inputs = model, cache.kv[..., :reach, :], [y.clone() for y in (x, *(rope or ()))]
@@ -691,12 +691,12 @@ class OneToken:
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """run() as one CUDA graph (PyTorch's notes on CUDA semantics, whole-network capture): what it launches now is
-    launched again by each call, on the same memory, and the result is written to the same tensor."""
+    """run() as one CUDA graph (PyTorch's notes on CUDA semantics, whole-network capture): each call replays the
+    recorded kernels on the same memory and writes the result to the same tensor."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        run()  # libraries load and choose their kernels now: they could not while recording
+        run()  # lets libraries load and choose kernels, which they cannot do while recording
         with torch.cuda.graph(graph, stream=stream):
             result = run()
 
@@ -720,10 +720,10 @@ class GPT(nn.Module):
         self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else nn.Identity()
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; see set_precision
-        self.engine: Any = None  # what runs the blocks and the head in generation: CEngine, CUDAGraphs, or those below
+        self.engine: Any = None  # runs the blocks and the head in generation: CEngine, CUDAGraphs or, if None, self
         self.compiled_loss: Callable | None = None  # stands in for CrossEntropy in training; see compile_model
         self.sharded: list[Any] = []  # the modules whose parameters are sharded over processes; see shard_model
-        self.new_tokens: list[int] = []  # if any, the only rows of the embedding and the head that are trained
+        self.new_tokens: list[int] = []  # if any, only these rows of the embedding and the head are trained
         self.build_rope()
         if self.device.type != "meta":
             self.init_weights()
@@ -764,15 +764,13 @@ class GPT(nn.Module):
                 p.uniform_(-((3 / c.n_embd) ** 0.5), (3 / c.n_embd) ** 0.5)
 
     def fused_rows(self) -> dict[str, list[int]]:
-        """The matrices that are several on top of one another, and how many rows each of them has: Muon treats them one
-        by one."""
+        """The stacked matrices, and how many rows each of their parts has: Muon orthogonalises the parts separately."""
         c, d = self.config, self.config.head_dim
         parts = {"attn.qkv": [c.n_head * d, c.n_kv_head * d, c.n_kv_head * d], "mlp.fc": [c.n_inner] * (1 + c.is_glu)}
         return {f"blocks.{i}.{k}.weight": rows for i in range(c.n_layer) for k, rows in parts.items()}
 
     def build_rope(self) -> None:
-        """Tables of cos and sin for apply_rope, (context, 1, rope_dim) float32; built again when the scaling is
-        changed."""
+        """Tables of cos and sin for apply_rope, (context, 1, rope_dim) float32; rebuilt when the scaling changes."""
         self.rope_cos = self.rope_sin = None
         if self.config.pos_embd == "rope" and self.device.type != "meta":
             freqs, factor = rope_frequencies(self.config)
@@ -783,23 +781,23 @@ class GPT(nn.Module):
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "GPT":
         super()._apply(fn, *args, **kwargs)
-        if self.rope_cos is not None:  # follows the device and not the dtype
+        if self.rope_cos is not None:  # follows the device but not the dtype
             self.rope_cos, self.rope_sin = self.rope_cos.to(self.device), self.rope_sin.to(self.device)
         return self
 
     def extend_context(self, **changes: Any) -> None:
-        """Change rope_scaling and rope_factor, or block_size, of a trained model, so that it reaches further."""
+        """Extend a trained model's context by changing rope_scaling and rope_factor, or block_size."""
         original, context = self.config.rope_original_block_size or self.config.block_size, self.config.context
         if "rope_factor" in changes and (reach := int(original * changes["rope_factor"])) < context:
-            raise UserError(f"the model reaches {context:,} tokens already, and with this --rope_factor it would reach "
-                            f"only {reach:,}: leave it out, or use a larger one")  # fmt: skip
+            raise UserError(f"the model already reaches {context:,} tokens, and would reach only {reach:,} with this "
+                            f"--rope_factor: leave it out, or use a larger one")  # fmt: skip
         if changes.get("rope_factor", self.config.rope_factor) != self.config.rope_factor:
-            changes["rope_attention_factor"] = 0.0  # a model's own, which an export always has, goes with its factor
+            changes["rope_attention_factor"] = 0.0  # the model's own, which exports always have, fits the old factor
         self.config = replace(self.config, rope_original_block_size=original, **changes)
         self.build_rope()
 
     def positions_and_mask(self, idx: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Any, Any]:
-        """The position of each token, a slice or (B, T), and what it sees: None where that is all before it."""
+        """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it."""
         T, device, start = idx.size(1), idx.device, 0 if cache is None else cache.length
         if segments is not None:
             index = torch.arange(T, device=device)
@@ -840,7 +838,7 @@ class GPT(nn.Module):
         on_mps = x.device.type == "mps"
         recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
         for block in self.blocks:
-            # of a sharded or compiled block without that: lengths change from call to call
+            # bypasses the sharding or compilation of a block: lengths change from call to call
             if not self.training and (self.sharded or "forward" in vars(block)):
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
@@ -871,7 +869,7 @@ class GPT(nn.Module):
         linear_loss); a target of -1 does not count."""
         if targets.shape != idx.shape:
             raise UserError(f"targets are {tuple(targets.shape)} and tokens {tuple(idx.shape)}: each token needs one")
-        if targets.device.type == "cpu" and (beyond := targets >= self.config.vocab_size).any():  # C would not see it
+        if targets.device.type == "cpu" and (beyond := targets >= self.config.vocab_size).any():  # C does not check it
             raise UserError(f"target {targets[beyond][0]} is not in the vocabulary of {self.config.vocab_size}")
         h = self.hidden(idx, segments=segments)
         return linear_loss(h, self, chunk_loss or CrossEntropy(targets), distributions)
@@ -895,7 +893,7 @@ def training_flops_per_token(c: GPTConfig, n_parameters: int = 0) -> float:
 
 def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int = 0) -> float:
     """Estimated bytes that training takes: weights, gradients and AdamW's two moments in float32, and the bfloat16
-    activations that the backward pass reads (18 widths and two MLP widths a token and block)."""
+    activations that the backward pass reads (18 widths and two MLP widths per token and block)."""
     activations = micro_batch_size * c.block_size * c.n_layer * (10 * c.n_embd + (2 + 2 * c.is_glu) * c.n_inner) * 2
     if c.gradient_checkpointing:
         activations = activations / c.n_layer + micro_batch_size * c.block_size * c.n_layer * c.n_embd * 2
@@ -903,13 +901,13 @@ def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int
 
 
 # The head and the loss together. A vocabulary of 50,000 makes the logits the largest tensor of a small model's step by
-# far, so they never exist at once: tokens go through the head in chunks, and each chunk's gradient is taken right away.
+# far, so they never exist in full: tokens go through the head in chunks, and each chunk's gradient is taken right away.
 # A chunk loss is called with (logits (rows, padded_vocab_size), rows: a slice of the tokens, with_grad), and returns
-# the sum of its loss over these rows and, if wanted, the gradient by the logits, whose memory it may use.
+# the sum of its loss over these rows and, if with_grad, the gradient of the logits, whose memory it may reuse.
 
-LOSS_CHUNK_ELEMENTS = 512 * 50304  # of logits: 512 rows of GPT-2's vocabulary were fastest among 64 ... 1024 on a CPU
-MPS_LONGEST_SUM = 32704  # products over 32,767 and more are wrong on M1 and M2 (pytorch/pytorch#195163, mended in 2.14)
-CUDA_LOSS_CHUNK_ELEMENTS = 1 << 27  # 256 MiB in 16 bits, 1.3 GiB with what the plain loss makes of them in 32
+LOSS_CHUNK_ELEMENTS = 512 * 50304  # 512 rows of GPT-2's vocabulary: the fastest of 64 ... 1024 on a CPU
+MPS_LONGEST_SUM = 32704  # products over 32,767 and more are wrong on M1 and M2 (pytorch/pytorch#195163, fixed in 2.14)
+CUDA_LOSS_CHUNK_ELEMENTS = 1 << 27  # 256 MiB in 16 bits; 1.3 GiB with the plain loss's 32-bit temporaries
 
 
 class CrossEntropy:
@@ -937,8 +935,8 @@ class CrossEntropy:
 
 
 def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap: float) -> tuple[Tensor, Tensor]:
-    """CrossEntropy as linear_loss calls it, with the soft-cap and the gradient, made of pure functions: torch.compile
-    makes of them two passes over the logits, where stores into parts of a tensor would need another of their size."""
+    """CrossEntropy as linear_loss calls it, with soft-cap and gradient, in pure functions: torch.compile fuses them in
+    two passes over the logits, where stores into parts of a tensor would need another tensor of that size."""
     column, target, counted = torch.arange(logits.size(1), device=logits.device), targets[:, None], targets >= 0
     tanh = torch.tanh(logits.float() / softcap) if softcap else None
     x = softcap * tanh if softcap else logits.float()
@@ -949,8 +947,8 @@ def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap
 
 
 def by_autograd(loss_of: Callable[[Tensor, slice], Tensor]) -> Callable:
-    """A chunk loss from a differentiable function of (logits, rows). For plain cross-entropy a gradient by hand is 1.4
-    to 1.9 times faster; for a divergence between two distributions it was not."""
+    """A chunk loss from a differentiable function of (logits, rows). For plain cross-entropy a hand-written one is 1.4
+    to 1.9 times faster; for a divergence between two distributions it is not."""
 
     def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled(with_grad):
@@ -968,7 +966,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, chunk_loss: Callable, chunk: int, with_grad: bool):
         w, N = weight.to(h.dtype), h.size(0)
-        wide = torch.promote_types(h.dtype, torch.float32)  # float64 where h is that
+        wide = torch.promote_types(h.dtype, torch.float32)  # float64 if h is
         loss = torch.zeros((), device=h.device, dtype=wide)
         grad_h = torch.empty_like(h) if with_grad else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if with_grad and weight.requires_grad else None
@@ -988,9 +986,9 @@ class FusedLinearLoss(torch.autograd.Function):
                 continue
             if h.dtype == wide:
                 grad_w.addmm_(grad_logits.T, x)
-            else:  # products of a chunk in the short type, their sum in the long one
+            else:  # multiply chunks in the short type, sum them in the wide one
                 product = torch.mm(grad_logits.T, x, out=product)
-                if library := training_library(product):  # PyTorch would first copy it to the long type
+                if library := training_library(product):  # PyTorch would first copy it to the wide type
                     run_in_c(library.accumulate, product.numel(), product, grad_w)
                 else:
                     grad_w += product
@@ -1007,7 +1005,7 @@ class FusedLinearLoss(torch.autograd.Function):
 
 def linear_loss(h: Tensor, model: GPT, chunk_loss: Callable, distributions: int = 1) -> Tensor:
     """The sum of a chunk loss over hidden states h (B, T, n_embd), through the model's head. Scalar, differentiable.
-    distributions: how many tensors of the logits' size the loss holds at once; so many times smaller are the chunks."""
+    distributions: how many tensors of the logits' size the loss holds at once; chunks shrink by that factor."""
     h, weight, c = h.flatten(0, -2), model.head_weight, model.config
     with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     elements = CUDA_LOSS_CHUNK_ELEMENTS if h.device.type == "cuda" else LOSS_CHUNK_ELEMENTS
