@@ -1035,7 +1035,7 @@ EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # tiktoken's r50k
 
 
-# GPT-2's printable character for each byte, in which tokenizer.json writes byte-level vocabularies.
+# GPT-2's printable character for each byte: tokenizer.json writes byte-level vocabularies in these.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_TO_UNICODE = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
@@ -1044,25 +1044,25 @@ UNICODE_TO_BYTE = {c: b for b, c in BYTE_TO_UNICODE.items()}
 
 @dataclass
 class TokenizerSpec(Settings):
-    """All of a tokenizer, in plain values: what data folders and checkpoints carry."""
+    """A whole tokenizer in plain values, as data folders and checkpoints store it."""
 
     kind: str = setting("", "", ("gpt2", "bpe", "byte", "hf"))  # hf: someone else's
     name: str = ""
-    ranks: str = ""  # of gpt2 and bpe: the ordinary tokens in the order of their ids, a line of base64 each
-    json: str = ""  # of hf: a tokenizer.json
-    special: dict[str, int] = field(default_factory=dict)  # the ids of EOT, IM_START and IM_END, where it has them
-    bos: list[int] = field(default_factory=list)  # opens every prompt
+    ranks: str = ""  # gpt2 and bpe: the ordinary tokens in id order, one line of base64 each
+    json: str = ""  # hf: a tokenizer.json
+    special: dict[str, int] = field(default_factory=dict)  # the ids of EOT, IM_START and IM_END, if it has them
+    bos: list[int] = field(default_factory=list)  # ids that open every prompt
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None
     unk_token: str | None = None
     chat_template: str | None = None
-    ends: list[int] = field(default_factory=list)  # of hf: other ids that end a text, as that of a turn may
+    ends: list[int] = field(default_factory=list)  # hf: other ids that end a text, such as an end of turn
 
 
 class Tokenizer:
-    """Text to token ids and back: by tiktoken for the vocabularies that are ours, which are a quarter as large and open
-    five times faster so, else as a tokenizer.json says. Special tokens are never recognised in text.
+    """Text to token ids and back: by tiktoken for our own vocabularies, which are then a quarter as large and open
+    five times faster, else by tokenizers. Special tokens are never recognised in text.
 
     n_vocab: number of token ids. special: name -> id of the special tokens. bos: ids that open every prompt.
     """
@@ -1078,7 +1078,7 @@ class Tokenizer:
                 tokens = [base64.b64decode(t) for t in s.ranks.split()] or [bytes([b]) for b in range(256)]
                 ranks = {token: rank for rank, token in enumerate(tokens)}
                 if {*ranks.values(), *s.special.values()} != set(range(len(ranks) + len(s.special))):
-                    raise ValueError("tokens without a number, or two of one")
+                    raise ValueError("tokens without an id, or two with the same id")
                 options = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens=s.special)
                 self.tiktoken = tiktoken.Encoding(s.name, **options)
             self.n_vocab = self.tiktoken.n_vocab
@@ -1086,7 +1086,7 @@ class Tokenizer:
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
             self.added = self.backend.get_added_tokens_decoder()
         self.byte_level = self.is_ours or '"ByteLevel"' in s.json
-        # text is then the tokens with spaces between them
+        # text is then the tokens joined by spaces
         self.no_decoder = not self.byte_level and "▁" not in s.json and self.backend.decoder is None
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
@@ -1102,7 +1102,7 @@ class Tokenizer:
 
     @property
     def control(self) -> dict[str, int]:
-        """The tokens that are no text, by how they are written: some tokenizers do not say so of their chat tokens."""
+        """Control tokens, name -> id: some tokenizers do not mark their chat tokens as special."""
         if self.is_ours:
             return self.special
         return {t.content: i for i, t in self.added.items() if t.special or i in self.special.values()}
@@ -1122,12 +1122,12 @@ class Tokenizer:
             return as_text(from_tiktoken(self))
         with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
             text = self.fields.json
-            if re.search(r"\\u00[4-7]", text):  # letters as escapes
+            if re.search(r"\\u00[4-7]", text):  # escaped letters
                 text = json.dumps(json.loads(text))
             if re.search(r'"continuing_subword_prefix":\s*"[^"]', text) and re.search(r'"type":\s*"BPE"', text):
-                raise ValueError("a BPE with a continuing_subword_prefix")  # which can abort the process
+                raise ValueError("a BPE with a continuing_subword_prefix")  # can abort the process
             if '"Replace"' in text and growth(json.loads(text)) > 1e6:
-                raise ValueError("its replacements make a text a million times as long")
+                raise ValueError("its replacements can make a text a million times longer")
             return as_text(tokenizers.Tokenizer.from_str(self.fields.json))
 
     @functools.cached_property
@@ -1135,12 +1135,12 @@ class Tokenizer:
         return self.backend.get_vocab()
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Token ids of a text; if it continues another, without what a tokenizer may put before a text: as what follows
-        the end of a word or of a line."""
+        """Token ids of a text. If it continues another, it is encoded as if after a word or a line, without what the
+        tokenizer may put before a text."""
         if self.is_ours:
             return self.encode_array(text).tolist()
         encode = functools.partial(self.backend.encode, add_special_tokens=False)
-        with told_as(f"tokenizer {self.name} cannot encode {text[:40]!r}"):  # one without a token for the unknown
+        with told_as(f"tokenizer {self.name} cannot encode {text[:40]!r}"):  # if it has no unknown token
             if continues:
                 before = "a" if text[:1].isspace() else "\n"
                 known, ids = encode(before).ids, encode(before + valid(text)).ids
@@ -1149,19 +1149,19 @@ class Tokenizer:
             return encode(valid(text)).ids
 
     def encode_array(self, text: str, dtype: Any = np.int64, continues: bool = False) -> np.ndarray:
-        """encode, for long texts, as an array. tiktoken makes no Python list, so that other threads run meanwhile."""
+        """encode for long texts, as an array: tiktoken then builds no Python list, so other threads run meanwhile."""
         if self.kind == "byte":
             return np.frombuffer(valid(text).encode(), np.uint8).astype(dtype)
         if self.is_ours:
             try:
                 return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
-            except ValueError:  # a million white spaces in a row are too much for its regular expressions
+            except ValueError:  # its regex fails on a million white spaces in a row
                 return np.array(self.backend.encode(valid(text), add_special_tokens=False).ids, dtype)
         return np.array(self.encode(text, continues), dtype)
 
     def prompt(self, text: str, context: int) -> list[int]:
-        """The ids that a model continues: never empty. With our own tokenizers a single token begins a line, where
-        there is room: alone it could be anything, for training cuts text anywhere ("def" may end another word)."""
+        """The ids that a model continues, never empty. With our own tokenizers a single token begins a line, if it
+        fits: training cuts text anywhere, so alone it is ambiguous ("def" may end another word)."""
         ids = self.bos + self.encode(text)
         one = self.is_ours and len(self.encode(text.strip())) < 2
         if one and len(begun := self.encode(f"\n{text}")) <= context:
@@ -1169,7 +1169,7 @@ class Tokenizer:
         return ids or ([self.eot] if self.eot is not None else self.encode("\n") or [0])
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a rendered chat template, in which special tokens are special."""
+        """Token ids of a rendered chat template, with special tokens recognised."""
         if self.is_ours:
             with suppress(ValueError):  # as in encode_array
                 return self.tiktoken.encode(valid(text), allowed_special="all")
@@ -1179,9 +1179,9 @@ class Tokenizer:
         return ids
 
     def without_special(self, text: str) -> str:
-        """Text with the names of special tokens taken out, for what a user wrote into a chat template."""
+        """Text without the names of special tokens, for a user's turns in a chat template."""
         names = list(self.control)
-        while any(name in text for name in names):  # taking one out may put another together
+        while any(name in text for name in names):  # removing one may form another
             for name in names:
                 text = text.replace(name, "")
         return text
@@ -1194,7 +1194,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token stands for; nothing if it is only padding."""
+        """The bytes of a token; none if it is only padding."""
         if token >= self.n_vocab:
             return b""
         if self.is_ours:
@@ -1230,12 +1230,12 @@ class Tokenizer:
 
 
 def valid(text: str) -> str:
-    """Text without halves of surrogate pairs, which is what Python makes of an argument's stray bytes."""
+    """Text without lone surrogates, which Python makes of invalid bytes in an argument."""
     return text.encode("utf-8", "replace").decode()
 
 
 def growth(node: Any) -> float:
-    """How many times longer the replacements of a tokenizer.json can make a text, at most."""
+    """An upper bound on how many times longer a tokenizer.json's replacements make a text."""
     if not isinstance(node, (dict, list)):
         return 1.0
     own = 1 + len(node["content"]) if isinstance(node, dict) and node.get("type") == "Replace" else 1
@@ -1247,11 +1247,11 @@ def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str
     """Raise UserError, which names both, unless two tokenizers map the same text to the same ids."""
     if a.digest != b.digest:
         other = b.describe() if a.describe() != b.describe() else "another of that name"
-        raise UserError(f"{a_is} has tokenizer {a.describe()} and {b_is} has {other}: {remedy}")
+        raise UserError(f"{a_is} has tokenizer {a.describe()} but {b_is} has {other}: {remedy}")
 
 
 def as_text(backend: Any) -> Any:
-    """A tokenizers.Tokenizer that takes special tokens in a text for text, all of it, and adds nothing."""
+    """Make a tokenizers.Tokenizer read special tokens as plain text, and neither truncate nor pad."""
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -1259,15 +1259,15 @@ def as_text(backend: Any) -> Any:
 
 
 def from_ranks(kind: str, tokens: list[bytes], name: str = "") -> Tokenizer:
-    """One of our own tokenizers from its ordinary tokens, in the order of their ids."""
+    """One of our own tokenizers, from its ordinary tokens in id order."""
     special = {t: len(tokens) + i for i, t in enumerate((EOT, IM_START, IM_END))}
     ranks = "" if kind == "byte" else "\n".join(base64.b64encode(t).decode() for t in tokens)
     return Tokenizer({"kind": kind, "name": name or kind, "ranks": ranks, "special": special})
 
 
 def from_tiktoken(tokenizer: Tokenizer) -> Any:
-    """A tokenizers.Tokenizer that gives the ids of one of ours. tiktoken merges any two tokens whose bytes are a token,
-    so all such pairs are listed."""
+    """A tokenizers.Tokenizer with the ids of one of ours. tiktoken merges any two tokens whose bytes form a token, so
+    all such pairs are listed."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -1298,7 +1298,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def bounded_words(texts: Iterable[str], longest: int = 4096) -> Iterator[str]:
-    """Texts without words of megabytes, on which the learning of a vocabulary would take hours."""
+    """Texts, cut if they hold words of megabytes, from which learning a vocabulary would take hours."""
     for text in texts:
         whole = max(map(len, text.split()), default=0) <= longest
         yield from [text] if whole else (text[i : i + longest] for i in range(0, len(text), longest))
@@ -1322,7 +1322,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 @dataclass
 class TokenizerConfig(Settings):
-    """What is read of a tokenizer_config.json, and of the special_tokens_map.json beside an old one."""
+    """What is read from a tokenizer_config.json, and from the special_tokens_map.json beside an old one."""
 
     bos_token: str | dict[str, Any] | None = None
     eos_token: str | dict[str, Any] | None = None
@@ -1333,10 +1333,10 @@ class TokenizerConfig(Settings):
 
 
 def hf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, or of a tokenizer.json with what stands beside it."""
+    """The tokenizer of a Hugging Face directory, or of a tokenizer.json and the files beside it."""
     file = path / "tokenizer.json" if path.is_dir() else path
     config = vars(read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"), {}))
-    if not config.pop("added_tokens_decoder"):  # before transformers 4.34, another file had the last word on tokens
+    if not config.pop("added_tokens_decoder"):  # before transformers 4.34, another file defined the special tokens
         older = vars(read_schema(TokenizerConfig, file.with_name("special_tokens_map.json"), {}))
         config |= {k: v for k, v in older.items() if v and k in config}
     spec = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
@@ -1363,7 +1363,7 @@ def hf_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
-    """A tokenizer, or the one of the name that --tokenizer takes, `bpe` aside, which must be trained."""
+    """A tokenizer, or the one that --tokenizer names, except `bpe`, which must be trained."""
     if isinstance(name, Tokenizer):
         return name
     if name in ("gpt2", "byte"):
@@ -1374,7 +1374,7 @@ def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
         if (path / "meta.json").is_file():
             return Data(path).tokenizer
     if name == "bpe":
-        raise UserError("a bpe is learned from text, and here are ids already: name the tokenizer that made them")
+        raise UserError("a bpe is learned from text, but this data is tokenized already: name its tokenizer")
     raise UserError(f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, data, or a folder with tokenizer.json")
 
 
@@ -1387,13 +1387,13 @@ PIECE_CHARS = 1 << 20  # text goes to the tokenizer in pieces of about this leng
 
 def read_file(path: Path) -> str:
     if not path.exists():
-        raise UserError(f"there is no {path}")
+        raise UserError(f"{path}: no such file")
     with told_as(f"{path} cannot be read as text", UnicodeDecodeError):
         return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The contents of a JSON file, or the default if there is one and no such file."""
+    """The content of a JSON file, or the default, if one is given, where there is no such file."""
     if default is not None and not path.exists():
         return default
     with told_as(f"{path} is not valid JSON", ValueError, RecursionError):
@@ -1401,7 +1401,7 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def read_schema(cls: type, path: Path, default: Any = None) -> Any:
-    """What a dataclass says is to be read of a JSON file that holds more."""
+    """A dataclass from those fields of a JSON file that it declares; others are ignored."""
     content = read_json(path, default)
     if isinstance(content, dict):
         content = {f.name: content[f.name] for f in fields(cls) if f.name in content}
@@ -1410,8 +1410,8 @@ def read_schema(cls: type, path: Path, default: Any = None) -> Any:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
-    """Write a file atomically: it appears under its name when it is whole and on the disk, or not at all. What a kill
-    leaves is written over by the next."""
+    """Write a file atomically: it appears under its name only once it is complete and on the disk. The next write
+    replaces what a killed one left."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1434,7 +1434,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """os.replace, again and again for five seconds on Windows, where a virus scanner may just have the file open."""
+    """os.replace, retried for five seconds on Windows, where a virus scanner may have the file open."""
     for _ in range(50 if os.name == "nt" else 0):
         with suppress(PermissionError):
             return os.replace(source, target)
@@ -1443,12 +1443,12 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def naming(path: Path, e: OSError) -> OSError:
-    """An error with the name of the file: that of a full disk has none."""
+    """The error with the file's name, which that of a full disk lacks."""
     return e if e.filename or not e.errno else OSError(e.errno, e.strerror, str(path))
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk too."""
+    """Sync a folder, so that the names in it are on the disk too."""
     with suppress(OSError):  # where a folder cannot be opened, as on Windows
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -1458,15 +1458,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def beside(target: Path, what: str) -> Path:
-    """A hidden name for what belongs to a file or folder, of whatever form its own name is, "." too."""
+    """A hidden path beside a file or folder, for what belongs to it; works for any form of its path, even "."."""
     whole = target.resolve()
     return whole.parent / f".{whole.name}.{what}"
 
 
 @contextmanager
 def locked(target: Path, wait: bool = False, lock: str = "lock") -> Iterator[None]:
-    """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, with the holder, if
-    another one has it."""
+    """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, naming the holder,
+    if another program has it."""
     path = beside(target, lock)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -1515,7 +1515,7 @@ def lock_file(f: io.TextIOWrapper) -> bool:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder beside what is being made, and its lock. What a killed program left in it goes."""
+    """A temporary folder beside `target`, which is locked. What a killed program left there is removed."""
     scratch = beside(target, "scratch")
     with locked(target):
         shutil.rmtree(scratch, ignore_errors=True)
@@ -1541,8 +1541,8 @@ MAX_DOWNLOAD = 100e9  # bytes
 
 
 def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> None:
-    """Fetch an http or https URL into a file. Raises UserError when it cannot be had, not all of it, or it is endless:
-    larger than MAX_DOWNLOAD or the free disk, or slower than 1 kB/s."""
+    """Fetch an http or https URL into a file. Raises UserError if the download fails, is incomplete, is larger than
+    MAX_DOWNLOAD or the free disk space, or is slower than 1 kB/s."""
     import http.client
     import ssl
     import urllib.error
@@ -1551,7 +1551,7 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
     class OnlyHTTP(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, to: str) -> Any:
             if not to.startswith(("http://", "https://")):
-                raise ValueError(f"it leads to {to}, which is not allowed: only http and https are")
+                raise ValueError(f"it redirects to {to}: only http and https are allowed")
             return super().redirect_request(request, fp, code, msg, headers, to)
 
     trust = ssl.create_default_context()
@@ -1572,7 +1572,7 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
                     if (seconds := time.monotonic() - begun) > 2 * timeout and f.tell() < 1000 * seconds:
                         raise ValueError(f"the server sends less than 1 kB/s: gave up after {seconds:.0f} s")
             if max(length, f.tell()) > limit:
-                raise ValueError(f"it has more than {limit / 1e9:,.1f} GB, the limit or the room on the disk")
+                raise ValueError(f"it is larger than {limit / 1e9:,.1f} GB, the limit or the free disk space")
             if f.tell() < length:
                 raise OSError(f"got only {f.tell()} out of {length} bytes")
 
@@ -1607,7 +1607,7 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             found = [p for p in visible if p.is_file() and p.stat().st_size and not looks_binary(p, encoding)]
             if not found:
                 records = any(p.suffix.lower() in RECORD_FILES for p in path.rglob("*"))
-                hint = f": for its records, hf_tokenize --hf_dataset {source}" * records
+                hint = f": for its records, use hf_tokenize --hf_dataset {source}" * records
                 raise UserError(f"{source} is a directory without text files{hint}")
             files += in_mixed_order(found, path)
             continue
@@ -1615,7 +1615,7 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             raise UserError(f"{source}: no such file, folder or URL")
         files.append(path)
     if not any(p.stat().st_size for p in files):
-        raise UserError(f"{', '.join(sources)}: there is no text in it, the source is empty")
+        raise UserError(f"{', '.join(sources)}: the source is empty, there is no text in it")
     return files
 
 
@@ -1630,7 +1630,7 @@ def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
 
 
 def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -> Iterator[str]:
-    """The text of a file in blocks. Raises UserError with the line of what is not in the encoding."""
+    """The text of a file in blocks. Raises UserError, naming the line, for what is not in the encoding."""
     try:
         with told_as("--encoding", LookupError), open(path, encoding=encoding, errors=errors, newline="") as f:
             while block := f.read(PIECE_CHARS):
@@ -1638,7 +1638,7 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
                 if bar is not None:
                     bar.update(len(block))
     except UnicodeError as e:
-        if not isinstance(e, UnicodeDecodeError):  # of UTF-16 and UTF-32 without their mark, before Python 3.13
+        if not isinstance(e, UnicodeDecodeError):  # UTF-16 or UTF-32 without a BOM, before Python 3.13
             raise UserError(f"{path}: {e}: name the right --encoding (perhaps utf-16-le)") from None
         line, decoder = 1, codecs.getincrementaldecoder(encoding)()
         with open(path, "rb") as f, suppress(UnicodeDecodeError):
@@ -1649,8 +1649,8 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
 
 
 def split_point(text: str) -> int:
-    """Where text may be cut without changing its tokens: before the last white space that follows a letter or digit,
-    which ends a piece in GPT-2's split pattern and in every other in common use. 0 if there is none near the end."""
+    """Where text can be cut without changing its tokens: before the last white space that follows a letter or digit,
+    which ends a piece in GPT-2's split pattern and all others in common use. 0 if there is none near the end."""
     for i in range(len(text) - 1, max(len(text) - PIECE_CHARS // 4, 0), -1):
         if text[i] in " \n\t\r" and text[i - 1].isalnum():
             return i
@@ -1701,11 +1701,11 @@ class Meta(Settings):
 
     dtype: str = setting("uint16", "", ("uint16", "uint32"))
     n_tokens: int = setting(0, "", ge=1)
-    val_start: int = setting(0, "", ge=0)  # the token with which validation begins
+    val_start: int = setting(0, "", ge=0)  # index of the first validation token
     digest: str = ""  # of the ids
-    source: Any = None  # where they are from, and with which options they were made
+    source: Any = None  # where the text is from, and the options it was tokenized with
     tokenizer: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)  # of the folder, each with its digest
+    files: dict[str, str] = field(default_factory=dict)  # names in the folder -> digests
     format_version: int = setting(FORMAT_VERSION, "", ge=1)
 
 
@@ -1714,18 +1714,18 @@ DATA_FILES = ("data.bin", "mask.bin", "starts.bin")
 
 class DataWriter:
     """Writes a data folder. data.bin: token ids, little-endian uint16 or uint32, no header. For conversations also
-    mask.bin (one byte a token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
-    token). All is written beside the folder, under its lock; meta.json comes last, so a folder that has one is whole.
+    mask.bin (one byte per token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
+    token). All is written beside the folder, under its lock; meta.json comes last, so a folder with one is complete.
 
-    With a key, which says what is being written, save_progress makes what was written so far a state that a later
-    writer of the same key goes on from; `state` is what the caller gave with it, None at the start.
+    With a key, which identifies what is being written, save_progress marks a point from which a later writer with the
+    same key resumes; `state` is what the caller saved with it, None at the start.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, overwrite: bool, key: str | None = None) -> None:
         self.folder, self.part, self.key = folder, beside(folder, "part"), key
         settle(folder)
         if (folder / "meta.json").exists() and not overwrite:
-            raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
+            raise UserError(f"{folder} already exists: choose another --dataset or add --overwrite")
         self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer.n_vocab)
         saved = read_json(self.part / "progress.json", {}) if key else {}
         if not key or saved.get("key") != key:
@@ -1736,7 +1736,7 @@ class DataWriter:
         self.files = {name: open(self.part / name, "ab") for name in DATA_FILES}
         for name, f in self.files.items():
             f.truncate(saved.get(name, 0))
-            f.seek(0, os.SEEK_END)  # or tell() is where the file ended before
+            f.seek(0, os.SEEK_END)  # else tell() is where the file ended before
 
     def __enter__(self) -> "DataWriter":
         return self
@@ -1746,16 +1746,16 @@ class DataWriter:
             f.close()
 
     def __exit__(self, kind: type | None, error: Exception | None, *traceback: Any) -> None:
-        with suppress(OSError):  # of what could not be written
+        with suppress(OSError):  # it flushes what could not be written
             self.close()
-        # what is whole is put in its place later, what has progress a later writer goes on from
+        # a complete folder is put in place later; one with progress is resumed by a later writer
         if kind is None or not any((self.part / name).exists() for name in ("meta.json", "progress.json")):
             shutil.rmtree(self.part, ignore_errors=True)
         if isinstance(error, OSError):
             raise naming(self.part, error) from None
 
     def write(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append ids; with a mask, they are a conversation."""
+        """Append ids; with a mask, they form a conversation."""
         self.files["data.bin"].write(ids.astype(self.dtype, copy=False).tobytes())
         if mask is not None:
             self.files["starts.bin"].write(np.uint64(self.n_tokens).tobytes())
@@ -1769,21 +1769,21 @@ class DataWriter:
             os.fsync(f.fileno())
 
     def save_progress(self, state: Any) -> None:
-        """Make all that was written so far what a later writer goes on from."""
+        """Mark the end of all that was written so far as the point where a later writer resumes."""
         self.flush()
         sizes = {name: f.tell() for name, f in self.files.items()}
         counted = state, self.n_tokens, self.n_targets
         write_json(self.part / "progress.json", {"key": self.key, "counted": counted, **sizes})
 
     def finish(self, val_fraction: float, source: Any, n_bytes: int = 0) -> Meta:
-        """Put the files into the folder, and meta.json, which is returned; say what was made, of so many bytes."""
+        """Move the files into the folder, report what was made from n_bytes, and return what meta.json holds."""
         if not self.n_targets:
             name = source["hf_dataset"] if isinstance(source, dict) else self.folder
-            raise UserError(f"{name}: empty, or not one token is a target: conversations need assistant turns")
+            raise UserError(f"{name}: empty, or no token is a target: conversations need assistant turns")
         self.flush()
         val_start = self.n_tokens - min(int(self.n_tokens * val_fraction), 10_000_000)
         starts = np.fromfile(self.part / "starts.bin", "<u8")
-        if len(starts) and val_fraction:  # validation begins with a conversation
+        if len(starts) and val_fraction:  # validation begins at a conversation
             val_start = int(starts[min(np.searchsorted(starts, val_start), len(starts) - 1)])
         written = [name for name, f in self.files.items() if f.tell()]
         self.close()
@@ -1799,13 +1799,13 @@ class DataWriter:
 
 
 def settle(folder: Path) -> None:
-    """Put what was written for a data folder in its place, if it is whole: also what a killed program left so."""
+    """Move what was written for a data folder into place, if it is complete, even if a killed program left it."""
     part = beside(folder, "part")
     if not (part / "meta.json").exists():
         return
     wanted = read_schema(Meta, part / "meta.json").files
     folder.mkdir(exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is not whole
+    (folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is incomplete
     for name in DATA_FILES:
         if name not in wanted:
             (folder / name).unlink(missing_ok=True)
@@ -1821,8 +1821,8 @@ def tokenize_text(
     encoding: str = "utf-8-sig", errors: str = "strict", val_fraction: float = 0.1, overwrite: bool = False,
     source: Any = None,
 ) -> Meta:  # fmt: skip
-    """Make a data folder of text sources (see text_files). Memory does not grow with the text.
-    `source` is what meta.json says of where the text is from, if not the list of sources."""
+    """Make a data folder from text sources (see text_files). Memory does not grow with the text.
+    `source` is what meta.json records as the text's origin, if not the list of sources."""
     with scratch_folder(folder) as scratch:
         files = text_files(sources, scratch, encoding)
         total = sum(p.stat().st_size for p in files)
@@ -1859,14 +1859,14 @@ def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
 
 
 def map_tokens(path: Path, dtype: str, n: int | None = None) -> np.ndarray:
-    """A file of numbers, n of them if that is known, as an array that is read when it is used."""
+    """A file of numbers, n of them if known, as a memory map."""
     kind, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size if path.is_file() else -1
     if size <= 0:
         raise UserError(f"{path} is empty" if size == 0 else f"{path}: no such file")
     if size % kind.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, no whole number of {dtype} token ids: truncated, or no .bin file")
+        raise UserError(f"{path} has {size:,} bytes, not a whole number of {dtype} ids: truncated, or not a .bin file")
     if n is not None and size != n * kind.itemsize:
-        counts = f"{size // kind.itemsize:,} tokens and should have {n:,}"
+        counts = f"{size // kind.itemsize:,} tokens but should have {n:,}"
         raise UserError(f"{path} has {counts}: truncated or replaced; run tokenize again")
     return np.memmap(path, kind, "r")
 
@@ -1877,8 +1877,8 @@ def digest_of(*values: Any) -> str:
 
 @dataclass
 class Split:
-    """A part of a data set: token ids, in a memory map; for conversations also the index of the first token of each
-    (starts), and a byte a token, 1 where it is a target (mask)."""
+    """A part of a data set: token ids in a memory map; for conversations also the index of each one's first token
+    (starts), and one byte per token, 1 where it is a target (mask)."""
 
     name: str
     tokenizer: Tokenizer
@@ -1892,10 +1892,10 @@ class Split:
             self.check(self.tokens[i : i + 4096])
 
     def check(self, ids: np.ndarray) -> None:
-        """Raise UserError if the tokenizer lacks one of these ids: a GPU would end the program without a word."""
+        """Raise UserError if the tokenizer lacks one of these ids, which would crash a GPU without an explanation."""
         if (largest := int(ids.max(initial=0))) >= self.tokenizer.n_vocab:
             ends = f"tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}"
-            what = f"the {self.name} has token id {largest} and {ends}"
+            what = f"the {self.name} has token id {largest}, but {ends}"
             raise UserError(f"{what}: name another tokenizer with --tokenizer")
 
     def windows(self, block_size: int) -> np.ndarray | range:
@@ -1935,7 +1935,7 @@ class Split:
                 end = int(whole[-1]) if len(whole) else min(int(ends[0]), s + T + 1)
                 ids[i, : end - s], wanted[i, : end - s] = self.tokens[s:end], self.mask[s:end] == 1
                 segments[i] = np.searchsorted(ends, s + np.arange(T + 1), side="right")
-            wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # a conversation's first token follows from nothing
+            wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # nothing precedes a conversation's first token
             targets = np.where(wanted, ids, -1)
             arrays = {"idx": ids[:, :-1], "targets": targets[:, 1:], "segments": segments[:, :-1]}
         self.check(ids)
@@ -1943,15 +1943,15 @@ class Split:
 
 
 class Data:
-    """A data folder, or a .bin file of nanoGPT's, opened for reading: splits["train"] and splits["val"]. Nothing is
-    read before it is needed. digest identifies all of it, ids_digest the ids alone, as checkpoints had it at first."""
+    """A data folder or a nanoGPT .bin file, opened for reading: splits["train"] and splits["val"]. Nothing is read
+    before it is needed. digest identifies all of it, ids_digest only the ids, as the first checkpoints stored it."""
 
-    source: Any = None  # of a data folder, as its meta.json has it
+    source: Any = None  # of a data folder, from its meta.json
     parts: tuple = ()  # of a Mixture
 
     def __init__(self, path: Path, tokenizer: str | Tokenizer = "gpt2") -> None:
         self.path, self.folder = path, path if path.is_dir() else path.parent
-        if path.is_dir() and beside(path, "part").exists():  # what is there may be whole, or being written
+        if path.is_dir() and beside(path, "part").exists():  # it may be complete, or still being written
             with suppress(UserError, OSError), locked(path):
                 settle(path)
         if (self.folder / "meta.json").exists() and (path.is_dir() or path.name == "data.bin"):
@@ -1987,10 +1987,10 @@ class Data:
         return [(tokens[a:b], starts[(starts >= a) & (starts < b)] - a, mask[a:b]) for a, b in bounds]
 
     def read_nanogpt(self, file: Path, tokenizer: str | Tokenizer) -> list[tuple[np.ndarray]]:
-        """train.bin and the val.bin beside it, or another file's first nine tenths and the rest: uint16, of GPT-2's ids
-        unless said otherwise."""
+        """train.bin and the val.bin beside it, or another file with its last tenth held out: uint16, GPT-2's ids by
+        default."""
         if not file.exists():
-            raise UserError(f"{self.path} has neither meta.json nor train.bin: make it by tokenize or hf_tokenize")
+            raise UserError(f"{self.path} has neither meta.json nor train.bin: make it with tokenize or hf_tokenize")
         tokens, val = map_tokens(file, "uint16"), file.with_name("val.bin")
         self.tokenizer = load_tokenizer(tokenizer)
         parts = np.split(tokens, [len(tokens) - min(len(tokens) // 10, 10_000_000)])
@@ -2004,12 +2004,12 @@ class Data:
 
 
 class MixedSplit:
-    """A split of several data sets by their shares, which sum to 1, of the blocks. In an epoch every block
-    is seen, those of a data set that is small for its share again and again; the order is BlockSampler's."""
+    """A split of several data sets, each with its share of the blocks; shares sum to 1. An epoch sees every block, and
+    repeats those of a data set that is too small for its share; the order is BlockSampler's."""
 
     def __init__(self, splits: list[Split], shares: list[float]) -> None:
         self.splits, self.shares, self.name = splits, shares, " and the ".join(s.name for s in splits)
-        self.begins = np.cumsum([0, *(len(s.tokens) for s in splits)])  # of each, one after the other
+        self.begins = np.cumsum([0, *(len(s.tokens) for s in splits)])  # of the splits, laid end to end
         self.tokens, self.starts = range(self.begins[-1]), None
 
     def windows(self, block_size: int) -> np.ndarray:
@@ -2019,7 +2019,7 @@ class MixedSplit:
         return np.concatenate([begin + np.resize(part, round(share * n_blocks)) for part, share, begin in shared])
 
     def batch(self, windows: np.ndarray, blocks: Iterable[int], block_size: int) -> dict[str, Tensor]:
-        """As Split.batch. Beside conversations a block of text is one document."""
+        """Like Split.batch. Beside conversations, a block of text counts as one document."""
         rows, chat = [], any(split.starts is not None for split in self.splits)
         for begin in windows[blocks := np.asarray(blocks)]:
             i = int(np.searchsorted(self.begins, begin, side="right")) - 1
@@ -2030,11 +2030,11 @@ class MixedSplit:
 
 
 class Mixture(Data):
-    """Several data sets of one tokenizer, as one; `parts` names them again."""
+    """Several data sets with one tokenizer, as one; `parts` is how --data names them."""
 
     def __init__(self, data: list[Data], weights: list[float]) -> None:
         for other in data[1:]:
-            remedy = f"a mixture needs one for all, as tokenize --tokenizer {data[0].path} gives another text"
+            remedy = f"a mixture needs the same one; tokenize with --tokenizer {data[0].path}"
             same_tokenizer(data[0].tokenizer, data[0].path, other.tokenizer, other.path, remedy)
         self.tokenizer, self.folder, self.is_chat = data[0].tokenizer, data[0].folder, any(d.is_chat for d in data)
         self.parts = [f"{d.path}:{w}" for d, w in zip(data, weights, strict=True)]
@@ -2054,7 +2054,7 @@ class BlockSampler:
         self.table = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(n_blocks))
 
     def order(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The blocks at these places of an epoch; without a table where that would take more than 128 MiB."""
+        """The blocks at these places of an epoch, without a table if that would take more than 128 MiB."""
         if self.n_blocks <= 1 << 24:
             return self.table(epoch)[places]
         return permuted(places, self.n_blocks, (self.seed, epoch))
@@ -2068,8 +2068,8 @@ class BlockSampler:
 
 def permuted(places: np.ndarray, n: int, key: tuple[int, int]) -> np.ndarray:
     """Where a random permutation of 0 ... n - 1, one for each key, takes these places; it is never stored. A Feistel
-    network of six rounds permutes the numbers of so many bits; a result of n or more goes through it again, until it is
-    below n (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4)."""
+    network of six rounds permutes the numbers with that many bits; a result of n or more goes through it again until it
+    is below n (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4)."""
     half = np.uint64((max(n - 1, 1).bit_length() + 1) // 2)
     mask, round_keys = (np.uint64(1) << half) - np.uint64(1), np.random.SeedSequence(key).generate_state(6, np.uint64)
 
@@ -2095,7 +2095,7 @@ def existing_data(folder: Path) -> Data | None:
 
 
 def found_or_made(folder: Path, find: Callable[[Path], Data | None], make: Callable[[Path], Any]) -> Data:
-    """Data that is there, or else is made in a folder by one program, for which others, on other machines too, wait."""
+    """Existing data, or data made in a folder by one program while others, on other machines too, wait for it."""
     if (data := find(folder)) is None:
         with locked(folder, wait=True, lock="opening"):
             if (data := find(folder)) is None:
@@ -2116,7 +2116,7 @@ def tokenize_python_stdlib(folder: Path) -> None:
     files = in_mixed_order(in_utf8, root)
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
-    # a small vocabulary learns more in minutes, for its head takes less of a step (tests/benchmarks/README.md)
+    # a model with a small vocabulary learns more in minutes: its head takes less of a step (tests/benchmarks/README.md)
     tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=2048, source=str(root))
 
 
@@ -2131,7 +2131,7 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
         return found_or_made(DATA_DIR / STDLIB_DATA, existing_data, tokenize_python_stdlib)
     spec = re.sub(r"^_data_(\w+)_(?=/|$)", rf"{DATA_DIR}/\1", spec)  # as the published commands write it
     places = [Path(spec), DATA_DIR / spec]
-    if all(path.is_dir() for path in places):  # a folder of text may have the name of the data made of it
+    if all(path.is_dir() for path in places):  # a folder of text may have the name of the data made from it
         places.sort(key=lambda path: not any((path / name).exists() for name in ("meta.json", "train.bin")))
     for path in places:
         if path.is_dir() or path.suffix == ".bin" and path.is_file():
@@ -2143,21 +2143,21 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
 
 
 def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int = 8192) -> Data:
-    """One data set or none, as open_data has it; or a mixture of several, each NAME or NAME:WEIGHT."""
+    """Open one data set or the default, as open_data does, or a mixture of several, each NAME or NAME:WEIGHT."""
     if len(specs) < 2:
         return open_data(specs[0] if specs else None, tokenizer, vocab_size)
     data, weights = [], []
     for spec in specs:
         name, weight = re.fullmatch(r"(.*?)(?::(\d+|\d*\.\d+))?", spec, re.DOTALL).groups()
         if weight and not 1e-4 <= float(weight) <= 1e4:  # the order of all blocks is in memory
-            raise UserError(f"--data {spec}: a weight lies between 0.0001 and 10000")
+            raise UserError(f"--data {spec}: a weight must lie between 0.0001 and 10000")
         data.append(open_data(name, data[0].tokenizer if data else tokenizer, vocab_size))
         weights.append(float(weight or 1))
     return Mixture(data, weights)
 
 
 def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Data:
-    """The data folder of one file of text or of records, made if it is not there yet."""
+    """The data folder for one file of text or records, made if it does not exist yet."""
     name = path.stem if isinstance(tokenizer, str) else f"{path.stem}_{tokenizer.name}"
 
     def find(folder: Path) -> Data | None:
@@ -2169,8 +2169,8 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int) -> Dat
             if same and source == describe_sources([str(path)]):
                 return data
             if data.folder == folder:
-                other = f"{folder} was made from something else than {path}, or by another tokenizer or chat template"
-                raise UserError(f"{other}: tokenize that under another name")
+                other = f"{folder} was made from other data than {path}, or with another tokenizer or chat template"
+                raise UserError(f"{other}: tokenize it under another name")
 
     def make(folder: Path) -> None:
         if path.suffix.lower() in RECORD_FILES:

@@ -169,7 +169,7 @@ def test_a_column_of_turns_by_any_name(cli, column):
     assert read("x") == expected
 
 
-NO_TARGET = "not one token is a target"
+NO_TARGET = "no token is a target"
 WRONG = {
     "assistant first": ("turn 1 is 'assistant'", {"messages": turns("a", "b")[1:]}),
     "user twice": ("turn 3 is 'assistant'", {"messages": [*turns("a", "b"), *turns("c", "d")[::-1]]}),
@@ -479,7 +479,7 @@ def test_records_that_cannot_be_used(cli, flags):
     assert sorted(read("x")[0].split("<|im_start|>user")) == sorted(read("y")[0].split("<|im_start|>user"))
     write_jsonl("a.jsonl", bad)
     result = cli(*run, "--dataset", "z", "--skip_bad")
-    assert "left out 2 records" in result.err and "not one token is a target" in result.error
+    assert "left out 2 records" in result.err and "no token is a target" in result.error
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
@@ -799,7 +799,7 @@ def test_a_file_rendered_by_another_template_is_other_data(workdir):
     first, second = (foreign(Path("theirs"), text) for text in (template, "Now: " + template))
     made = model.data_of_file(Path("talks.jsonl"), first, 0)
     assert model.data_of_file(Path("talks.jsonl"), first, 0).path == made.path
-    with pytest.raises(model.UserError, match="tokenize that under another name"):
+    with pytest.raises(model.UserError, match="tokenize it under another name"):
         model.data_of_file(Path("talks.jsonl"), second, 0)
 
 
