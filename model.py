@@ -2189,7 +2189,7 @@ RECORD_FILES = {
     ".parquet": "parquet", **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"), ".csv": "csv", ".arrow": "arrow",
 }  # fmt: skip
 ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "bing", "model"), "assistant")}
-FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the columns that show one, its turns
+FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the columns that identify one, its turns
     "messages": (("messages",), lambda r: [(t.get("role"), t.get("content")) for t in r["messages"] or []]),
     "sharegpt": (("conversations",), lambda r: [(t.get("from", t.get("role")), t.get("value", t.get("content")))
                                                 for t in r["conversations"] or []]),
@@ -2202,7 +2202,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
 
 
 def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[dict[str, str]] | None:
-    """The turns of a record, in the form that its columns show or chat_format says; None if it has none."""
+    """The turns of a record, in the form that its columns show or chat_format names; None if it has none."""
     if "response" in record:
         record = {"completion": record["response"], **record}
     form = chat_format or next((name for name, (columns, _) in FORMS.items() if record.keys() >= set(columns)), None)
@@ -2217,15 +2217,15 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
             raise TypeError
         turns = [(ROLES.get(role, role), content) for role, content in turns_of(record)]
     except (AttributeError, TypeError):
-        raise UserError(f"column {columns[0]} holds {str(value)[:60]!r} where {form} has a list of turns") from None
+        raise UserError(f"column {columns[0]} holds {str(value)[:60]!r}, but {form} needs a list of turns") from None
     if (said := record.get("system")) and isinstance(said, str) and turns and turns[0][0] != "system":
         turns.insert(0, ("system", said))  # from a column of its own
     system = 1 if turns and turns[0][0] == "system" else 0
     for i, (role, content) in enumerate(turns):
         if not isinstance(content, str):
-            raise UserError(f"a turn's content is {type(content).__name__} and not text: {str(content)[:100]}")
+            raise UserError(f"a turn's content is {type(content).__name__}, not text: {str(content)[:100]}")
         if i >= system and role != ("user", "assistant")[(i - system) % 2]:
-            raise UserError(f"roles are out of order: turn {i + 1} is {role!r}, and user and assistant must take turns")
+            raise UserError(f"roles are out of order: turn {i + 1} is {role!r}, but user and assistant must alternate")
     return [{"role": role, "content": content} for role, content in turns]
 
 
@@ -2240,8 +2240,8 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
     return tokenizer.fields.chat_template or (CHATML if {IM_START, IM_END} <= tokenizer.special.keys() else None)
 
 
-# Templates of strangers are programs, which may never end, so a process of its own renders them, as transformers does:
-# in a sandbox (torch brings jinja2). A line of JSON for each conversation.
+# A stranger's template is a program that may never end, so a separate process renders it, in a sandbox as transformers
+# does (jinja2 comes with torch). One line of JSON per conversation.
 RENDERER = """
 import functools, json, sys, time
 from jinja2.ext import Extension
@@ -2278,15 +2278,15 @@ for line in sys.stdin:
 
 @functools.lru_cache(maxsize=1)
 def renderer(pid: int) -> subprocess.Popen:
-    """The renderer of the process pid."""
+    """The rendering process of the process pid."""
     command = [sys.executable, "-c", RENDERER]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     apart = dict(start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
-    return subprocess.Popen(command, **pipes, **apart)  # a terminal's Ctrl-C is not for it
+    return subprocess.Popen(command, **pipes, **apart)  # it must not get a terminal's Ctrl-C
 
 
 def render_template(template: str, values: dict[str, Any], seconds: float = 10.0) -> str:
-    """A template's text. Raises UserError for what it raises, or if it takes too long."""
+    """The text that a template renders. Raises UserError if it fails or takes too long."""
     if template == CHATML:
         turns = [f"{IM_START}{m['role']}\n{m['content'].strip()}{IM_END}\n" for m in values["messages"]]
         return "".join(turns) + f"{IM_START}assistant\n" * values["add_generation_prompt"]
@@ -2311,22 +2311,22 @@ def render_template(template: str, values: dict[str, Any], seconds: float = 10.0
 
 
 def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-    """A conversation as the model's chat template writes it. What looks like a special token in a turn is taken out."""
+    """A conversation as the model's chat template renders it. Names of special tokens are removed from its turns."""
     template = chat_template(tokenizer)
     if template is None:
         raise UserError(f"{tokenizer.name} has no chat template: finetune the model on conversations first")
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
     named = {k: getattr(tokenizer.fields, k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    tokens = {k: token for k, token in named.items() if token}  # else undefined, for which templates ask
+    tokens = {k: token for k, token in named.items() if token}  # else undefined, which templates test for
     values = {"messages": clean, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-    with told_as("the chat template cannot be used", Exception, UserError):  # it raises what it likes
+    with told_as("the chat template cannot be used", Exception, UserError):  # it can raise anything
         return render_template(template, values | tokens)
 
 
 def encode_conversation(
     tokenizer: Tokenizer, messages: list[dict[str, str]], train_on_all: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a rendered conversation, as apply_chat_template gives them, and the mask of targets: what the
+    """Token ids of a rendered conversation, as apply_chat_template gives them, and the target mask: what the
     assistant says and its end of turn, or everything."""
     ids, mask, rendered, specials = [], [], "", set(tokenizer.special.values())
     for i, message in enumerate(messages):
@@ -2337,9 +2337,9 @@ def encode_conversation(
         if not (before.startswith(rendered) and after.startswith(before)):
             raise UserError("this chat template changes earlier turns as the conversation grows: training on it is not "
                             "supported")  # fmt: skip
-        whole = tokenizer.encode_rendered(after)  # a turn alone may get the space that begins a text
+        whole = tokenizer.encode_rendered(after)  # encoded alone, a turn may get the space that begins a text
         n = common_prefix(tokenizer.encode_rendered(before), whole)
-        k = min(common_prefix(ids, whole), n)  # a token may reach over the end of a turn
+        k = min(common_prefix(ids, whole), n)  # a token may span the end of a turn
         end = max((j + 1 for j in range(n, len(whole)) if whole[j] in specials), default=len(whole))
         mask = mask[:k] + [0] * (n - k) + [1] * (end - n) + [0] * (len(whole) - end)
         ids, rendered = whole, after
@@ -2347,7 +2347,7 @@ def encode_conversation(
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many elements two lists begin with alike."""
+    """The length of the common prefix of two lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -2355,30 +2355,30 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 class ChatFormat(Settings):
     """conversations"""
 
-    chat_format: str | None = setting(None, "form of the conversations (default: what the columns show)", FORMS)
+    chat_format: str | None = setting(None, "form of the conversations (default: detected from the columns)", FORMS)
     train_on_all: bool = setting(False, "every token of a conversation is a target, not only the assistant's")
-    skip_bad: bool = setting(False, "leave out records that cannot be used, and say how many")
+    skip_bad: bool = setting(False, "skip unusable records, and report how many")
 
 
 @dataclass
 class Records(ChatFormat):
     """Hugging Face data set"""
 
-    hf_dataset: str = setting("", "a data set of the hub, or a local folder or file (parquet, json, csv, text, arrow)")
+    hf_dataset: str = setting("", "a data set on the Hub, or a local folder or file (parquet, json, csv, text, arrow)")
     hf_split: str = setting("train", "split of the data set")
-    hf_text_column: str | None = setting(None, "column of text or turns (default: what the columns show)")
+    hf_text_column: str | None = setting(None, "column of text or turns (default: detected from the columns)")
     hf_config: str | None = setting(None, "configuration of the data set")
     hf_revision: str | None = setting(None, "branch, tag or commit of the data set")
-    streaming: bool = setting(False, "read it as it comes, without a copy on the disk")
-    num_proc: int = setting(1, "processes that tokenize", ge=1, le=1024)
+    streaming: bool = setting(False, "read records as they arrive, without a copy on disk")
+    num_proc: int = setting(1, "number of tokenizing processes", ge=1, le=1024)
     max_tokens: int = setting(0, "stop after about this many (0: all)", ge=0)
     val_fraction: float = setting(0.1, "fraction held out for validation, at most 10M tokens", ge=0, lt=1)
 
     def describe(self) -> dict[str, Any]:
-        """What the ids are made of, for meta.json: the options that change them, and the files."""
+        """What the ids are made from, for meta.json: the options that affect them, and the files."""
         options = {f.name: getattr(self, f.name) for f in fields(Records) if f.name not in ("streaming", "num_proc")}
         path = Path(self.hf_dataset)
-        files = [self.hf_dataset, *map(str, sorted(path.rglob("*")))]  # a folder's, one by one
+        files = [self.hf_dataset, *map(str, sorted(path.rglob("*")))]  # those of a folder, one by one
         return {**options, "files": describe_sources(files) if path.exists() else None}
 
     def open(self) -> Any:
@@ -2391,7 +2391,7 @@ class Records(ChatFormat):
         if not path.exists() and path.suffix.lower() in kinds:
             raise UserError(f"{path}: no such file")
         if path.is_file() and path.suffix.lower() not in kinds:
-            raise UserError(f"{path}: a local data set is one of {', '.join(kinds)}, or a folder")
+            raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         for file in files:
             if RECORD_FILES.get(file.suffix.lower()) == "json":
@@ -2402,17 +2402,17 @@ class Records(ChatFormat):
             options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # a file is a document
         if found == {".csv"}:
             options["keep_default_na"] = False  # NA and None are text
-        missing = f"{path} is no local data set, and not to be had from the Hub"
+        missing = f"{path} is not a local data set, and cannot be read from the Hub"
         # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
         with told_as(f"cannot read {path}" if path.exists() else missing):
             if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # by save_to_disk
                 table = datasets.load_from_disk(str(path))
                 splits = table if isinstance(table, dict) else {self.hf_split.partition("[")[0]: table}
                 if self.hf_split not in splits:
-                    raise ValueError(f"there is no split {self.hf_split!r}, but {', '.join(splits)}")
+                    raise ValueError(f"there is no split {self.hf_split!r}, only {', '.join(splits)}")
                 table = splits[self.hf_split]
                 return table.to_iterable_dataset() if self.streaming else table
-            if path.is_file():  # it is whatever split is asked for
+            if path.is_file():  # it serves as any split
                 file = {self.hf_split.partition("[")[0]: str(path)}
                 return datasets.load_dataset(kinds[path.suffix.lower()], data_files=file, **options)
             return datasets.load_dataset(self.hf_dataset, self.hf_config, revision=self.hf_revision, **options)
@@ -2434,13 +2434,13 @@ class Records(ChatFormat):
         if isinstance(value, str) or value is None or value == []:
             return value or ""
         kind = f"{type(value).__name__} {str(value)[:60]!r}"
-        raise UserError(f"column {column!r} holds {kind}, and text or a list of turns is needed")
+        raise UserError(f"column {column!r} holds {kind}, but must hold text or a list of turns")
 
     def texts(self, limit: int = 100_000_000) -> Iterator[str]:
         """What a vocabulary is learned from: the first 100 MB."""
         for record in readable(self.open(), self.hf_dataset):
             content: Any = ""
-            with suppress(UserError):  # what is wrong with it will be told when it is encoded
+            with suppress(UserError):  # its error is reported when it is encoded
                 content = self.content(record)
             for text in [content] if isinstance(content, str) else [m["content"] for m in content]:
                 yield text
@@ -2450,7 +2450,7 @@ class Records(ChatFormat):
 
 
 def check_nesting(path: Path, deepest: int = 200) -> None:
-    """Raise UserError for JSON so deep that pyarrow's reader would crash."""
+    """Raise UserError for JSON nested so deeply that pyarrow's reader would crash."""
     depth = 0
     with open(path, "rb") as f:
         while block := b"".join(f.readlines(1 << 24)):
@@ -2464,15 +2464,15 @@ def check_nesting(path: Path, deepest: int = 200) -> None:
 
 @functools.cache
 def workers_end_with_program() -> None:
-    """Have the processes that `datasets` forks end when the program is killed, on Linux."""
+    """On Linux, make the processes that `datasets` forks end when the program is killed."""
     if sys.platform == "linux":
         libc, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
         os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Token ids of a record, and the mask of targets if it is a conversation; in this process or one of `datasets`',
-    from which a UserError would come back as another class."""
+    """Token ids of a record, its target mask if it is a conversation, or its error: `datasets` may run this in another
+    process, from which a UserError would come back as another class."""
     try:
         tokenizer, content, mask = tokenizer_of(spec), r.content(record), None
         if isinstance(content, str):
@@ -2481,7 +2481,7 @@ def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, An
             ids, mask = encode_conversation(tokenizer, content, r.train_on_all)
         return {"ids": ids, "mask": mask, "error": None}
     except UserError as e:
-        text = json.dumps({**record}, ensure_ascii=False, default=str)  # as the record's file may have it
+        text = json.dumps({**record}, ensure_ascii=False, default=str)  # as it may stand in the record's file
         where = f"in the record {text[:100]}{' ...' * (len(text) > 100)}"
         return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} ({where})"}
 
@@ -2494,11 +2494,11 @@ def tokenizer_of(spec: str) -> Tokenizer:
 def tokenize_records(
     folder: Path, r: Records, tokenizer: str | Tokenizer, vocab_size: int = 8192, overwrite: bool = False
 ) -> Meta:
-    """Make a data folder of a `datasets` data set. With streaming, an interrupted run goes on where it stopped."""
+    """Make a data folder from a `datasets` data set. With streaming, an interrupted run resumes where it stopped."""
     from datasets import Features, Value
 
     if r.streaming and r.num_proc > 1:
-        raise UserError("--num_proc is for records on the disk: leave it out, or --streaming")
+        raise UserError("--num_proc is for records on disk: leave it out, or leave --streaming out")
     tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
     key = json.dumps([source, digest_of(tokenizer.spec)]) if r.streaming else None
@@ -2509,7 +2509,7 @@ def tokenize_records(
         records = r.open()
         whole = (row for row in map(encode, () if r.streaming else readable(records, r.hf_dataset)) if not row["error"])
         if next(whole, {"mask": None})["mask"] is not None:
-            # conversations often stand by subject, of which the last tenth, held out, would be others than the rest
+            # conversations are often sorted by subject, so the last tenth, held out, would differ from the rest
             records = records.shuffle(seed=0, keep_in_memory=True)
         if writer.state is not None:
             say(f"resuming after {writer.n_tokens:,} tokens")
@@ -2523,14 +2523,14 @@ def tokenize_records(
             rows = map(encode, records)
         for row in readable(rows, r.hf_dataset):
             if row["error"] and not r.skip_bad:
-                raise UserError(f"{row['error']}: mend it, or have tokenize or hf_tokenize --skip_bad leave it out")
+                raise UserError(f"{row['error']}: fix it, or skip it with tokenize or hf_tokenize --skip_bad")
             if row["error"]:
                 n_bad, first_bad = n_bad + 1, first_bad or row["error"]
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
             if len(ids):
                 is_chat, was_chat = mask is not None, writer.files["starts.bin"].tell() > 0
                 if writer.n_tokens and is_chat != was_chat:
-                    raise UserError(f"{r.hf_dataset} holds conversations and other text: give each its own data set")
+                    raise UserError(f"{r.hf_dataset} mixes conversations and other text: make a data set of each")
                 ids = np.concatenate((separator, ids)) if writer.n_tokens and not is_chat else ids
                 writer.write(ids, np.asarray(mask) if is_chat else None)
             n_empty += not len(ids) and not row["error"]
@@ -2541,14 +2541,14 @@ def tokenize_records(
                 writer.save_progress((records.state_dict(), n_bad, first_bad, n_empty))
                 saved_at = time.monotonic()
         if n_bad:
-            say(f"left out {n_bad:,} records that cannot be used; the first: {first_bad}", sys.stderr)
+            say(f"skipped {n_bad:,} unusable records; the first: {first_bad}", sys.stderr)
         if n_empty and writer.n_tokens:
-            say(f"{n_empty:,} records have no text, or no turn of the assistant", sys.stderr)
+            say(f"{n_empty:,} records have no text, or no assistant turn", sys.stderr)
         return writer.finish(r.val_fraction, source)
 
 
 def readable(records: Iterable, source: str) -> Iterator[dict[str, Any]]:
-    """What `datasets` yields, with its errors (a damaged file, a lost connection) as UserErrors."""
+    """The records that `datasets` yields, with its errors (a damaged file, a lost connection) as UserErrors."""
     with told_as(f"cannot read {source}"):  # datasets, pyarrow, pandas and httpx each have their own
         yield from records
 
@@ -2564,8 +2564,8 @@ class SamplingSettings(Settings):
 
     temperature: float = setting(0.9, "divides the logits; 0 is greedy: always the most likely token", ge=0)
     top_k: int = setting(0, "sample among the k most likely tokens (0: all)", ge=0)
-    top_p: float = setting(1.0, "sample among the most likely tokens that have this probability together", gt=0, le=1)
-    min_p: float = setting(0.05, "leave out tokens less likely than this fraction of the most likely", ge=0, le=1)
+    top_p: float = setting(1.0, "sample among the most likely tokens whose probabilities add up to this", gt=0, le=1)
+    min_p: float = setting(0.05, "drop tokens less likely than this fraction of the most likely one", ge=0, le=1)
     repetition_penalty: float = setting(1.0, "above 1: lower the logits of tokens already in the text", gt=0)
 
 
@@ -2573,9 +2573,9 @@ PLAIN_SAMPLING = dict(temperature=1.0, min_p=0.0)  # the model's own distributio
 
 
 def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = None) -> Tensor:
-    """The distribution that is sampled from, (B, vocab) float32, of logits (B, vocab). Filters apply in the order
+    """The distribution to sample from, (B, vocab) float32, given logits (B, vocab). Filters apply in the order
     repetition penalty (arXiv 1909.05858, section 4.1; seen (B, n) are the tokens so far), temperature, top_k, top_p
-    (arXiv 1904.09751), min_p (arXiv 2407.01082), as in transformers. Greedy is the distribution with one token."""
+    (arXiv 1904.09751), min_p (arXiv 2407.01082), as in transformers. Greedy puts all probability on one token."""
     if s.repetition_penalty != 1 and seen is not None:
         score = logits.gather(1, seen)
         score = torch.where(score < 0, score * s.repetition_penalty, score / s.repetition_penalty)
@@ -2598,8 +2598,8 @@ def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """One index (B,) from each row of unnormalised probabilities (B, n), by inversion of the cumulative distribution.
-    In float32, since MPS has no float64: u < 1 times the total never rounds up to the total, so that the index is of a
-    token that has a probability."""
+    In float32, since MPS has no float64: u < 1 times the total never rounds up to the total, so the index is always
+    that of a token with some probability."""
     cumulative = probs.float().cumsum(dim=-1)
     u = torch.rand(probs.size(0), 1, device=probs.device, generator=generator)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
@@ -2613,8 +2613,8 @@ def sample_token(logits: Tensor, s: SamplingSettings, seen: Tensor | None, gener
 
 
 def left_pad(prompts: list[list[int]] | Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as a matrix (B, longest), padded at the left, and how much padding each has (None if none). A matrix of
-    prompts is that already."""
+    """Prompts as a matrix (B, longest), padded on the left, and how much padding each has (None if none). A matrix of
+    prompts is returned as it is."""
     if isinstance(prompts, Tensor):
         return prompts, None
     longest = max(map(len, prompts))
@@ -2632,15 +2632,15 @@ def generate(
     """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
-    context, its last half is read again into an empty cache and generation goes on from there. With a cache of the
-    caller's, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens
-    may come first; `seen` are the tokens in a caller's cache, which the repetition penalty counts too.
+    context, its last half is read again into an empty cache and generation goes on from there. With the caller's
+    own cache, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens
+    may come first; `seen` are the tokens in the caller's cache, which the repetition penalty counts too.
     """
     context, device = model.config.context, model.device
     idx, pad = left_pad(prompts, device)
     if idx.size(1) > context:
         longer = ", or extend the context with --rope_scaling yarn --rope_factor N" * (model.rope_cos is not None)
-        raise UserError(f"the prompt has {idx.size(1):,} tokens and the context is {context:,}: shorten it{longer}")
+        raise UserError(f"the prompt has {idx.size(1):,} tokens but the context is {context:,}: shorten it{longer}")
     own_cache, new = cache is None, idx
     if seen:
         idx = torch.cat((torch.tensor([seen], device=device), idx), dim=1)
@@ -2662,8 +2662,8 @@ def generate(
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """The model in eval mode, and as it was afterwards. Processes over which it is sharded enter together, and each of
-    them has all of it meanwhile. Without cuDNN's attention, which on an H100 plans half a second for each length."""
+    """Put the model in eval mode, and restore it afterwards. Processes that share its shards enter together, and each
+    holds all of it meanwhile. cuDNN's attention is off: on an H100 it plans for half a second for each length."""
     was_training, cudnn = model.training, torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     model.eval()
@@ -2686,7 +2686,7 @@ def generate_text(
     """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens.
 
     heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one,
-    since that is how the model has seen words ("def" and " name")."""
+    since that is how the model saw words in training ("def" and " name")."""
     first = None
     if heal and len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" " and tokenizer.begins_with_space.sum() > 1:
         first, prompt = tokenizer.begins_with_space, prompt[:-1]
@@ -2701,11 +2701,11 @@ def read_tokens(
     tokens: Iterable[Tensor], tokenizer: Tokenizer, num_samples: int, stop: Iterable[str],
     on_text: Callable[[str], None], skip_space: bool = False,
 ) -> list[str]:  # fmt: skip
-    """The texts of generated tokens (num_samples,), read until each has come to the end-of-text token or to one of the
-    `stop` strings, before which it ends. The first text is handed to on_text as it grows."""
+    """The texts of generated tokens (num_samples,), read until each reaches the end-of-text token or one of the `stop`
+    strings, which are left out. The first text is passed to on_text as it grows."""
     ends = {*tokenizer.fields.ends, tokenizer.special.get(EOT), tokenizer.special.get(IM_END)}
     stop = [s for s in stop if s]
-    # text comes out when it is whole: a character may be spread over several tokens
+    # incremental, since a character may be spread over several tokens
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
     texts, done, shown = [""] * num_samples, [False] * num_samples, 0
     held = max(map(len, stop), default=1) - 1  # characters that may turn out to be the start of a stop string
@@ -2729,15 +2729,15 @@ def read_tokens(
 
 
 def shown_text(model: GPT, *arguments: Any, **options: Any) -> str:
-    """generate_text's first text, in the first process; the others help to gather the model."""
+    """The first text of generate_text, in the first process; the others only help gather the model."""
     with evaluating(model):
         return generate_text(model, *arguments, **options)[0] if rank() == 0 else ""
 
 
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
-    """Hold a model's weights as they generate fastest. On a CPU one token is limited by memory, as every weight is read
-    once for it: `auto` is float16 weights, or int8 on request, and float32 activations, with the blocks in C (see
-    CEngine) where there is a C compiler. On a GPU it is limited by launches: see CUDAGraphs."""
+    """Store a model's weights for the fastest generation. A CPU is limited by memory bandwidth, as each token reads
+    every weight: `auto` is float16 weights, or int8 on request, and float32 activations, with the blocks in C (see
+    CEngine) if there is a C compiler. A GPU is limited by kernel launches: see CUDAGraphs."""
     c, on_cpu = model.config, model.device.type == "cpu"
     if quantize and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
@@ -2763,7 +2763,7 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for generation, its weights in 8 bits with one scale a row (the largest is 127)."""
+    """A linear layer for generation, with int8 weights and one scale per row (the row's largest becomes 127)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -2783,7 +2783,7 @@ class Int8Linear(nn.Module):
 
 @dataclass
 class Source(Settings):
-    """Data or a teacher of a run, and what tells whether they are still the same."""
+    """The data or the teacher of a run, and what identifies it."""
 
     path: str
     digest: str | None = None
@@ -2799,7 +2799,7 @@ class Checkpoint(Settings):
     model: dict[str, Tensor]
     tokenizer: dict[str, Any]
     format_version: int = FORMAT_VERSION
-    kind: str = ""  # the command that made it, and its arguments
+    kind: str = ""  # the command that wrote it, and its arguments
     arguments: list[str] = field(default_factory=list)
     variant: str = ""
     step: int = 0
@@ -2807,8 +2807,8 @@ class Checkpoint(Settings):
     train_config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # a Source
     metrics: dict[str, Any] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)  # the run's records so far: the file beside it is a copy
-    optimizer: list[dict[str, Any]] | None = None  # this and the scaler: only in what a run goes on from
+    log: list[str] = field(default_factory=list)  # the run's records so far; the log file is a copy
+    optimizer: list[dict[str, Any]] | None = None  # this and the scaler: only in states to resume from
     scaler: dict[str, Any] | None = None
     lora_rank: int = setting(0, "", ge=0)
     new_tokens: list[int] = field(default_factory=list)  # whose embeddings LoRA trains too
@@ -2816,12 +2816,12 @@ class Checkpoint(Settings):
     teacher: dict[str, Any] | None = None  # a Source
 
 
-SEAL = b"sha256:"  # begins the comment that ends a checkpoint, which is a zip archive; the digest follows
+SEAL = b"sha256:"  # with the digest, the comment at the end of a checkpoint, which is a zip archive
 
 
 def seal_of(path: Path, size: int) -> bytes:
     """The seal of the first `size` bytes of a file: an archive that ends in the length of its comment, two bytes that
-    are written after the seal, and so count as 0."""
+    are filled in later, and so count as 0."""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         with memoryview(m) as view, view[: size - 2] as content:
             digest = hashlib.sha256(content)
@@ -2830,11 +2830,11 @@ def seal_of(path: Path, size: int) -> bytes:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
-    """Write a checkpoint atomically; `before` is called when it is whole and about to take the place of an earlier."""
+    """Write a checkpoint atomically; `before` is called when it is complete and about to replace an earlier one."""
     with atomic_write(path) as f:
         try:
             torch.save({"format_version": FORMAT_VERSION, **checkpoint}, f)
-        except RuntimeError as e:  # what PyTorch makes of a full disk or a second Ctrl-C
+        except RuntimeError as e:  # PyTorch raises it for a full disk or a second Ctrl-C
             raise e.__context__ or e from None
         f.flush()
         seal = seal_of(Path(f.name), f.tell())
@@ -2844,7 +2844,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[],
 
 
 def read_archive(path: Path) -> Any:
-    """What is in a checkpoint, which is known to be whole from format 3 on. Only tensors and plain containers are
+    """The content of a checkpoint, verified by its digest from format 3 on. Only tensors and plain containers are
     unpickled, so a file that would run code is refused."""
     with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
         with open(path, "rb") as f:
@@ -2853,7 +2853,7 @@ def read_archive(path: Path) -> Any:
             seal = f.read()
         if seal.startswith(SEAL) and seal != seal_of(path, size):
             raise ValueError("its digest differs")
-        in_place = os.name != "nt"  # Windows does not let a file be replaced that is mapped into memory
+        in_place = os.name != "nt"  # Windows cannot replace a file that is mapped into memory
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
         version = content.get("format_version") if isinstance(content, dict) else None
         if not seal.startswith(SEAL) and version in range(3, FORMAT_VERSION + 1):
@@ -2876,12 +2876,12 @@ def as_checkpoint(path: Path, content: Any) -> Checkpoint:
             sums, m = c.metrics.pop("running_parts", None) or [(), ()], c.metrics
             m["sums"] = dict(zip(("divergence", "cross_entropy"), zip(*sums, strict=True), strict=False))
             m["sums"]["loss"] = m.pop("running_loss", 0.0), c.step - m.pop("logged_step", 0)
-            (c.teacher or {}).pop("digest", None)  # it counted settings of that format
+            (c.teacher or {}).pop("digest", None)  # it included settings of that format
     return c
 
 
 def find_checkpoint(spec: str | None) -> Path:
-    """The path of what --model_checkpoint names: a path, or a file name under checkpoints/; else the newest there."""
+    """The path that --model_checkpoint names: a path, or a name under checkpoints/; by default the newest there."""
     if spec is None:
         found = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
         missing = f"there is no checkpoint under {CHECKPOINT_DIR}/ yet: train one, or name one with --model_checkpoint"
@@ -2896,18 +2896,18 @@ def find_checkpoint(spec: str | None) -> Path:
 
 @dataclass
 class Opened:
-    """A model to use, in eval mode and float32, and where it is from."""
+    """A model opened for use, in eval mode and float32, and where it came from."""
 
     model: GPT
     tokenizer: Tokenizer
     path: Path
-    name: str  # what runs that start from it are called after
-    checkpoint: Checkpoint | None  # None for one of Hugging Face
+    name: str  # runs that start from it are named after this
+    checkpoint: Checkpoint | None  # None for a Hugging Face model
 
 
 def open_model(spec: str | None, device: torch.device | str = "cpu", variant: str | None = None, **overrides) -> Opened:
-    """Open a model: one of our checkpoints, a Hugging Face directory, or a hub id, `owner/name` or
-    `owner/name@revision`. Raises UserError unless it has the shape of a variant that is named."""
+    """Open a model: one of our checkpoints, a Hugging Face directory, or a Hub id, `owner/name` or
+    `owner/name@revision`. Raises UserError unless it has the shape of the variant, if one is named."""
     places = [] if spec is None else [Path(spec), CHECKPOINT_DIR / spec]
     is_ours = not places or places[0].parent == CHECKPOINT_DIR or any(p.exists() for p in places)
     is_hub_id = not is_ours and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?(?<!\.pt)", spec)
@@ -2918,7 +2918,7 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
     else:
         c = load_checkpoint(path)
         if c.config.get("attn_implementation") == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-            overrides = {"attn_implementation": "auto", **overrides}  # how it was trained, and not what it is
+            overrides = {"attn_implementation": "auto", **overrides}  # how it was trained, not part of the model
         model = build_model(GPTConfig(**{**c.config, **overrides}), c.model, path).float().to(device)
         c.model, c.optimizer = {}, None
         with told_as(str(path), UserError):
@@ -2933,20 +2933,20 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
     return opened
 
 
-DESKTOP_FILES = {".DS_Store", "desktop.ini", "Thumbs.db"}  # by which Macs and Windows remember how a folder looked
-EXPORT_LIST = "export.json"  # names the files of an export, which --overwrite may replace, each with its digest
+DESKTOP_FILES = {".DS_Store", "desktop.ini", "Thumbs.db"}  # where macOS and Windows store a folder's view
+EXPORT_LIST = "export.json"  # the files of an export, which --overwrite may replace, and their digests
 
 
 def export_digests(folder: Path) -> dict[str, str]:
-    """The files of an export, by name; without a digest in those of format 2."""
+    """The files of an export, name -> digest; format 2 has no digests."""
     listed = read_json(folder / EXPORT_LIST, {}) if folder.is_dir() else {}
     listed = dict.fromkeys(listed, "") if is_a(listed, list[str]) else listed
     return {k: v for k, v in listed.items() if Path(k).name == k} if is_a(listed, dict[str, str]) else {}
 
 
 def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path, lora_rank: int = 0) -> GPT:
-    """A GPT that takes over the tensors of a state dictionary, which must fit it exactly. Low-rank terms are merged
-    unless it has them too."""
+    """A GPT that takes over the tensors of a state dictionary, which must fit exactly. Low-rank terms are merged unless
+    lora_rank gives the GPT its own."""
     with torch.device("meta"):
         model = GPT(config)
         if lora_rank:
@@ -2975,7 +2975,7 @@ def world_size() -> int:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What the first process finds, in all of them; but the others have only the shapes of its tensors."""
+    """Call make in the first process and give its result to all; the others get only the shapes of its tensors."""
     if world_size() == 1:
         return make()
     found = make() if rank() == 0 else None
@@ -2985,7 +2985,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def copied_to(x: Any, device: str) -> Any:
-    """A copy of containers of tensors on another device. On "meta" it is only their shapes."""
+    """A copy of nested containers of tensors on another device; on "meta", of their shapes only."""
     if isinstance(x, Checkpoint):
         return replace(x, **copied_to(vars(x), device))
     if isinstance(x, dict):
@@ -3003,21 +3003,21 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def shard_model(model: GPT, fsdp: bool) -> None:
-    """Shard a model over the processes: each owns some rows of every parameter, and so of its gradient and of the
-    optimizer's state. PyTorch's FSDP2 gathers a block's for its passes, to be kept until the backward pass or (fsdp) no
+    """Shard a model over the processes: each owns some rows of every parameter, of its gradient and of its optimizer
+    state. PyTorch's FSDP2 gathers a block's parameters for its passes, keeps them until the backward pass or (fsdp) no
     longer than needed, and sums the gradients into the shards, while other blocks are computed."""
     if world_size() == 1:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    for tensor in model.state_dict().values():  # so that nothing rests on equal random numbers
+    for tensor in model.state_dict().values():  # so that nothing depends on equal random numbers
         torch.distributed.broadcast(tensor, 0)
     mesh = torch.distributed.init_device_mesh(model.device.type, (world_size(),))
     policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     model.sharded, model.fsdp = [*model.blocks, model], fsdp
     for part in model.sharded:
         fully_shard(part, mesh=mesh, reshard_after_forward=fsdp, mp_policy=policy)
-        part.set_gradient_divide_factor(1.0)  # sums, for the loss is divided by the targets of all processes
+        part.set_gradient_divide_factor(1.0)  # sums, as the loss is divided by the targets of all processes
         part.set_force_sum_reduction_for_comms(True)
     for p in model.parameters():
         p.shard = p.detach().to_local()
@@ -3027,18 +3027,18 @@ def shard_model(model: GPT, fsdp: bool) -> None:
 
 
 def own_shard(p: Tensor) -> Tensor:
-    """The rows of a parameter that this process owns, in its memory; all of them where it is alone."""
+    """The rows of a parameter that this process owns, sharing its memory; all rows if it is the only process."""
     return getattr(p, "shard", p)
 
 
 def part_of_rows(whole: Tensor, process: int) -> Tensor:
-    """The rows that a process owns, as FSDP2 parts them: chunks of one size, the last ones smaller or empty."""
+    """The rows that a process owns, split as FSDP2 does: chunks of one size, the last ones smaller or empty."""
     size = math.ceil(len(whole) / world_size())
     return whole[process * size : (process + 1) * size]
 
 
 def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
-    """The whole of which each process has the rows that it has of a parameter: in the memory of the first, None in
+    """A tensor gathered from shards that are split like parameter p: on the CPU in the first process, None in the
     others."""
     if world_size() == 1 or not is_by_rows(shard, own_shard(p)):
         return shard
@@ -3050,12 +3050,12 @@ def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
 
 
 def is_by_rows(x: Tensor, p: Tensor) -> bool:
-    """Whether the state x of a parameter has a row for each row of it."""
+    """Whether an optimizer state x has one row for each row of its parameter p."""
     return x.dim() == p.dim() and len(x) == len(p)
 
 
 def scattered(whole: Tensor, p: Tensor) -> Tensor:
-    """The first process's tensor, in each of them: its own rows of one that has the rows of a parameter."""
+    """The first process's tensor, sent to all: each keeps its own rows if the tensor has the rows of parameter p."""
     if world_size() == 1:
         return whole
     device = own_shard(p).device
@@ -3066,7 +3066,7 @@ def scattered(whole: Tensor, p: Tensor) -> Tensor:
 
 def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none: Tensor) -> list[list[Tensor]]:
     """Send a list of tensors to each process; what arrives, by sender, has these shapes. Lists may be empty, so `none`,
-    a tensor without elements, says of which kind they are."""
+    an empty tensor, gives the dtype and the device."""
     sent = torch.cat([none, *(x.flatten() for xs in outgoing for x in xs)])
     sizes = [sum(shape.numel() for shape in those) for those in shapes]
     received = none.new_empty(sum(sizes))
@@ -3075,14 +3075,14 @@ def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none:
     return [[next(arrived).view(shape) for shape in those] for those in shapes]
 
 
-# One process of each machine prepares what is needed there, models, data, caches; the others follow when it is there.
-# As data may take hours to make, they wait by torchrun's key-value store: collectives have time limits, so there is
-# none from `wait_for(f"prepared on {MACHINE}")` to the end of all_prepared.
-MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number of it
+# One process on each machine prepares the models, data and caches needed there; the others follow once they exist. As
+# data may take hours to make, they wait through torchrun's key-value store: collectives have time limits, so none is
+# used from `wait_for(f"prepared on {MACHINE}")` to the end of all_prepared.
+MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number for it
 
 
 def prepares() -> bool:
-    """Whether this process is the one that prepares the files of its machine."""
+    """Whether this process prepares the files of its machine."""
     return not distributed() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -3091,9 +3091,9 @@ def store() -> Any:
 
 
 def meet() -> dict[str, Any]:
-    """What init_process_group takes, with a part of the store for this start alone: when torchrun starts processes
-    again, the addresses of the dead are still there, and gloo and NCCL call them (pytorch/pytorch#167288). Each process
-    shows a key of its own; the first repeats all it sees, after its own, until each has seen its own among them."""
+    """Arguments of init_process_group, with a part of the store for this start only: when torchrun restarts processes,
+    the old addresses are still in the store, and gloo and NCCL call them (pytorch/pytorch#167288). Each process posts a
+    key of its own; the first reposts all keys it sees, its own first, until each process has seen its key there."""
     whole, rank, n = next(torch.distributed.rendezvous("env://"))
     own, part = os.urandom(8).hex(), None
     whole.set(f"key {rank}", own)
@@ -3109,7 +3109,7 @@ def meet() -> dict[str, Any]:
 
 
 def wait_for(*keys: str) -> None:
-    """Wait until these keys are in the store. Raises UserError when a process has failed, with its sentence."""
+    """Wait until these keys are in the store. Raises UserError if a process has failed, with its message."""
     while not store().check(list(keys)):
         if store().check(["failed"]):
             raise UserError(store().get("failed").decode())
@@ -3117,8 +3117,8 @@ def wait_for(*keys: str) -> None:
 
 
 def all_prepared(**same: Any) -> None:
-    """Let the other processes of this machine prepare too, and wait until all have; from here on there are collectives.
-    Raises UserError unless all have the same of these."""
+    """Let the other processes of this machine prepare too, and wait until all have; collectives may be used from here
+    on. Raises UserError unless `same` is the same in all."""
     if world_size() == 1:
         return
     if prepares():
@@ -3133,19 +3133,19 @@ def all_prepared(**same: Any) -> None:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it did. An error in any of them ends all, and one process of
-    each machine tells it: the first error, of which the others' are but echoes."""
+    """Join the processes that torchrun started, if it did. An error in any of them ends all, and one process on each
+    machine reports it: the first error, as the others only follow from it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    with told_as("WORLD_SIZE is set, and the processes do not find each other: start them with torchrun"):
+    with told_as("WORLD_SIZE is set, but the processes cannot find each other: start them with torchrun"):
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **meet())
     done = False
 
     @atexit.register
     def leave() -> None:
-        """End a run that is done before Python takes itself apart: now and then a thread of PyTorch's aborts there, and
-        torchrun would call the run failed. Registered before reporters' exit functions, it runs after them."""
+        """End a finished run before Python's shutdown, in which a PyTorch thread sometimes aborts, and torchrun would
+        call the run failed. Registered before the reporters' exit functions, it runs after them."""
         if done:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -3161,25 +3161,25 @@ def processes() -> Iterator[None]:
 
 
 def end_all(e: BaseException) -> None:
-    """End this process, so that the others end too; at once, for on Python's way out gloo waits for the others."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another has ended: not before the error is told
+    """End this process, so that the others end too; at once, as gloo would wait for them during Python's shutdown."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another has ended: report the error first
     if isinstance(e, torch.distributed.DistError) or type(e) is RuntimeError and "gloo" in str(e):  # of the other end
         reason = " ".join(str(e).split())[:300]
-        e = UserError(f"a process has vanished, killed or with its machine: go on with --resume auto ({reason})")
+        e = UserError(f"a process was lost, killed or with its machine: continue with --resume auto ({reason})")
     told, words = isinstance(e, KeyboardInterrupt), str(e) or type(e).__name__
     with suppress(RuntimeError):  # the store is gone too
         first = store().compare_set("failed", "", words).decode()
         e = e if first == words else UserError(first)
         told = told or store().add(f"told on {MACHINE}", 1) > 1
     if told:
-        time.sleep(1)  # until the one that tells it has
+        time.sleep(1)  # until the one that reports it has
     else:
         tell(e)
     os._exit(130 if isinstance(e, KeyboardInterrupt) else 1)
 
 
 def tell(e: BaseException) -> None:
-    """Show an error: what a user can mend as a sentence, a fault of the program with its traceback."""
+    """Show an error: one that the user can fix as a sentence, a bug with its traceback."""
     if not isinstance(e, (UserError, OSError)) or "--debug" in sys.argv:
         return sys.excepthook(type(e), e, e.__traceback__)
     reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
@@ -3187,8 +3187,8 @@ def tell(e: BaseException) -> None:
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a line from the first process, above any progress bar. That nobody reads it any more (train | head) is no
-    reason to stop."""
+    """Print a line from the first process, above any progress bar. A closed pipe (train | head) does not stop the
+    program."""
     file = file or sys.stdout
     try:
         if rank() == 0:
@@ -3212,19 +3212,19 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-    except RuntimeError:  # PyTorch's words list every kind of device that it could be built for
+    except RuntimeError:  # PyTorch's message lists every kind of device
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
     if device.type not in there or not there[device.type]():
-        raise UserError(f"device {name} was asked for, and PyTorch sees none here that it was built for: use --device "
-                        "cpu or auto")  # fmt: skip
+        raise UserError(f"device {name} is not available here, or PyTorch was not built for it: use --device cpu or "
+                        "auto")  # fmt: skip
     if device.type == "cuda" and device.index is not None and device.index >= (n := torch.cuda.device_count()):
-        raise UserError(f"device {name} was asked for, and there are {n} GPUs here, from cuda:0 on: name another, or "
+        raise UserError(f"device {name} does not exist: this machine has {n} GPUs, from cuda:0 on; name another, or "
                         "start fewer processes")  # fmt: skip
     return device
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU that PyTorch was built for: its default builds leave old ones out."""
+    """Whether there is a GPU that PyTorch was built for: its default builds do not support old ones."""
     if not torch.cuda.is_available():
         return False
     built = [int(n) for n in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
@@ -3232,8 +3232,8 @@ def has_gpu() -> bool:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on its way to a device. CUDA copies pinned memory in the background; MPS would read memory
-    that may be freed by then (https://github.com/pytorch/pytorch/issues/189690), so there the host waits."""
+    """Send a host tensor to a device. CUDA copies pinned memory in the background; MPS might read memory that has been
+    freed by then (https://github.com/pytorch/pytorch/issues/189690), so there the host waits."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -3248,14 +3248,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices of bfloat16 in hardware: then twice as fast as those of float32."""
+    """Whether this processor multiplies bfloat16 matrices in hardware, which is twice as fast as float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def set_precision(model: GPT, name: str, training: bool = False) -> GPT:
-    """Choose the precision of a model, on its device: of its activations, and, except in training, of its weights.
-    For generation on a CPU `auto` is bfloat16 for models that are wide enough to be limited by memory, and float32 for
-    small ones, which are limited by the overhead of each call."""
+    """Choose the precision of a model's activations on its device and, except in training, of its weights too.
+    For generation on a CPU, `auto` is bfloat16 for models wide enough to be limited by memory bandwidth, and float32
+    for small ones, which are limited by the overhead of each call."""
     small = name == "auto" and model.device.type == "cpu" and model.config.n_embd < 384
     dtype = torch.float32 if small and not training else choose_dtype(name, model.device)
     if not training:

@@ -232,7 +232,7 @@ WRONG = [
     ("--arch llama --rope_theta 1 --rope_scaling yarn --rope_factor 2", "rope_theta"),
     ("--arch llama --rope_scaling yarn --rope_factor 2 --rope_beta_fast 1e308", "rope_beta_fast"),
     ("--logit_softcap 1e308", "logit_softcap"),
-    ("--batch_size 6 --grad_accum 4", "grad_accum"), ("--device meta", "device meta was asked for"),
+    ("--batch_size 6 --grad_accum 4", "grad_accum"), ("--device meta", "device meta is not available here"),
     ("--device cuda:x", "unknown device 'cuda:x': choose auto, cpu, cuda, cuda:1 or mps"),
     ("--attn_implementation flash_attention_2", "flash-attn"), ("--name a/b", "name"), ("--name ../x", "name"),
      ("--name ..", "name"),

@@ -234,7 +234,7 @@ def test_a_gpu_for_which_pytorch_was_not_built(monkeypatch, capability, found):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert model.choose_device("auto").type == found
     if found == "cpu":
-        with pytest.raises(model.UserError, match="sees none here that it was built for"):
+        with pytest.raises(model.UserError, match="is not available here, or PyTorch was not built for it"):
             model.choose_device("cuda")
 
 
