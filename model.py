@@ -3279,13 +3279,13 @@ class Optimization(Settings):
     """optimizer"""
 
     batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
-    grad_accum: int = setting(1, "micro-batches of a batch: less memory, the same result", ge=1, le=1 << 20)
-    optimizer: str = setting("adamw", "muon and normuon: of the block matrices, with AdamW for the rest", OPTIMIZERS)
+    grad_accum: int = setting(1, "micro-batches per batch: less memory, the same result", ge=1, le=1 << 20)
+    optimizer: str = setting("adamw", "muon and normuon train the block matrices, AdamW the rest", OPTIMIZERS)
     learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
     head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)", ge=0, rare=True)
-    weight_decay: float = setting(0.1, "of matrices and embeddings, decoupled (-1: by how often data is seen)", ge=-1)
+    weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings (-1: by passes over the data)", ge=-1)
     beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1, rare=True)
     beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1, rare=True)
     grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
@@ -3297,12 +3297,12 @@ class Schedule(Settings):
 
     max_iters: int = setting(2000, "optimizer steps", ge=1, le=1 << 40, alias="finetune_iters")
     epochs: float = setting(0.0, "passes over the training data, instead of max_iters", ge=0, le=1e6)
-    max_minutes: float = setting(0.0, "as many steps as this machine does in so many minutes", ge=0, le=1e6)
+    max_minutes: float = setting(0.0, "as many steps as this machine does in this many minutes", ge=0, le=1e6)
     schedule: str = setting("cosine", "learning rate over time", ("cosine", "linear", "wsd", "constant"))
     warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)", ge=-1)
     min_lr_ratio: float = setting(0.1, "cosine: the last rate as a fraction of the peak", ge=0, le=1)
     decay_fraction: float = setting(
-        0.4, "wsd (warmup-stable-decay): part of the run that decays (-1: 0.4, in longer runs up to 0.6)", ge=-1, le=1
+        0.4, "wsd (warmup-stable-decay): part of the run that decays (-1: 0.4, up to 0.6 in longer runs)", ge=-1, le=1
     )
 
 
@@ -3310,14 +3310,14 @@ class Schedule(Settings):
 class Reporting(Settings):
     """evaluation and log"""
 
-    eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: 4 to 10 in a run)", ge=0)
-    eval_tokens: int = setting(65536, "validation tokens of an evaluation: always the same blocks", ge=0)
-    log_interval: int = setting(10, "steps between records of the log", ge=1)
-    sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: none)", ge=-1)
-    save_minutes: float = setting(10.0, "minutes between saves, besides those of evaluations (0: none)", ge=0)
-    keep: int = setting(2, "latest states that are kept, besides the best model", ge=1, le=1000)
-    report_to: str = setting("", "show the log, samples and settings in tensorboard, trackio, wandb; several by commas")
-    max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite loss; they are skipped", ge=1)
+    eval_interval: int = setting(0, "steps between evaluations, which also save (0: 4 to 10 per run)", ge=0)
+    eval_tokens: int = setting(65536, "validation tokens per evaluation, always the same blocks", ge=0)
+    log_interval: int = setting(10, "steps between log records", ge=1)
+    sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: off)", ge=-1)
+    save_minutes: float = setting(10.0, "minutes between saves, besides those at evaluations (0: off)", ge=0)
+    keep: int = setting(2, "number of latest states to keep, besides the best model", ge=1, le=1000)
+    report_to: str = setting("", "log to tensorboard, trackio, wandb (comma-separated): metrics, samples, settings")
+    max_bad_steps: int = setting(10, "stop after this many steps in a row with a non-finite loss (skipped)", ge=1)
 
 
 @dataclass
@@ -3325,10 +3325,10 @@ class Machine(Settings):
     """machine"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", "of the computation; weights stay float32", DTYPES)
-    compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
-    fsdp: bool = setting(False, "with torchrun: weights stay sharded within a step too: less memory, more time")
-    seed: int = setting(1337, "random seed of weights, data order and dropout", ge=0, le=2**31)
+    dtype: str = setting("auto", "dtype of the computation; weights stay float32", DTYPES)
+    compile: str = setting("auto", "torch.compile the blocks (auto: where it pays off)", ("auto", "true", "false"))
+    fsdp: bool = setting(False, "with torchrun: keep weights sharded within a step too: less memory, more time")
+    seed: int = setting(1337, "random seed for weights, data order and dropout", ge=0, le=2**31)
 
 
 @dataclass
@@ -3353,8 +3353,8 @@ def lr_factor(step: int, t: TrainConfig) -> float:
 
 
 def decay_by_passes(passes: float) -> float:
-    """The weight decay that learns best from data that is seen so many times (tests/benchmarks/README.md): what is seen
-    again is learned by heart."""
+    """The weight decay that learns best from data seen this many times (tests/benchmarks/README.md): repeated data is
+    memorized."""
     return 0.1 * min(max(1.0, passes) ** 0.65, 5.0)
 
 
@@ -3372,9 +3372,9 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Optimizer:
-    """What is needed here of torch.optim.Optimizer, the making of which imports torch._dynamo, a second of every start.
-    Its state_dict is the same, of tensors changed by change(tensor, its parameter). The rates it is made with are the
-    peaks of a schedule. As in PyTorch's fused optimizers a found_inf of 1 skips a step, without a word to the host."""
+    """What is needed of torch.optim.Optimizer; creating one of those imports torch._dynamo, a second of every start.
+    Its state_dict is the same, with tensors passed through change(tensor, its parameter). Initial learning rates are
+    the schedule's peaks. As in PyTorch's fused optimizers, a found_inf of 1 skips a step, without telling the host."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
         self.param_groups = [{**group, "peak_lr": group["lr"]} for group in param_groups]
@@ -3424,10 +3424,10 @@ class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices.
 
     The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
-    matrix part by part: `rows` says how many rows each part has, for each parameter. With beta2 it is NorMuon (arXiv
-    2510.05491): each row is divided by the root of a running mean of its squared norm, where Muon divides by what the
-    norm is in an orthogonal matrix. Processes that own some rows of every matrix send them to the one that
-    orthogonalises it and get theirs back, so that the work divides by their number."""
+    matrix part by part: `rows` gives the rows of each part, for each parameter. With beta2 it is NorMuon (arXiv
+    2510.05491): each row is divided by the root of a running mean of its squared norm, where Muon divides by the norm
+    it has in an orthogonal matrix. Processes, which own some rows of every matrix, send them to the process that
+    orthogonalises it and get theirs back, so the work is divided among them."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
@@ -3443,7 +3443,7 @@ class Muon(Optimizer):
         whole = [torch.empty(sum(parts), p.size(1), device="meta") for p, parts in zip(params, rows, strict=True)]
         self.shapes = [[part_of_rows(x, process).shape for x in whole] for process in range(n)]  # of shards
         cost = [p.size(1) * sum(x) * min(p.size(1), max(x)) for p, x in zip(params, rows, strict=True)]
-        self.work: list[list[int]] = [[] for _ in range(n)]  # the numbers of the matrices that each process does
+        self.work: list[list[int]] = [[] for _ in range(n)]  # the indices of the matrices that each process handles
         for i in sorted(range(len(params)), key=lambda i: -cost[i]):
             min(self.work, key=lambda work: sum(cost[j] for j in work)).append(i)
 
@@ -3472,7 +3472,7 @@ class Muon(Optimizer):
             p.addcmul_(update, scale)
 
     def orthogonalise(self, updates: list[Tensor]) -> None:
-        """In place. Each is this process's rows of a matrix."""
+        """Orthogonalise in place; each update is this process's rows of a matrix."""
         n, mine = world_size(), self.work[rank()]
         sent = torch.bfloat16 if self.dtype == torch.float16 else self.dtype  # see newton_schulz
         matrices, none = [updates[i] for i in mine], updates[0].new_empty(0, dtype=sent)
@@ -3493,8 +3493,8 @@ class Muon(Optimizer):
 
 
 def make_optimizers(model: GPT, t: TrainConfig, passes: float = 1.0) -> list[Optimizer]:
-    """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if asked, for a
-    run that sees its data so many times. Their states hold the decay: a run that resumes them and goes further keeps
+    """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if chosen, for a
+    run of this many passes over its data. Their states hold the decay, so a run that is resumed and extended keeps
     it."""
     weight_decay = decay_by_passes(passes) if t.weight_decay < 0 else t.weight_decay
     groups, muon, fused = defaultdict(list), {}, model.fused_rows()
@@ -3546,8 +3546,8 @@ def add_lora(model: GPT, lora_rank: int) -> GPT:
 
 
 def train_tokens(model: GPT, tokens: list[int]) -> None:
-    """Train the rows of some tokens, and no others, in the embedding and the head of a frozen model: tokens that were
-    added to it mean nothing yet."""
+    """Train only the rows of these tokens in the embedding and the head of a frozen model: tokens newly added to it
+    have no meaning yet."""
     model.new_tokens = tokens
     for p in {model.wte.weight, model.head_weight} if tokens else ():
         p.requires_grad_(True)
@@ -3575,13 +3575,13 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     except Exception:
-        if distributed():  # torchrun's SIGTERM, when another has ended, must not come before end_all has told it
+        if distributed():  # torchrun's SIGTERM, sent when another has ended, must not preempt end_all's report
             previous[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
@@ -3590,21 +3590,21 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def compile_model(model: GPT, t: TrainConfig, block_size: int, loss_fn: Callable | None = None) -> None:
-    """torch.compile each block, which is as fast as all in one and compiled once for all, and on a GPU the loss; where
-    asked, or where the work ahead pays for it: on a GPU from 200 steps on. Two CPU cores gain a tenth, nothing with
-    narrow models, for half a minute at the start: from 1e15 FLOPs, an hour there."""
+    """torch.compile each block, which is as fast as the whole model and compiles only once, and on a GPU the loss; if
+    asked for, or if the run is long enough: on a GPU from 200 steps on. Two CPU cores gain a tenth, with narrow models
+    nothing, for half a minute at the start: from 1e15 FLOPs on, an hour there."""
     c, kind = model.config, model.device.type
     flops = training_flops_per_token(c) * t.max_iters * t.batch_size * block_size
     pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and flops > 1e15
     if t.compile == "false" or t.compile == "auto" and not pays:
         return
     if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        return say("no C++ compiler here: going on without torch.compile")
+        return say("no C++ compiler found: continuing without torch.compile")
     if kind == "cuda" and t.compile == "auto" and not importlib.util.find_spec("triton"):  # Windows
-        return say("no Triton here (pip install triton-windows): going on without torch.compile")
+        return say("no Triton found (pip install triton-windows): continuing without torch.compile")
     say("compiling the model: the first step can take a minute")
     if t.compile == "auto":
-        torch._dynamo.config.suppress_errors = True  # where it fails, go on without
+        torch._dynamo.config.suppress_errors = True  # if it fails, continue without
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
     if kind == "cuda":
@@ -3614,29 +3614,29 @@ def compile_model(model: GPT, t: TrainConfig, block_size: int, loss_fn: Callable
 
 
 class RunFiles:
-    """What a run writes: the best model, the latest states to go on from, and the log."""
+    """The files of a run: the best model, the latest states to resume from, and the log."""
 
     def __init__(self, name: str, overwrite: bool) -> None:
         if Path(name).name != name or name == "..":
-            raise UserError(f"--name {name!r} must be a plain name: that of files under {CHECKPOINT_DIR}/")
+            raise UserError(f"--name {name!r} must be a plain name, for files under {CHECKPOINT_DIR}/")
         self.overwrite, self.run, ends = overwrite, CHECKPOINT_DIR / name, (".pt", "_last.pt", ".jsonl")
         self.model, self.last, self.log = (CHECKPOINT_DIR / f"{name}_model{end}" for end in ends)
 
     def states(self) -> list[Path]:
-        """What there is to go on from, the newest first: NAME_model_last.pt, NAME_model_last.2.pt, ..."""
+        """The states to resume from, the newest first: NAME_model_last.pt, NAME_model_last.2.pt, ..."""
         name = re.compile(re.escape(self.last.stem) + r"(?:\.(\d+))?\.pt")
         found = {int(m[1] or 1): path for path in CHECKPOINT_DIR.glob("*.pt") if (m := name.fullmatch(path.name))}
         return [found[i] for i in sorted(found)]
 
     def check_free(self) -> None:
-        """Raise UserError if a run of this name is there and must not be overwritten."""
+        """Raise UserError if a run of this name exists and must not be overwritten."""
         states = self.states()
         if not self.overwrite and (there := next((p for p in (self.model, *states) if p.exists()), None)):
-            go_on = "go on with --resume, " if states else "it has no state to resume from; "
-            raise UserError(f"{there} is already there: {go_on}--overwrite it, or choose a --name")
+            go_on = "continue with --resume, " if states else "it has no state to resume from; "
+            raise UserError(f"{there} already exists: {go_on}--overwrite it, or choose a --name")
 
     def latest(self, resume: str) -> tuple[Path, Checkpoint] | None:
-        """The newest whole state to go on from; None where a run begins, for which its name must be free."""
+        """The newest undamaged state to resume from; None if a new run starts, for which the name must be free."""
         if resume == "false" or resume == "auto" and not self.states():
             return self.check_free()
         for path in self.states():
@@ -3646,14 +3646,14 @@ class RunFiles:
                 if path == self.states()[-1]:
                     raise
                 aside = path.with_suffix(".damaged")
-                say(f"{e}; it is now {aside.name}, and the state before it is taken", sys.stderr)
+                say(f"{e}; renamed it to {aside.name}, using the state before it", sys.stderr)
                 os.replace(path, aside)
             else:
                 return path, as_checkpoint(path, content)
         raise UserError(f"nothing to resume: there is no {self.last}")
 
     def rotate(self, keep: int) -> None:
-        """Make room for a new state, of which `keep` in all are kept."""
+        """Make room for a new state, so that `keep` are kept in all."""
         states = self.states()
         for path in states[max(keep - 1, 1) :]:
             path.unlink()
@@ -3663,18 +3663,18 @@ class RunFiles:
 
 def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss function of train and finetune. A loss function returns the loss of a micro-batch, summed over its
-    targets, and what of it the log shows besides, by name: each as (sum, number of targets)."""
+    targets, and the other values to log, by name: each as (sum, number of targets)."""
     return model.loss(batch["idx"], batch["targets"], batch.get("segments")), {}
 
 
 def accumulate_gradients(
     model: GPT, batches: list[dict[str, Tensor]], n_targets: Tensor, loss_fn: Callable, scaler: torch.amp.GradScaler
 ) -> dict[str, Tensor]:
-    """Forward and backward over the micro-batches of a step, of n_targets targets in all processes; gradients add up in
-    p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
+    """Forward and backward over the micro-batches of a step, with n_targets targets over all processes; gradients add
+    up in p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
     sums = {"loss": torch.stack((torch.zeros_like(n_targets), (n_targets > 0) / world_size()))}
     for i, batch in enumerate(batches):
-        if model.sharded:  # weights and gradients stay whole until the last, unless there is no memory for it
+        if model.sharded:  # weights and gradients stay whole until the last, unless memory is short (fsdp)
             model.set_requires_gradient_sync(model.fsdp or i == len(batches) - 1)
             model.set_reshard_after_backward(model.fsdp or i == len(batches) - 1)
         loss, parts = loss_fn(model, batch)
@@ -3686,14 +3686,14 @@ def accumulate_gradients(
 
 
 def check_targets(split: Split, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> None:
-    """Raise UserError if there is no target in any of these blocks of a split."""
+    """Raise UserError if none of these blocks of a split has a target."""
     if not any((split.batch(windows, [i], block_size)["targets"] >= 0).any() for i in blocks):
         what = f"the {split.name} has no target in blocks of {block_size} tokens"
-        raise UserError(f"{what}, its turns are longer: raise --block_size")
+        raise UserError(f"{what}: its turns are longer, so raise --block_size")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a log: a line that a full disk or a kill tore is left out."""
+    """The complete records of a log: a line cut short by a full disk or a kill is left out."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
@@ -3715,8 +3715,8 @@ def reporters_in(names: str | None) -> list[str]:
 
 
 def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callable[[dict[str, float | str], int], None]:
-    """What hands numbers and texts of a step, by name, to a program that shows them, for a run that is new or goes on
-    at this step. No network or account is needed: without them wandb keeps the run for `wandb sync`."""
+    """A function that sends a step's numbers and texts, by name, to a dashboard, for a run that starts or resumes at
+    this step. No network or account is needed: without them wandb keeps the run for `wandb sync`."""
     module = importlib.import_module(kind)
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -3727,7 +3727,7 @@ def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callab
         def log(values: dict[str, float | str], step: int) -> None:
             for name, value in values.items():
                 if isinstance(value, str):
-                    writer.add_text(name, "    " + value.replace("\n", "\n    "), step)  # Markdown for: as it stands
+                    writer.add_text(name, "    " + value.replace("\n", "\n    "), step)  # Markdown for verbatim text
                 else:
                     writer.add_scalar(name, value, step)
             writer.flush()
@@ -3752,19 +3752,19 @@ def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callab
     return log
 
 
-OVERLAPPED_SAVE_BYTES = 4 * 300_000_000  # of trained weights: from here on saving overlaps the next steps
+OVERLAPPED_SAVE_BYTES = 4 * 300_000_000  # of trained weights: from this size on, saving overlaps the next steps
 
 
 @dataclass(eq=False)
 class Run:
-    """A run in progress: its files, where it stands, and what it writes down."""
+    """A run in progress: its files, its state, and what it records."""
 
     model: GPT
     data: Data
     t: TrainConfig
     files: RunFiles
     block_size: int
-    about: dict[str, Any]  # goes into its checkpoints
+    about: dict[str, Any]  # stored in its checkpoints
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf  # validation loss
@@ -3772,9 +3772,9 @@ class Run:
     results: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     sums: dict[str, Tensor] = field(default_factory=dict)  # since the last record, (sum, count) by name
     records: list[str] = field(default_factory=list)  # of the log
-    written: int = 0  # how many of them the log's file has
+    written: int = 0  # how many of them are in the log file
     saving: threading.Thread | None = None
-    failed: Exception | None = None  # what became of it
+    failed: Exception | None = None  # the error that ended it
 
     def __post_init__(self) -> None:
         model, t, self.split = self.model, self.t, self.data.splits["train"]
@@ -3789,16 +3789,16 @@ class Run:
         self.optimizers = make_optimizers(model, t, self.passes)
         self.reporters = dict.fromkeys(reporters_in(t.report_to) if rank() == 0 else ())  # None: not open yet
         scaler = torch.amp.GradScaler
-        if world_size() > 1:  # whose scale all processes change together
+        if world_size() > 1:  # it changes the scale in all processes together
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
         self.scaler = scaler(model.device.type, enabled=model.compute_dtype == torch.float16)
-        # what this process trains, and the parameters that it is of
+        # the shards that this process trains -> their parameters
         self.params, self.trained_rows = {own_shard(p): p for p in model.parameters() if p.requires_grad}, {}
         for p in {model.wte.weight, model.head_weight} if model.new_tokens else ():
             rows = torch.zeros(len(p), 1)
             rows[model.new_tokens] = 1
             self.trained_rows[own_shard(p)] = part_of_rows(rows, rank()).to(model.device)
-        # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
+        # skipped steps: in a row now, the longest row, the count, the last one; the latter three since the last record
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
         # an evaluation costs a third of a step on as many tokens: a twelfth of the run, unless it is short
         n = min(10, max(4, t.max_iters * t.batch_size // (4 * len(self.evaluate.blocks))))
@@ -3808,7 +3808,7 @@ class Run:
         self.saved_at, self.replaces = time.monotonic(), self.files.model.exists() or bool(self.files.states())
 
     def resume(self, c: Checkpoint) -> None:
-        """Stand where a checkpoint was saved; records of the log after it, which will come again, are dropped."""
+        """Return to where a checkpoint was saved; later records of the log are dropped, as they will come again."""
         self.replaces = False  # an earlier run of this name
         self.step, m = c.step, c.metrics
         self.seconds, self.best, self.results = m["seconds"], m["best_val_loss"], m["last"]
@@ -3825,7 +3825,7 @@ class Run:
             self.records = [json.dumps(r) for r in read_log(self.files.log) if r["step"] <= self.step]
 
     def mend_files(self, c: Checkpoint) -> None:
-        """Bring the log, and the best model if this state is it, up to the state: a kill may have come between them."""
+        """Bring the log, and the best model if this state is it, up to this state: a kill may have separated them."""
         if rank() > 0:
             return
         self.write_log()
@@ -3842,33 +3842,33 @@ class Run:
         parts = np.array_split(mine, self.t.grad_accum)
         batches = [self.split.batch(self.windows, blocks, self.block_size) for blocks in parts]
         n_targets = torch.full((), float(sum(int((b["targets"] >= 0).sum()) for b in batches)), device=device)
-        # the numbers of the blocks are for the host
+        # the block indices stay on the host
         on_device = [{k: v if k == "blocks" else send(v, device) for k, v in b.items()} for b in batches]
         return on_device, all_reduce(n_targets)
 
     def start_clock(self) -> None:
-        """From here on steps are timed; reports are not."""
+        """Time steps from here on; reports are not timed."""
         self.timed = self.step, time.perf_counter()
 
     def set_rates(self, factor: float) -> None:
-        """The learning rates of a step, as a fraction of their peaks."""
+        """Set the learning rates of a step to a fraction of their peaks."""
         self.factor = factor
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * factor
 
     def fit_into(self, minutes: float, loss_fn: Callable) -> None:
-        """Fix the number of steps, so that the run takes about so long here: the time of a step is measured on some
-        that change nothing, for their rates are 0."""
+        """Set the number of steps so that the run takes about this long on this machine: the time of a step is
+        measured on some that change nothing, as their learning rates are 0."""
         self.set_rates(0.0)
         self.model.train()
-        (batches, n_targets), ends = self.batches(0), []  # of the steps, the first two of which warm up
-        # by one clock: who made one step more would wait in it for the others
+        (batches, n_targets), ends = self.batches(0), []  # end times of the steps, the first two of which warm up
+        # by one clock: a process that takes one step more would wait in it for the others
         while from_first(lambda: len(ends) < 5 or ends[-1] - ends[1] < 0.02 * 60 * minutes):
-            torch.manual_seed(self.step * 4096 + rank())  # as fit does: some losses draw by it what they do
+            torch.manual_seed(self.step * 4096 + rank())  # as in fit: some losses make random choices
             sums = accumulate_gradients(
                 model=self.model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=self.scaler
             )
-            batches, n_targets = self.batches(self.step + 1)  # others: a teacher's answers to these are kept by now
+            batches, n_targets = self.batches(self.step + 1)  # new ones: the teacher's answers to the old are cached
             self.update(sums)
             self.grad_norm.item()  # waits for a GPU
             ends.append(time.perf_counter())
@@ -3876,7 +3876,7 @@ class Run:
         total, evaluation = 0.96 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
         steps = from_first(lambda: min(total / (1 + 1 / 12), total - 4 * evaluation))
         self.t, self.step, self.sums = replace(self.t, max_iters=max(10, int(steps)), max_minutes=0.0), 0, {}
-        self.__post_init__()  # with optimizers that have seen nothing
+        self.__post_init__()  # with fresh optimizers
 
     def update(self, sums: dict[str, Tensor]) -> None:
         """Apply the gradients of a step and count it. Nothing here waits for a GPU."""
@@ -3892,10 +3892,10 @@ class Run:
             self.grad_norm = all_reduce(self.grad_norm.square()).sqrt()
         nn.utils.clip_grads_with_norm_(self.params, self.t.grad_clip or math.inf, self.grad_norm)
         bad = ~(self.grad_norm + all_reduce(sums["loss"][0].clone())).isfinite()
-        for p in self.params if bad.device.type == "mps" else ():  # whose fused AdamW does not ask for found_inf
+        for p in self.params if bad.device.type == "mps" else ():  # whose fused AdamW ignores found_inf
             p.grad = None if p.grad is None else p.grad.masked_fill(bad, 0.0)
         for optimizer in self.optimizers:
-            optimizer.found_inf = bad.float()  # of all, so that none of them goes ahead alone
+            optimizer.found_inf = bad.float()  # over all processes, so that none goes ahead alone
             optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
@@ -3906,8 +3906,8 @@ class Run:
         self.sums = {name: self.sums.get(name, 0) + torch.where(bad, 0.0, pair) for name, pair in sums.items()}
 
     def ask(self, stop: list[int]) -> None:
-        """Have the processes agree whether to stop, by which signal, and whether to save, while a step is under way:
-        from CPU to CPU, so that no GPU is waited for."""
+        """Let the processes agree whether to stop, by which signal, and whether to save, while a step is running: from
+        CPU to CPU, without waiting for a GPU."""
         late = rank() == 0 and 0 < 60 * self.t.save_minutes < time.monotonic() - self.saved_at
         self.asked, self.answer = None, torch.tensor([stop[0] if stop else 0, int(late)])
         if world_size() > 1:
@@ -3915,7 +3915,7 @@ class Run:
             self.asked = torch.distributed.all_reduce(self.answer, MAX, async_op=True)
 
     def due(self) -> set[str]:
-        """What is to be done after this step: any of record, evaluate, sample, save and stop."""
+        """What to do after this step: any of record, evaluate, sample, save and stop."""
         t = self.t
         due = {what for what, n in self.intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
         if self.asked:
@@ -3923,7 +3923,7 @@ class Run:
         return due | {what for what, flag in zip(("stop", "save"), self.answer.tolist(), strict=True) if flag}
 
     def report(self, due: set[str], bar: tqdm, prompt: str) -> None:
-        """Do what is due. Here, and nowhere else between two steps, the host waits for a GPU."""
+        """Do what is due. Between two steps, only this makes the host wait for a GPU."""
         t, files, (since, begun) = self.t, self.files, self.timed
         totals = {name: all_reduce(pair.clone()).tolist() for name, pair in self.sums.items()}
         elapsed = time.perf_counter() - begun
@@ -3943,7 +3943,7 @@ class Run:
             }  # fmt: skip
             totals, self.sums = {}, {}
             self.bad[1:] = 0
-            shown = {"loss": math.nan, **record}  # where no step counted
+            shown = {"loss": math.nan, **record}  # if no step counted
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s".format_map(shown))
             self.records.append(json.dumps(record))
             self.write_log()
@@ -3953,7 +3953,7 @@ class Run:
                 "per byte, {tokens_per_s:,} tokens/s".format_map(shown))  # fmt: skip
         if improved := evaluated and self.results["val_loss"] < self.best:
             self.best, self.best_step = self.results["val_loss"], self.step
-        if evaluated or "stop" in due or "save" in due and not self.bad[0]:  # the weights may be why steps are bad
+        if evaluated or "stop" in due or "save" in due and not self.bad[0]:  # bad steps may come from bad weights
             has_model = files.model.exists() and not self.replaces
             self.save(improved or "stop" in due and not has_model, totals)
         if "sample" in due:
@@ -3961,7 +3961,7 @@ class Run:
         self.start_clock()
 
     def sample(self, prompt: str) -> None:
-        """Show how the model continues a text; of conversations, what it answers in the first that is held out."""
+        """Show how the model continues a text or, for conversations, what it answers in the first validation one."""
         tokenizer, length = self.data.tokenizer, min(100, self.block_size)
         ids, e = tokenizer.prompt(prompt, self.model.config.context), self.evaluate
         if self.data.is_chat:
@@ -3973,11 +3973,11 @@ class Run:
         self.publish({"sample": prompt + text})
 
     def check_finite(self) -> dict[str, Any]:
-        """What the log says of skipped steps. Raises UserError if there are too many, or the model is not finite."""
+        """The log's entries on skipped steps. Raises UserError if there are too many, or if the model is not finite."""
         _, longest, count, last = self.bad.tolist()
         kept = self.files.last
-        kept = "no checkpoint was written yet" if self.replaces or not kept.exists() else f"the last good one is {kept}"
-        remedy = f"{kept}; begin again with a lower --learning_rate, a longer --warmup_iters or --dtype float32"
+        kept = "no checkpoint is saved yet" if self.replaces or not kept.exists() else f"the last good one is {kept}"
+        remedy = f"{kept}; restart with a lower --learning_rate, a longer --warmup_iters or --dtype float32"
         if longest >= self.t.max_bad_steps:
             in_a_row = f"the loss or its gradient was not finite in {longest} steps in a row, up to step {last}"
             raise UserError(f"{in_a_row}: {remedy}")
@@ -3986,13 +3986,13 @@ class Run:
         if not count:
             return {}
         blocks = self.sampler(last - 1).tolist()
-        if not self.scaler.is_enabled():  # which looks for its scale in this way
-            say(f"skipped {count} step(s), the last of them {last}: no finite loss or gradient (data blocks {blocks})")
+        if not self.scaler.is_enabled():  # which finds its scale by skipping steps
+            say(f"skipped {count} step(s), the last at step {last}: non-finite loss or gradient (data blocks {blocks})")
         return {"bad_steps": count, "bad_step": last, "bad_blocks": blocks}
 
     def publish(self, values: dict[str, float | str]) -> None:
-        """Hand numbers or a text of this step to what --report_to names; one that fails is no reason to stop. A run is
-        known by its name and its first record, when it is resumed too, and is another when it is overwritten."""
+        """Send numbers or a text of this step to the --report_to programs; a failure does not stop the run. A run is
+        identified by its name and first record: a resumed run is the same, an overwritten one is another."""
         for kind in list(self.reporters) if self.records else ():
             try:
                 if self.reporters[kind] is None:
@@ -4002,12 +4002,12 @@ class Run:
                     self.reporters[kind] = reporter(kind, f"{self.files.run.name}-{first}", settings, self.step)
                 self.reporters[kind](values, self.step)
             except Exception as e:
-                say(f"--report_to {kind}: {e}; going on without it", sys.stderr)
+                say(f"--report_to {kind}: {e}; continuing without it", sys.stderr)
                 del self.reporters[kind]
 
     def write_log(self) -> None:
-        """Bring the log's file up to the records. Checkpoints hold them too, so a file that cannot be written is no
-        reason to stop."""
+        """Bring the log file up to date. Checkpoints hold the records too, so a file that cannot be written does not
+        stop the run."""
         if rank() > 0 or self.replaces:
             return
         try:
@@ -4015,13 +4015,13 @@ class Run:
                 f.write("".join(record + "\n" for record in self.records[self.written :]).encode())
             self.written = len(self.records)
         except OSError as e:
-            say(f"{self.files.log}: {e.strerror}; going on without it", sys.stderr)
+            say(f"{self.files.log}: {e.strerror}; continuing without it", sys.stderr)
             self.written = 0
 
     def checkpoint(
         self, state: dict[str, Tensor], sums: dict[str, list[float]], optimizers: list[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
-        """What a checkpoint holds: with the optimizers all that the run needs to go on, else a model to use."""
+        """The content of a checkpoint: with the optimizers, all that the run needs to resume; else a model to use."""
         model, data = self.model, self.data
         metrics = {"seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step}
         metrics["bad"] = self.bad.tolist()
@@ -4041,8 +4041,8 @@ class Run:
         }
 
     def save(self, best: bool, sums: dict[str, list[float]]) -> None:
-        """Write the state to go on from, and the model if it is the best. From 300M parameters on this overlaps the
-        next steps, where there is memory for a copy; the next save, and the end, wait for it."""
+        """Save the state to resume from, and the model if it is the best. From 300M parameters on this overlaps the
+        next steps, if there is memory for a copy; the next save, and the end, wait for it."""
         state = {name: gathered(own_shard(p).detach(), p) for name, p in self.model.named_parameters()}
         whole = [o.state_dict(lambda x, shard: gathered(x, self.params[shard])) for o in self.optimizers]
         if rank() > 0:
@@ -4080,7 +4080,7 @@ class Run:
         self.saving, error, self.failed = None, self.failed, None
         if isinstance(error, OSError):
             room = "make room, and " * (not isinstance(error, PermissionError))
-            whole = next((f"; {p} is whole: {room}go on with --resume" for p in self.files.states()), "")
+            whole = next((f"; {p} is intact: {room}continue with --resume" for p in self.files.states()), "")
             raise UserError(f"cannot save {error.filename} at step {self.step}: {error.strerror}{whole}") from error
         if error:
             raise error
@@ -4088,20 +4088,20 @@ class Run:
 
 
 def available_memory(container: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the system, or the container that this runs in, could give; 0 where it does not say."""
+    """Bytes of memory available in the system, or in the container that this runs in; 0 if unknown."""
     found = 0
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # without a limit it is "max"
+    with suppress(OSError, ValueError):  # without a limit it says "max"
         limit, used = (int((container / f"memory.{what}").read_text()) for what in ("max", "current"))
         found = min(found, max(limit - used, 0))
     return found
 
 
 def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
-    """Train a model and leave its checkpoints and log. Everything random is a function of (seed, step), so a resumed
-    run is bit for bit the run that was never stopped."""
+    """Train a model and write its checkpoints and log. Everything random is a function of (seed, step), so a resumed
+    run is bit for bit the same as one that was never stopped."""
     t, model = run.t, run.model
     model.train()
     run.start_clock()
@@ -4121,10 +4121,10 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             due = run.due()
             if due:
                 run.report(due, bar, prompt)
-            if "stop" in due and run.step < t.max_iters:  # else it is done
+            if "stop" in due and run.step < t.max_iters:  # else it is finished
                 bar.close()
                 from_first(run.wait_for_save)  # when one process has ended, torchrun ends the others
-                go_on = f"go on with --name {run.files.run.name} --resume"
+                go_on = f"continue with --name {run.files.run.name} --resume"
                 say(f"stopped at step {run.step}: saved {run.files.last}; {go_on}")
                 raise SystemExit(128 + int(run.answer[0]))
         run.wait_for_save()
@@ -4139,12 +4139,12 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
 class DistillConfig(Settings):
     """distillation: alpha T^2 divergence + (1 - alpha) cross-entropy (arXiv 1503.02531)"""
 
-    temperature: float = setting(2.0, "softens teacher and student alike", gt=0)
-    alpha: float = setting(0.5, "weight of the teacher; the rest is the cross-entropy with the text", ge=0, le=1)
+    temperature: float = setting(2.0, "softens both teacher and student", gt=0)
+    alpha: float = setting(0.5, "weight of the teacher; the rest goes to the text's cross-entropy", ge=0, le=1)
     divergence: str = setting("forward_kl", "between teacher and student", ("forward_kl", "reverse_kl", "jsd"))
-    beta: float = setting(0.5, "of jsd: 0 is forward_kl, 1 is reverse_kl", ge=0, le=1)
-    cache_teacher: int = setting(0, "keep the teacher's K likeliest tokens beside the data (0: run it live)", ge=0)
-    on_policy: float = setting(0.0, "fraction of batches that the student writes, the teacher scores", ge=0, le=1)
+    beta: float = setting(0.5, "for jsd: 0 is forward_kl, 1 is reverse_kl", ge=0, le=1)
+    cache_teacher: int = setting(0, "cache the teacher's top K tokens beside the data (0: run it live)", ge=0)
+    on_policy: float = setting(0.0, "fraction of batches that the student writes and the teacher scores", ge=0, le=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -4153,13 +4153,13 @@ class DistillConfig(Settings):
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) (rows,) of log-probabilities (rows, n); what a never does counts nothing, whatever b says."""
+    """KL(a || b) (rows,) of log-probabilities (rows, n); where a is 0 the term is 0, whatever b is."""
     a = log_a.exp()
     return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
 def skew(kind: str, beta: float) -> float:
-    """The beta of a divergence, see there: forward and reverse KL are the ends of jsd."""
+    """The beta of a divergence (see there): forward and reverse KL are the ends of jsd."""
     return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
 
 
@@ -4178,16 +4178,16 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
 
 
 def lump_tail(log_q: Tensor, index: Tensor) -> Tensor:
-    """Log-probabilities (rows, n) as those of the tokens index (rows, K) and of one more outcome, "any other token":
+    """Reduce log-probabilities (rows, n) to the tokens in index (rows, K) and one more outcome, "any other token":
     (rows, K + 1). Lumping outcomes can only lower a divergence (data-processing inequality), it stays 0 for equal
-    distributions, and the student keeps its own ranking within the tail, where spreading the mass evenly or cutting
-    it off would teach it something false."""
+    distributions, and the student keeps its own ranking within the tail; spreading the mass evenly or cutting it off
+    would teach it something false."""
     tail = log_q.scatter(1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
     return torch.cat((log_q.gather(1, index), tail), dim=1)
 
 
 def to_bits(x: np.ndarray, n: int) -> np.ndarray:
-    """Whole numbers (rows, m) as n bits each, (rows, m n), the highest first."""
+    """Integers (rows, m) as n bits each, (rows, m n), highest bit first."""
     return (x[..., None] >> np.arange(n)[::-1] & 1).astype(np.uint8).reshape(len(x), -1)
 
 
@@ -4196,13 +4196,13 @@ def from_bits(bits: np.ndarray, n: int, m: int) -> np.ndarray:
 
 
 class TeacherCache:
-    """A teacher's top K probabilities of each position of each training block, made the first time a block is read.
+    """A teacher's top K probabilities at each position of each training block, computed when a block is first read.
 
-    Beside the data, in teacher_cache/: answers.bin, (blocks, block_size, bytes), the bits of each position; done.bin, a
-    byte a block; meta.json, which says for which teacher, data, temperature and shape. A position has its K ids in
-    ascending order as Elias and Fano write them, 2 + log2(n_vocab / K) bits each: the low bits, and the high ones in
-    unary. Then 7 bits an id, how far its log-probability lies below the likeliest's, in 127ths of the span; the span (6
-    bits, quarters of a nat); and the log-odds of all other tokens, the tail (7 bits, eighths of a nat from -12 on).
+    Beside the data, in teacher_cache/: answers.bin, (blocks, block_size, bytes), the bits of each position; done.bin,
+    one byte per block; meta.json, with the teacher, data, temperature and shape it is for. A position has its K ids in
+    ascending order in Elias-Fano coding, 2 + log2(n_vocab / K) bits each: the low bits, then the high ones in unary.
+    Then 7 bits per id, how far its log-probability lies below the top one, in 127ths of the span; the span (6 bits,
+    quarters of a nat); and the log-odds of all other tokens, the tail (7 bits, eighths of a nat from -12 on).
     """
 
     def __init__(
@@ -4217,24 +4217,24 @@ class TeacherCache:
             if not isinstance(there, dict):
                 raise UserError(f"{folder} is damaged: {remedy}")
             if wrong := next((k for k in meta if there and there.get(k) != meta[k]), None):
-                other = f"another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is {meta[wrong]})"
-                raise UserError(f"{folder} was made for {other}: {remedy}")
+                other = f"another {wrong.replace('_', ' ')} ({there.get(wrong)}, now {meta[wrong]})"
+                raise UserError(f"{folder} was made with {other}: {remedy}")
             folder.mkdir(parents=True, exist_ok=True)
             if not there:
-                say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes a token")
+                say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes per token")
                 write_json(folder / "meta.json", meta)
             self.answers, self.done = self.open_array("answers.bin", *shape), self.open_array("done.bin", n_blocks)
 
     def open_array(self, name: str, *shape: int) -> np.memmap:
         path, n_bytes = self.folder / name, math.prod(shape)
-        with open(path, "ab") as f:  # leaves alone what another process has begun
-            if hasattr(os, "posix_fallocate"):  # a full disk shows now: a memory map would be killed by it
+        with open(path, "ab") as f:  # keeps what another process has written
+            if hasattr(os, "posix_fallocate"):  # a full disk raises here; writing a memory map would be fatal
                 os.posix_fallocate(f.fileno(), 0, n_bytes)
             f.truncate(n_bytes)
         return np.memmap(path, "u1", "r+", shape=shape)
 
     def write(self, block: int, ids: Tensor, log_p: Tensor) -> None:
-        """ids and log-probabilities (block_size, K) of a block. The mark that it is done comes last."""
+        """Store ids and log-probabilities (block_size, K) of a block. It is marked done last."""
         ids, log_p = ids.cpu().numpy(), log_p.cpu().numpy().astype(np.float64)
         order, high = ids.argsort(axis=1), np.zeros((len(ids), self.widths[1]), np.uint8)
         ids, log_p = np.take_along_axis(ids, order, 1), np.take_along_axis(log_p, order, 1)
@@ -4249,7 +4249,7 @@ class TeacherCache:
         self.done[block] = 1
 
     def read(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        """Token ids (rows, K) and log-probabilities (rows, K + 1), the last of them the tail's, of whole blocks."""
+        """Token ids (rows, K) and log-probabilities (rows, K + 1), the tail's last, of whole blocks."""
         bits = np.unpackbits(self.answers[blocks].reshape(-1, self.answers.shape[2]), axis=1)
         low, high, below, span, tail, _ = np.split(bits, np.cumsum(self.widths), axis=1)
         if (high.sum(axis=1) != self.K).any():
@@ -4265,8 +4265,8 @@ class TeacherCache:
 def divergence_loss(
     logits: Tensor, teacher: Any, counted: Tensor, temperature: float, kind: str, beta: float
 ) -> Tensor:
-    """The sum of a divergence over the rows that are counted, of a student's logits (rows, n) and what there is of the
-    teacher (see Distillation.chunk_loss). A pure function, of which torch.compile makes few passes."""
+    """The sum over the counted rows of the divergence between a student's logits (rows, n) and the teacher's answers
+    (see Distillation.chunk_loss). A pure function, which torch.compile fuses into few passes."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_q, log_p = (logits.to(wide) / temperature).log_softmax(dim=-1), teacher
     if isinstance(teacher, tuple):
@@ -4280,8 +4280,8 @@ def divergence_loss(
 
 @dataclass(eq=False)
 class Distillation:
-    """The loss function of a student, given its teacher. The teacher's logits are made from its hidden states chunk by
-    chunk, so that neither model's full logits ever exist."""
+    """The loss function of a student, given its teacher. The teacher's logits are computed from its hidden states chunk
+    by chunk, so neither model's full logits ever exist."""
 
     teacher: GPT
     d: DistillConfig
@@ -4295,7 +4295,7 @@ class Distillation:
     def __call__(self, student: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss of a batch; its divergence and cross-entropy, each as (sum, number of targets)."""
         d, n_data = self.d, (batch["targets"] >= 0).sum()
-        # by the step alone (see fit), for each process would wait for one that generates
+        # depends on the step alone (see fit), or processes would wait for one that generates
         if d.on_policy and random.Random(torch.initial_seed() // 4096).random() < d.on_policy:
             batch, d = self.student_writes(student, batch), replace(d, alpha=1.0)
         idx, targets, segments = batch["idx"], batch["targets"], batch.get("segments")
@@ -4311,12 +4311,12 @@ class Distillation:
         return value * share, {"divergence": parts[0], "cross_entropy": parts[1]}
 
     def in_c(self, d: DistillConfig, x: Tensor) -> ctypes.CDLL | None:
-        """What works out the divergence in C, for logits like x."""
+        """The library that computes the divergence in C, for logits like x."""
         return training_library(x) if self.cache is None and skew(d.divergence, d.beta) in (0, 1) else None
 
     def chunk_loss(self, d: DistillConfig, targets: Tensor, teacher: Callable[[slice], Any], sums: Tensor) -> Callable:
-        """See linear_loss. teacher(rows) is its logits divided by the temperature (rows, n_vocab), or what
-        TeacherCache.read gives; sums (2,) receives the divergence and the cross-entropy."""
+        """See linear_loss. teacher(rows) gives its logits divided by the temperature (rows, n_vocab), or what
+        TeacherCache.read returns; sums (2,) receives the divergence and the cross-entropy."""
         counted = targets.flatten() >= 0
 
         def divergence_of(logits: Tensor, rows: slice) -> Tensor:
@@ -4334,7 +4334,7 @@ class Distillation:
 
         parts = [(d.alpha * d.temperature**2, divergence_and_grad)]
         if d.alpha < 1:
-            parts.append((1 - d.alpha, CrossEntropy(targets)))  # last, for it overwrites the logits
+            parts.append((1 - d.alpha, CrossEntropy(targets)))  # last, as it overwrites the logits
 
         def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
             total, total_grad = 0.0, None
@@ -4350,7 +4350,7 @@ class Distillation:
 
     @torch.no_grad()
     def teacher_answers(self, batch: dict[str, Tensor]) -> Callable[[slice], Any]:
-        """What chunk_loss takes of the teacher: live, or through the cache."""
+        """The teacher's answers for chunk_loss, live or through the cache."""
         if self.cache is None:
             return self.live(batch)
         blocks, T = batch["blocks"].tolist(), batch["idx"].size(1)
@@ -4368,7 +4368,7 @@ class Distillation:
 
     @torch.no_grad()
     def student_writes(self, student: GPT, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch whose second half is the student's own continuation of the first (arXiv 2306.13649, algorithm 1)."""
+        """The batch with its second half replaced by the student's continuation (arXiv 2306.13649, algorithm 1)."""
         idx = batch["idx"]
         keep = idx.size(1) // 2 or 1
         generator = torch.Generator(idx.device).manual_seed(int(torch.randint(2**31, ())))
@@ -4382,7 +4382,7 @@ class Distillation:
 
 
 def every_kth_layer(teacher: GPT, student: GPT) -> None:
-    """Start a student as the teacher with only every k-th of its layers (as DistilGPT2 was made, arXiv 1910.01108)."""
+    """Initialise a student with every k-th layer of the teacher (as DistilGPT2 was made, arXiv 1910.01108)."""
     for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_inner"):
         if (ours := getattr(student.config, name)) != (theirs := getattr(teacher.config, name)):
             widths = f"the teacher has {name} {theirs}, the student {ours}"
@@ -4410,7 +4410,7 @@ def weights_digest(model: GPT) -> str:
 
 
 def total_loss(model: GPT, batches: Iterable[dict[str, Tensor]], token_bytes: np.ndarray) -> list[float]:
-    """The summed loss of batches, in nats, their targets, and the bytes of text that these stand for: over all
+    """The summed loss of batches, in nats, their number of targets, and the bytes of text these stand for, over all
     processes, each of which takes its share."""
     total = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), torch.no_grad():
@@ -4448,9 +4448,9 @@ class Evaluator:
 def sliding_windows(
     tokens: np.ndarray, context: int, stride: int, batch_tokens: int = 16384
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches in which each token but the first is a target once. Windows of `context` tokens move on by `stride`; a
-    token is scored in the first window that has it, with all of that window before it. At a stride of `context` a
-    window has one token more, its last target, for a window's first token is not scored in it."""
+    """Batches in which each token but the first is a target once. Windows of `context` tokens advance by `stride`; a
+    token is scored in the first window that holds it, given all of that window before it. At a stride of `context`, a
+    window has one more token, its last target, as a window's first token is not scored in it."""
     width, n = context + (stride == context), len(tokens)
     # (begin, end, first target that is scored)
     jobs = [(i, min(i + width, n), i + width - stride if i else 1) for i in range(0, n - 1, stride)]
@@ -4470,9 +4470,9 @@ def sliding_windows(
 def evaluate_text(
     model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, stride: int, where: str = "the text"
 ) -> dict[str, float]:
-    """loss (nats per token), perplexity, bits_per_byte, word_perplexity (words parted by white space), tokens."""
+    """loss (nats per token), perplexity, bits_per_byte, word_perplexity (words split at white space), tokens."""
     if len(tokens) < 2:
-        raise UserError(f"{where} has {len(tokens)} token(s): need at least 2 tokens, one to follow from the other")
+        raise UserError(f"{where} has {len(tokens)} token(s): at least 2 are needed, one to predict the other from")
     total, n, n_bytes = total_loss(model, sliding_windows(tokens, context, stride), tokenizer.token_bytes())
     documents = np.split(tokens, np.flatnonzero(np.isin(tokens, list(tokenizer.special.values()))))
     words = sum(len(tokenizer.without_special(tokenizer.decode(d.tolist())).split()) for d in documents)
@@ -4484,7 +4484,7 @@ def evaluate_text(
 
 
 def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, Any]]:
-    """Rows of the results of EleutherAI's lm-eval, whose own Hugging Face model opens an export of ours."""
+    """Result rows of EleutherAI's lm-eval, whose own Hugging Face model opens an export of ours."""
     lm_eval = need("lm_eval", "eval --tasks", "lm-eval transformers accelerate")
     from lm_eval.tasks import TaskManager
 
@@ -4499,7 +4499,7 @@ def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, A
     rows = []
     for task, values in results.items():
         values = {k: v for k, v in values.items() if "," in k and "stderr" not in k and isinstance(v, (int, float))}
-        names = [k.split(",")[0] for k in values]  # of metric,filter: the filter where there are several
+        names = [k.split(",")[0] for k in values]  # of metric,filter: with the filter if there are several
         keys = [name if names.count(name) == 1 else key for name, key in zip(names, values, strict=True)]
         rows.append({"model": str(opened.path), "task": task, **dict(zip(keys, values.values(), strict=True))})
     return rows

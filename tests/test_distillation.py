@@ -575,14 +575,14 @@ def test_a_run_refuses_the_cache_of_another(distill, text_file):
     """By name, with what the cache was made for and what this run is."""
     run = (*STUDENT, "--max_iters", 1, "--cache_teacher", 8, "--name")
     distill(*run, "first").ok()
-    for flags, words in ((("--temperature", 3), "temperature (2.0, and this is 3.0"),
-                         (("--block_size", 8), "block size (16, and this is 8"),
-                         (("--cache_teacher", 4), "top k (8, and this is 4")):  # fmt: skip
+    for flags, words in ((("--temperature", 3), "temperature (2.0, now 3.0"),
+                         (("--block_size", 8), "block size (16, now 8"),
+                         (("--cache_teacher", 4), "top k (8, now 4")):  # fmt: skip
         distill(*run, "second", *flags).fails_with(f"another {words}", "teacher_cache")
     meta = Path("data/text/teacher_cache/meta.json")
     whole = meta.read_text()
     meta.write_text(whole.replace('"format": 2,', ""))  # as before answers were packed
-    assert "another format (None, and this is 2): delete it" in distill(*run, "second").error
+    assert "another format (None, now 2): delete it" in distill(*run, "second").error
     meta.write_text(whole)
     save_model("teacher.pt", mild_gpt(seed=9))
     assert "another teacher" in distill(*run, "second").error
