@@ -4509,8 +4509,8 @@ def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, A
 # Hugging Face in and out
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Our GPT in transformers' words; every table is read in both directions. Settings: ours -> theirs, and after a = what
-# theirs means where config.json does not have it (without one, it must).
+# Our GPT in transformers' terms; every table is used in both directions. Settings: ours -> theirs, and after a = the
+# default where config.json lacks it (without a default, it is required).
 
 HF_ROTARY = dict(
     n_embd="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads", n_inner="intermediate_size",
@@ -4537,7 +4537,7 @@ HF_SETTINGS = {
     "qwen3": HF_LLAMA | dict(head_dim="head_dim=128"),
     "nanochat": HF_LLAMA | dict(activation='hidden_act="relu2"', logit_softcap="final_logit_softcapping=15.0"),
 }  # fmt: skip
-HF_FIXED = {  # settings of theirs that have this value, or the model is refused
+HF_FIXED = {  # their settings that must have this value, or the model is refused
     "gpt2": dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False),
     "gpt_neox": dict(attention_bias=True), "llama": {}, "qwen2": dict(use_sliding_window=False),
     "qwen3": dict(attention_bias=False, use_sliding_window=False), "nanochat": dict(attention_bias=False),
@@ -4555,8 +4555,8 @@ HF_ROPE = {  # rope_type -> its keys, which are our settings without rope_
 
 # Tensors: our name and theirs, in gpt2, gpt_neox, the llama family and nanochat; {} is the block, and a bias goes with
 # its weight. After a colon, how theirs differs. T: stored as (in, out) (GPT-2's Conv1D); heads: q, k and v of a head
-# lie together; neg: rotated by -theta, so that the second half of each head is negated; q, k, v, gate, up: these rows
-# of our fused matrix.
+# are adjacent; neg: rotated by -theta, so the second half of each head is negated; q, k, v, gate, up: these rows of our
+# fused matrix.
 HF_TENSORS = """
 {}              transformer.h     gpt_neox.layers                     model.layers           model.layers
 wte             transformer.wte   gpt_neox.embed_in                   model.embed_tokens     model.embed_tokens
@@ -4578,7 +4578,7 @@ lm_head         lm_head           embed_out                           lm_head   
 
 
 def hf_settings(arch: str) -> Iterator[tuple[str, str, Any]]:
-    """Our name of every setting, transformers', and the value of one that is missing; None if it must be there."""
+    """Our name of every setting, transformers' name, and the default if it is missing; None if it is required."""
     for ours, entry in HF_SETTINGS[arch].items():
         theirs, _, default = entry.partition("=")
         yield ours, theirs, json.loads(default or "null")
@@ -4600,7 +4600,7 @@ def hf_tensors(c: GPTConfig) -> Iterator[tuple[str, str, slice, list[str]]]:
 
 
 def hf_layout(x: Tensor, how: list[str], c: GPTConfig, back: bool = False) -> Tensor:
-    """Our tensor as transformers stores it (see HF_TENSORS), or `back`."""
+    """Our tensor in transformers' layout (see HF_TENSORS), or `back` in ours."""
     if "T" in how:
         return x.t()
     if "heads" in how:  # (3, heads, head_dim, ...) <-> (heads, 3, head_dim, ...)
@@ -4628,17 +4628,17 @@ def hf_rope(c: GPTConfig) -> dict[str, Any]:
 
 
 def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Our RoPE settings of a config.json, whichever version of transformers wrote it, given all but the scaling."""
+    """Our RoPE settings from a config.json of any transformers version; `values` holds all but the scaling."""
     rope = {"rope_theta": values["rope_theta"], "partial_rotary_factor": values.get("rope_pct")}
-    said = j.get("rope_scaling") or j.get("rope_parameters") or {}  # of both, transformers 4 and 5 take the first
+    said = j.get("rope_scaling") or j.get("rope_parameters") or {}  # given both, transformers 4 and 5 use the first
     rope.update({k: v for k, v in said.items() if v is not None})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in list(HF_ROPE) or not rope.get("truncate", True):
-        raise UserError(f"RoPE scaling {kind!r} is not supported; supported are linear, yarn (truncated) and llama3")
+        raise UserError(f"RoPE scaling {kind!r} is not supported: only linear, yarn (truncated) and llama3 are")
     block_size = values["block_size"]
     original = j.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if kind == "yarn":
-        rope.setdefault("factor", block_size / (original or block_size))  # null: as the two lengths say
+        rope.setdefault("factor", block_size / (original or block_size))  # null: the ratio of the two lengths
         if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
             over, under = (0.1 * rope[k] * math.log(rope["factor"]) + 1 for k in ("mscale", "mscale_all_dim"))
             rope.setdefault("attention_factor", over / under)
@@ -4652,7 +4652,7 @@ def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """config.json, for transformers 5 (rope_parameters, dtype) and 4 (rope_theta, rope_scaling, torch_dtype) alike."""
+    """config.json for both transformers 5 (rope_parameters, dtype) and 4 (rope_theta, rope_scaling, torch_dtype)."""
     rope, activation = hf_rope(c), HF_GATED.get(c.activation, c.activation)
     values = vars(c) | dict(block_size=c.context, activation=activation, rope_theta=rope["rope_theta"])
     values["logit_softcap"] = c.logit_softcap or None
@@ -4671,10 +4671,10 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
 
 
 def config_from_hf(j: Any, path: Path) -> GPTConfig:
-    """The GPTConfig of a transformers config.json. Raises UserError for what this GPT cannot be."""
+    """The GPTConfig of a transformers config.json. Raises UserError for what this GPT does not support."""
     arch = j.get("model_type") if isinstance(j, dict) else None
     if arch not in list(ARCHS):
-        raise UserError(f"{path}: model_type {arch!r} is not supported; supported are {', '.join(ARCHS)}")
+        raise UserError(f"{path}: model_type {arch!r} is not supported: only {', '.join(ARCHS)} are")
     with told_as(str(path), Exception, UserError):
         j = {"n_positions": j.get("n_ctx"), **j}
         values = {**ARCHS[arch], "arch": arch, "vocab_size": j.get("vocab_size")}
@@ -4682,7 +4682,7 @@ def config_from_hf(j: Any, path: Path) -> GPTConfig:
             value = j.get(theirs, default)
             if value is None and default is None:
                 raise UserError(f"it has no {theirs}")
-            values[ours] = 0 if value is None else value  # null: by the width, or off
+            values[ours] = 0 if value is None else value  # null: from the width, or off
         for theirs, fixed in HF_FIXED[arch].items():
             if j.get(theirs, fixed) != fixed:
                 raise UserError(f"{theirs} {j[theirs]} is not supported")
@@ -4700,20 +4700,20 @@ def config_from_hf(j: Any, path: Path) -> GPTConfig:
 
 
 def check_exportable(c: GPTConfig, tokenizer: Tokenizer) -> None:
-    """Raise UserError, naming the setting, if transformers' class of this architecture cannot be this model: if its
-    config.json does not come back as the same. Training's settings may differ, and RoPE is compared by its angles."""
+    """Raise UserError, naming the setting, if transformers' class of this architecture cannot represent this model,
+    that is, if its config.json does not round-trip. Training settings may differ; RoPE is compared by its angles."""
     back = config_from_hf(hf_config(c, tokenizer, "float32"), Path(f"a Hugging Face {c.arch}"))
     for name, ours in vars(c).items():
         free = name in ("block_size", "init", *LOOP) or name.startswith("rope_") and name != "rope_pct"
         if not free and ours != (theirs := getattr(back, name)):
-            raise UserError(f"{name} {ours} cannot be exported: a Hugging Face {c.arch} has {name} {theirs}")
+            raise UserError(f"{name} {ours} cannot be exported: Hugging Face's {c.arch} has {name} {theirs}")
     if c.pos_embd == "rope":
         (ours, factor), (theirs, their_factor) = rope_frequencies(c), rope_frequencies(back)
         original = c.rope_original_block_size or c.block_size  # transformers 4 takes YaRN's factor from the two lengths
         same = c.rope_scaling != "yarn" or c.context == original * c.rope_factor
         same = same and (factor, c.context) == (their_factor, back.context)
         if not (same and torch.allclose(ours, theirs, rtol=1e-6, atol=0)):
-            raise UserError(f"rope_scaling {c.rope_scaling} by rope_factor {c.rope_factor} cannot be exported")
+            raise UserError(f"rope_scaling {c.rope_scaling} with rope_factor {c.rope_factor} cannot be exported")
 
 
 HF_ALIASES = {
@@ -4723,24 +4723,24 @@ HF_ALIASES = {
 
 
 def hub_directory(name: str) -> Path:
-    """The local copy of a hub model, `owner/name` or `owner/name@revision`, fetched if it is not there yet."""
+    """The local copy of a Hub model, `owner/name` or `owner/name@revision`, fetched if there is none yet."""
     import huggingface_hub
 
     repo, _, revision = name.partition("@")
     wanted = ["*.json", "*.safetensors", "*.jinja"]
     get = functools.partial(huggingface_hub.snapshot_download, repo, revision=revision or None, allow_patterns=wanted)
-    with suppress(Exception):  # not there, or not whole
+    with suppress(Exception):  # missing, or incomplete
         folder = Path(get(local_files_only=True))
         if all(p.exists() for p in (folder / "config.json", folder / "tokenizer.json", *safetensors_files(folder))):
             return folder
-    with told_as(f"{name} is no local checkpoint, and could not be downloaded from the Hub"):
+    with told_as(f"{name} is not a local checkpoint, and could not be downloaded from the Hub"):
         return Path(get())  # with its own progress bar
 
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face directory: one, or the shards of its index."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():  # as transformers reads it, which leaves the index of earlier shards beside it
+    if whole.exists():  # as in transformers, which leaves an index of earlier shards beside it
         return [whole]
     if index.exists():
         content = read_json(index)
@@ -4762,11 +4762,11 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
     config = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
     digests = export_digests(folder)
     state, shapes, wanted = {}, parameter_shapes(config), {theirs: rest for theirs, *rest in hf_tensors(config)}
-    prefix = next(iter(wanted)).partition(".")[0]  # which checkpoints of the bare transformer lack
+    prefix = next(iter(wanted)).partition(".")[0]  # missing in checkpoints of the bare transformer
     head, heads = None, ("lm_head.weight", "embed_out.weight") if config.tie_word_embeddings else ()
     for file in safetensors_files(folder):
         if digests.get(file.name) and file.exists() and file_digest(file) != digests[file.name]:
-            raise UserError(f"{file} is not as export wrote it: damaged; or remove {EXPORT_LIST} if you changed it")
+            raise UserError(f"{file} is not as export wrote it: damaged, or, if you changed it, remove {EXPORT_LIST}")
         damaged = told_as(f"{file} cannot be read as safetensors", SafetensorError, FileNotFoundError)
         with damaged, safe_open(file, "pt") as f:
             for name in f.keys():
@@ -4777,24 +4777,24 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
                     continue
                 key = name if name in wanted else f"{prefix}.{name}"
                 if key not in wanted:
-                    raise UserError(f"{file}: tensor {name} has no place in a {config.arch} of this config.json")
+                    raise UserError(f"{file}: tensor {name} does not belong in a {config.arch} with this config.json")
                 ours, rows, how = wanted.pop(key)
                 expected = list(hf_layout(torch.empty(shapes[ours], device="meta")[rows], how, config).shape)
                 if expected != (theirs := f.get_slice(name).get_shape()):
-                    raise UserError(f"{file}: tensor {name} has shape {theirs}, config.json says {expected}")
-                if ours not in state:  # memory is taken for what is there; rows of padding stay 0
+                    raise UserError(f"{file}: tensor {name} has shape {theirs}, but config.json says {expected}")
+                if ours not in state:  # allocate only what is present; padding rows stay 0
                     state[ours] = torch.zeros(shapes[ours], device=device)
                 state[ours][rows].copy_(hf_layout(f.get_tensor(name), how, config, back=True))
     if wanted:
-        raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} are)")
+        raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} in all)")
     if head is not None and not torch.equal(head.to(device).float(), state["wte.weight"][: config.vocab_size]):
-        return load_hf_model(folder, device, **{**overrides, "tie_word_embeddings": False})  # transformers 5's way too
+        return load_hf_model(folder, device, **{**overrides, "tie_word_embeddings": False})  # as transformers 5 does
     return build_model(config, state, folder)
 
 
 def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
-    """The tokenizer with <|im_start|> and <|im_end|>, which a base model of the hub may lack, and the ids that are new.
-    Their embeddings, and the head's rows, start near the mean of all others, each a little different."""
+    """The tokenizer with <|im_start|> and <|im_end|>, which a base model from the Hub may lack, and the new ids. Their
+    rows in the embedding and the head start near the mean of all others, each a little different."""
     if chat_template(tokenizer) is not None:
         return tokenizer, []
     backend, new = tokenizer.backend, [t for t in (IM_START, IM_END) if t not in tokenizer.vocab]
@@ -4803,7 +4803,7 @@ def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> tuple[Tokenizer, list[i
     made = Tokenizer({**tokenizer.spec, "json": backend.to_str(), "special": special})
     ids, old = [special[t] for t in new], model.config.vocab_size
     if taken := sorted(t for t, i in tokenizer.vocab.items() if i in ids):
-        raise UserError(f"{tokenizer.name} cannot have chat tokens: its ids have gaps, and {taken[0]!r} has theirs")
+        raise UserError(f"{tokenizer.name} cannot have chat tokens: its ids have gaps, and {taken[0]!r} is in the way")
     model.config = c = replace(model.config, vocab_size=max(old, made.n_vocab))
     for module in filter(None, (model.wte, model.lm_head)):
         known = module.weight.data[:old]
@@ -4815,7 +4815,7 @@ def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> tuple[Tokenizer, list[i
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """bos, eos and pad as config.json has them."""
+    """bos, eos and pad ids for config.json."""
     s, vocab = tokenizer.fields, tokenizer.vocab
     eos = vocab.get(s.eos_token, tokenizer.special.get(EOT, tokenizer.special.get(IM_END)))
     bos = vocab.get(s.bos_token, tokenizer.bos[0] if tokenizer.bos else eos)
@@ -4823,16 +4823,16 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
-    """tokenizer.json and what goes with it."""
+    """Write tokenizer.json and the files that go with it."""
     ids, s = special_ids(tokenizer), tokenizer.fields
     (folder / "tokenizer.json").write_text(s.json or tokenizer.backend.to_str(), encoding="utf-8", newline="\n")
     bos, eos, pad = (None if i is None else tokenizer.backend.id_to_token(i) for i in ids.values())
     if not (tokenizer.is_ours or s.bos_token or tokenizer.bos):
-        bos = None  # templates ask for it
+        bos = None  # templates test for it
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad,
         "unk_token": s.unk_token or eos, "model_max_length": c.context, "clean_up_tokenization_spaces": False,
-        # transformers 5 opens every qwen2 with Qwen's own split and NFC, unless this has it read the tokenizer.json
+        # without this, transformers 5 opens every qwen2 with Qwen's own split and NFC instead of the tokenizer.json
         **({"trust_remote_code": True} if c.arch == "qwen2" else {}),
     })  # fmt: skip
     ends = dict.fromkeys(i for i in (tokenizer.special.get(IM_END), tokenizer.eot, *s.ends) if i is not None)
@@ -4842,7 +4842,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
 
 
 def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: str, name: str) -> float:
-    """Write a directory that transformers opens by itself, read it back, and return the largest difference between its
+    """Write a directory that transformers opens natively, read it back, and return the largest difference between its
     logits and the model's at that precision."""
     import huggingface_hub
 
@@ -4852,11 +4852,11 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
         theirs: hf_layout(state[ours][rows].to(dtype), how, c).clone(memory_format=torch.contiguous_format)
         for theirs, ours, rows, how in hf_tensors(c)
     }
-    with told_as(f"max_shard_size {max_shard_size!r} is no size: write 5GB, 200MB or a number of bytes", ValueError):
+    with told_as(f"max_shard_size {max_shard_size!r} is not a size: write 5GB, 200MB or a number of bytes", ValueError):
         size = int(max_shard_size) if max_shard_size.isdigit() else max_shard_size
         huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=size)
     write_json(folder / "config.json", hf_config(c, tokenizer, str(dtype).removeprefix("torch.")))
-    for file in folder.glob("*.safetensors"):  # which safetensors lets only their owner read
+    for file in folder.glob("*.safetensors"):  # safetensors makes them readable only by their owner
         shutil.copymode(folder / "config.json", file)
     export_tokenizer(tokenizer, folder, c)
     (folder / "README.md").write_text(model_card(opened, name), encoding="utf-8", newline="\n")
@@ -4873,7 +4873,7 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
 
 
 def model_card(opened: Opened, name: str) -> str:
-    """The README.md of an export, with the metadata that the hub reads."""
+    """The README.md of an export, with the metadata that the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     c, checkpoint, quoted, trained = opened.model.config, opened.checkpoint, json.dumps(name, ensure_ascii=False), ""
@@ -4882,7 +4882,7 @@ def model_card(opened: Opened, name: str) -> str:
         parts = [part.rpartition(":")[0] for part in checkpoint.data.get("parts", [])]  # of a mixture: PATH:WEIGHT
         paths = [Path(path) for path in parts or [checkpoint.data["path"]]]
         names = [(path.parent if path.suffix == ".bin" else path).name for path in paths]
-        card.datasets = [re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII) for name in names]  # the Hub takes no others
+        card.datasets = [re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII) for name in names]  # all that the Hub accepts
         dataset, metrics = " + ".join(names), checkpoint.metrics.get("last", {})
         trained = f"Trained with `{shlex.join(['python', 'model.py', *checkpoint.arguments])}`"
         if "val_loss" in metrics:
@@ -4917,7 +4917,7 @@ GGUF_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q5_0": 8, "bf16": 32}  
 
 
 def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
-    """Write one GGUF file for llama.cpp, by the gguf package. Matrices are of the kind; vectors stay f32."""
+    """Write one GGUF file for llama.cpp with the gguf package. Matrices are stored as `kind`; vectors stay f32."""
     gguf = need("gguf", "export --format gguf")
     tokenizer, c, state = opened.tokenizer, opened.model.config, opened.model.state_dict()
     check_exportable(c, tokenizer)
@@ -4961,12 +4961,12 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
         w.add_tensor(key, gguf.quants.quantize(x.float().contiguous().numpy(), q), raw_dtype=q)
 
     names = gguf.get_tensor_name_map(arch, c.n_layer)
-    for theirs, ours, rows, how in hf_tensors(c):  # as (out, in), q, k and v apart: as we have them
+    for theirs, ours, rows, how in hf_tensors(c):  # (out, in), with q, k and v apart, as ours
         x = state[ours][rows]
         if c.arch == "llama" and how in (["q"], ["k"]):  # its llama rotates neighbours (2i, 2i + 1)
             x = x.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         put(names.get_name(theirs, try_suffixes=(".weight", ".bias")), x)
-    if c.arch == "gpt_neox" and c.tie_word_embeddings:  # llama.cpp's has no ties
+    if c.arch == "gpt_neox" and c.tie_word_embeddings:  # llama.cpp's is never tied
         put("output.weight", state["wte.weight"][: c.vocab_size])
     if c.rope_scaling == "llama3":  # what each frequency is divided by
         put("rope_freqs.weight", rope_frequencies(replace(c, rope_scaling="none"))[0] / rope_frequencies(c)[0])
@@ -4976,7 +4976,7 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
     w.close()
 
 
-# ChatML in Go's templates, which Ollama fills in.
+# ChatML as a Go template, which Ollama fills in.
 OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -4984,8 +4984,8 @@ OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 
 def modelfile(tokenizer: Tokenizer, gguf: str) -> str:
-    """Ollama's description of a GGUF file beside it, for `ollama create NAME -f Modelfile`. A chat template other than
-    ChatML is left for Ollama to find in the GGUF."""
+    """Ollama's Modelfile for a GGUF file beside it, for `ollama create NAME -f Modelfile`. Chat templates other than
+    ChatML are left for Ollama to find in the GGUF."""
     template = f'TEMPLATE """{OLLAMA_CHATML}"""\n' if chat_template(tokenizer) == CHATML else ""
     stops = "".join(f'PARAMETER stop "{token}"\n' for token in (IM_END, EOT) if token in tokenizer.special)
     sampling = "".join(f"PARAMETER {k} {getattr(SamplingSettings, k)}\n" for k in ("temperature", "min_p"))
@@ -5001,13 +5001,13 @@ GGUF_SPLITS = {  # how a text is split before merging -> llama.cpp's name for it
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
-    """The vocabulary, merges, special tokens and chat template, as GGUFWriter's methods add_... take them."""
+    """The vocabulary, merges, special tokens and chat template, as arguments of GGUFWriter's add_... methods."""
     import gguf
 
     j, types = json.loads(tokenizer.backend.to_str()), gguf.TokenType
     if j["model"]["type"] != "BPE" or not tokenizer.byte_level:
-        raise UserError(f"tokenizer {tokenizer.name} is not a byte-level BPE, the only kind that a GGUF can hold here")
-    if (j["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # Qwen's, which llama.cpp does without
+        raise UserError(f"tokenizer {tokenizer.name} is not a byte-level BPE, the only kind that export writes to GGUF")
+    if (j["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # Qwen's, which llama.cpp skips
         raise UserError(f"tokenizer {tokenizer.name} has a normalizer, {j['normalizer']['type']}; llama.cpp has none")
     steps, split = [], j["pre_tokenizer"] or {"pretokenizers": []}
     for p in split.get("pretokenizers", [split]):
@@ -5016,7 +5016,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
         elif p["use_regex"] and not p["add_prefix_space"]:
             steps.append("GPT-2")
     if tuple(steps) not in GGUF_SPLITS or not steps and tokenizer.kind != "byte":
-        raise UserError(f"tokenizer {tokenizer.name} splits text in a way that llama.cpp has no name for: {steps}")
+        raise UserError(f"tokenizer {tokenizer.name} splits text in a way that llama.cpp does not support: {steps}")
     token_of, bos = {i: t for t, i in tokenizer.vocab.items()}, special_ids(tokenizer)["bos_token_id"]
     added = () if tokenizer.is_ours else tokenizer.added  # found in a text before it is split, and kept as they are
     type_of = dict.fromkeys(token_of, types.NORMAL) | dict.fromkeys(added, types.USER_DEFINED)
@@ -5025,7 +5025,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
         tokenizer_model="gpt2", tokenizer_pre=GGUF_SPLITS[tuple(steps)],
         token_list=[token_of.get(i, f"[PAD{i}]") for i in range(c.vocab_size)],
         token_types=[type_of.get(i, types.UNUSED) for i in range(c.vocab_size)],
-        token_merges=[" ".join(pair) for pair in j["model"]["merges"]] or ["☃ ☃"],  # it wants some: of no byte
+        token_merges=[" ".join(pair) for pair in j["model"]["merges"]] or ["☃ ☃"],  # it needs some: not of bytes
         bos_token_id=None if tokenizer.eot is None else bos, eos_token_id=tokenizer.eot,
         eot_token_id=tokenizer.special.get(IM_END), add_bos_token=bool(tokenizer.bos),
         chat_template=chat_template(tokenizer),
