@@ -5042,7 +5042,7 @@ COMMANDS: dict[str, types.SimpleNamespace] = {}
 
 def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
     """Make a function a command. Its flags are the fields of its argument's dataclass, grouped by the docstrings of the
-    bases that declare them; recipe is its own defaults of settings declared elsewhere."""
+    bases that declare them; `recipe` holds its own defaults for settings declared elsewhere."""
 
     def register(run: Callable) -> Callable:
         about = dict(args=run.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
@@ -5053,7 +5053,7 @@ def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
 
 
 def optional(cls: type, *only: str, title: str = "") -> type:
-    """Settings as flags that may be left out: None where one is not given, for variants and recipes to fill."""
+    """Settings as optional flags: None if not given, for variants and recipes to fill in."""
     bases = []
     for base in cls.__mro__:
         flags = [(f.name, f.type | None, field(default=None, metadata={**f.metadata, "default": f.default}))
@@ -5074,15 +5074,15 @@ def chosen(a: Any, cls: type) -> dict[str, Any]:
 class TokenizerArgs(Settings):
     """data"""
 
-    tokenizer: str | None = setting(None, "gpt2, bpe, byte, or that of a checkpoint, data or folder (default: gpt2)")
-    vocab_size: int = setting(8192, "tokens of --tokenizer bpe", ge=1, le=1 << 24)
+    tokenizer: str | None = setting(None, "gpt2, bpe, byte, or a checkpoint, data or folder with one (default: gpt2)")
+    vocab_size: int = setting(8192, "vocabulary size for --tokenizer bpe", ge=1, le=1 << 24)
 
 
 @dataclass
 class ModelArgs(Settings):
     """model"""
 
-    model_checkpoint: str | None = setting(None, "a checkpoint, Hugging Face directory or hub id (default: the newest)",
+    model_checkpoint: str | None = setting(None, "a checkpoint, Hugging Face directory or Hub id (default: the newest)",
                                            alias="model_path")  # fmt: skip
     variant: str | None = setting(None, "check that the model has this shape", VARIANTS)
 
@@ -5092,7 +5092,7 @@ ContextArgs = optional(GPTConfig, "rope_scaling", "rope_factor", title="beyond t
 
 
 def open_named_model(a: Any, device: torch.device | str = "cpu", spec: str | None = None, **overrides: Any) -> Opened:
-    """The model of the command line, with the longer context that it asks for."""
+    """Open the model that the command line names, with its context extended if asked for."""
     if a.rope_factor and not a.rope_scaling:
         raise UserError("--rope_factor needs --rope_scaling: linear, ntk, yarn or llama3")
     opened = open_model(spec or a.model_checkpoint, device, None if spec else a.variant, **overrides)
@@ -5106,8 +5106,8 @@ class DeviceArgs(Settings):
     """machine"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", "of the computation (auto on a CPU: float16 weights, float32 activations)", DTYPES)
-    quantize: str | None = setting(None, "int8 weights, on a CPU: a little less exact", ("int8",))
+    dtype: str = setting("auto", "precision (auto on a CPU: float16 weights, float32 activations)", DTYPES)
+    quantize: str | None = setting(None, "8-bit weights, CPU only, slightly less accurate", ("int8",))
 
 
 @dataclass
@@ -5124,16 +5124,16 @@ class UseArgs(DeviceArgs):
 class DatasetArgs(TokenizerArgs):
     """data"""
 
-    dataset: str = setting("", "the folder under data/ to make", required=True)
-    overwrite: bool = setting(False, "replace a data folder of this name")
+    dataset: str = setting("", "name of the folder to make under data/", required=True)
+    overwrite: bool = setting(False, "replace an existing data folder of this name")
 
     @property
     def folder(self) -> Path:
         folder = DATA_DIR / self.dataset
         if folder.name != self.dataset or self.dataset.startswith("."):
-            raise UserError(f"--dataset {self.dataset!r} must be a plain name: that of the folder under {DATA_DIR}/")
+            raise UserError(f"--dataset {self.dataset!r} must be a plain name, for a folder under {DATA_DIR}/")
         if (folder / "meta.json").exists() and not self.overwrite:
-            raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
+            raise UserError(f"{folder} already exists: choose another --dataset or add --overwrite")
         return folder
 
 
@@ -5142,7 +5142,7 @@ class TokenizeArgs(ChatFormat, DatasetArgs):
     """text"""
 
     txt: list[str] = setting([], "files, folders, http(s) URLs, or - for standard input", required=True)
-    encoding: str = setting("utf-8-sig", "of the text: UTF-8, with or without a byte order mark")
+    encoding: str = setting("utf-8-sig", "encoding of the text (utf-8-sig: with or without a BOM)")
     errors: str = setting("strict", "what to do with bytes outside the encoding", ("strict", "ignore", "replace"))
     val_fraction: float = setting(0.1, "fraction held out for validation, at most 10M tokens", ge=0, lt=1)
 
@@ -5160,7 +5160,7 @@ def tokenize(a: TokenizeArgs) -> None:
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
     if len(a.txt) > 1:
-        raise UserError("one file of records at a time: for several, put them into a folder and use hf_tokenize")
+        raise UserError("only one file of records at a time: put several into a folder and use hf_tokenize")
     if not Path(first).exists():
         raise UserError(f"{first}: no such file")
     records = Records(a.chat_format, a.train_on_all, a.skip_bad, first, val_fraction=a.val_fraction)
@@ -5182,7 +5182,7 @@ class HFTokenizeArgs(Records, DatasetArgs):
 def hf_tokenize(a: HFTokenizeArgs) -> None:
     """turn a Hugging Face data set into a data folder"""
     if not a.hf_dataset:
-        raise UserError("hf_tokenize needs --hf_dataset: a data set of the hub, or a local folder or file")
+        raise UserError("hf_tokenize needs --hf_dataset: a data set on the Hub, or a local folder or file")
     tokenize_records(a.folder, a, a.tokenizer or "gpt2", a.vocab_size, a.overwrite)
 
 
@@ -5197,7 +5197,7 @@ class DataArgs(Settings):
                               "mixture of several: NAME:WEIGHT NAME:WEIGHT ...")  # fmt: skip
 
     def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
-        """The data that the command line names, in a tokenizer's ids; if it names none, some other."""
+        """Open the data that the command line names, with a tokenizer; `otherwise` if it names none."""
         return open_all(self.data or [*otherwise], tokenizer)
 
 
@@ -5205,27 +5205,25 @@ class DataArgs(Settings):
 class RunArgs(DataArgs):
     """run"""
 
-    name: str | None = setting(None, "checkpoints/NAME_model.pt (default: after the variant or model)")
-    resume: str = setting(
-        "false", "go on with the run of this --name (auto: if it is there)", ("false", "true", "auto")
-    )
-    overwrite: bool = setting(False, "replace the run of this name")
+    name: str | None = setting(None, "checkpoints/NAME_model.pt (default: the variant's or model's name)")
+    resume: str = setting("false", "continue the run of this --name (auto: if it exists)", ("false", "true", "auto"))
+    overwrite: bool = setting(False, "replace an existing run of this name")
 
 
 def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
-    """Make a function the beginning of a command that trains, in the processes that torchrun set up, if it did. It gets
-    ready what start_run takes, unless --resume finds that in the run's last state."""
+    """Make a function the start of a training command, in the processes that torchrun set up, if any. It prepares the
+    arguments of start_run, unless --resume finds them in the run's last state."""
 
     @functools.wraps(begin)
     def run(a: RunArgs) -> None:
         with processes():
             device = choose_device(a.device or "auto")
-            reporters_in(a.report_to)  # a mistake shows before data is made
+            reporters_in(a.report_to)  # reports mistakes before data is made
             lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
             if len(lengths) > 1:
-                raise UserError(f"{' and '.join(lengths)} each say how long to train: give one of them")
+                raise UserError(f"{' and '.join(lengths)} each set how long to train: give only one")
             if distributed() and device.type == "mps":
-                raise UserError("several processes need NVIDIA's GPUs or --device cpu: on a Mac, leave torchrun out")
+                raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
             files = RunFiles(a.name or a.default_name, a.overwrite)
@@ -5243,15 +5241,15 @@ def start_run(
     files: RunFiles, model: GPT, data: Data, t: TrainConfig, block_size: int, teacher_model: GPT | None = None,
     state: Checkpoint | None = None, recipe: str | None = None, **about: Any,
 ) -> None:  # fmt: skip
-    """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
+    """Train a new run, replacing one of this name, or resume from `state`. `about` is stored in checkpoints."""
     device, n = choose_device(t.device), world_size()
     micro_batch, rest = divmod(t.batch_size, t.grad_accum * n)
     if rest:
         raise UserError(f"batch_size {t.batch_size} is not divisible by grad_accum {t.grad_accum} times {n} processes")
     if device.type == "mps" and micro_batch * block_size > MPS_LONGEST_SUM:
-        raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens has wrong gradients on some Macs: use a "
-                        "larger --grad_accum")  # fmt: skip
-    if device.type == "cuda":  # cuDNN's attention has gradients that are not finite where masks are (pytorch#196678)
+        raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens gives wrong gradients on some Macs: use "
+                        "a larger --grad_accum")  # fmt: skip
+    if device.type == "cuda":  # cuDNN's attention gives non-finite gradients with masks (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(not data.is_chat)
     set_precision(model.to(device), t.dtype, training=True)
     loss_fn, teacher = language_modelling, (about.get("teacher") or {}).get("digest")
@@ -5263,7 +5261,7 @@ def start_run(
     shard_model(model, t.fsdp)
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
-            files.check_free()  # once more, for that was before the data was made
+            files.check_free()  # once more: the first check was before the data was made
         for left_over in CHECKPOINT_DIR.glob(f".{glob.escape(files.run.name)}_model*.tmp") if rank() == 0 else ():
             left_over.unlink()
         run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
@@ -5281,7 +5279,7 @@ def start_run(
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} minutes")
             run.fit_into(t.max_minutes, loss_fn)
-        again = f", {run.passes:,.1f} times the data," * (run.passes > 1)
+        again = f", {run.passes:,.1f} passes over the data," * (run.passes > 1)
         say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens{again} with {t.optimizer} on "
             f"{model.device} in {dtype}")  # fmt: skip
         fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "")
@@ -5290,7 +5288,7 @@ def start_run(
         f"--model_checkpoint {shlex.quote(files.model.name)}")  # fmt: skip
 
 
-# What may change when a run is resumed: it does not change what is computed.
+# What may change when a run is resumed, as it does not affect what is computed.
 FREE = {
     "max_iters", "epochs", "device", "compile", "fsdp", "log_interval", "sample_interval", "grad_accum", "save_minutes",
     "keep", "max_bad_steps", "report_to",
@@ -5298,14 +5296,14 @@ FREE = {
 
 
 def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint) -> None:
-    """Go on with a run from its last state, with its own settings."""
+    """Continue a run from its last state, with its own settings."""
     if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
     ours = {**asdict(config), **asdict(t), **(c.distill or {}), "block_size": c.block_size, "lora_rank": c.lora_rank}
     ours |= {"teacher_model_path": teacher.get("path"), "teacher_variant": teacher.get("variant")}
     ours |= {"variant": c.variant, "student_variant": c.variant}
-    # what a checkpoint does not hold is looked for in the command line that began the run, as a word or after --FLAG=
+    # settings not in the checkpoint are looked up in the run's original command line, as a word or after --FLAG=
     said = {"tuned", *c.arguments, *(word.partition("=")[2] for word in c.arguments)}
     began = ("recipe", "model_checkpoint", "student_checkpoint")
     ours |= {k: None for k in began if getattr(a, k, None) not in said}
@@ -5315,7 +5313,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
         raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
     if a.max_minutes:
-        say(f"--max_minutes is left aside: the number of steps was fixed when the run began, {t.max_iters:,}")
+        say(f"--max_minutes is ignored: the run has had a fixed number of steps since its start, {t.max_iters:,}")
     if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
@@ -5330,13 +5328,13 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
         opened = open_teacher(teacher["path"], teacher["variant"], choose_device(t.device))
         teacher_model, digest = opened.model, weights_digest(opened.model)
         if teacher.setdefault("digest", digest) != digest:
-            raise UserError(f"the teacher {opened.path} has other weights than when {last} was made: bring it back")
+            raise UserError(f"the teacher {opened.path} has other weights than when {last} was made: restore it")
     kept = ("kind", "arguments", "variant", "lora_rank", "new_tokens", "distill", "teacher")
     start_run(files, model, data, t, c.block_size, teacher_model, c, **{k: getattr(c, k) for k in kept})
 
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
-    """TrainConfig of a variant: the recipe that is asked for, then its architecture's, then the user's settings."""
+    """The TrainConfig of a variant: the chosen recipe, then its architecture's, then the user's settings."""
     names, recipe, given = {f.name for f in fields(TrainConfig)}, {}, chosen(a, TrainConfig)
     if variant:
         recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
@@ -5346,7 +5344,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
         recipe |= ARCH_RECIPES.get(c.arch, {})
         if c.arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
             recipe |= dict.fromkeys(("learning_rate", "head_lr"), 0.004 * (c.n_embd / 768) ** -0.5)
-        if "learning_rate" in given:  # a rate that is asked for is for all
+        if "learning_rate" in given:  # a given rate applies to these too
             recipe |= {"embd_lr": 0.0, "head_lr": 0.0}
     return TrainConfig(**{**recipe, **given})
 
@@ -5355,7 +5353,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
 class RecipeArgs(RunArgs):
     """run"""
 
-    recipe: str = setting("tuned", "tuned: learns fastest; published: the variant as its source has it", RECIPES)
+    recipe: str = setting("tuned", "tuned: learns fastest; published: as in the variant's source", RECIPES)
 
 
 @dataclass
@@ -5369,11 +5367,11 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
         return self.variant or "7M"
 
     def data_in(self, tokenizer: str | Tokenizer, otherwise: Iterable[str] = ()) -> Data:
-        """As elsewhere. Raises UserError unless it has the tokenizer that is asked for, if one is."""
+        """As in DataArgs. Raises UserError if a tokenizer is asked for and the data has another."""
         data, asked = open_all(self.data or [*otherwise], tokenizer, self.vocab_size), self.tokenizer
         ours, own = asked in ("gpt2", "byte", "bpe"), data.tokenizer
         if asked and (own.kind != asked if ours else own.digest != load_tokenizer(asked).digest):
-            raise UserError(f"{data.path} was made with tokenizer {own.describe()}, and --tokenizer asks for {asked}: "
+            raise UserError(f"{data.path} was made with tokenizer {own.describe()}, but --tokenizer asks for {asked}: "
                             "leave it out, or tokenize the text under another name")  # fmt: skip
         return data
 
@@ -5387,11 +5385,11 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
 )
 @training
 def train(a: TrainArgs, start: Callable) -> None:
-    """train a model; many GPUs with torchrun --nproc_per_node N model.py train"""
+    """train a model; on several GPUs with torchrun --nproc_per_node N model.py train"""
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
     variant = a.variant or "7M"
-    config = make_config(variant, 50259, chosen(a, GPTConfig), a.recipe)  # a mistake shows before data is made
+    config = make_config(variant, 50259, chosen(a, GPTConfig), a.recipe)  # reports mistakes before data is made
     t = train_config(a, variant, config)
     data = a.data_in(a.tokenizer or "gpt2")
     config = replace(config, vocab_size=data.tokenizer.n_vocab)
@@ -5408,10 +5406,10 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     """finetuning"""
 
     lora_rank: int | None = setting(None, "train only adapters of this rank, merged on save", ge=0, le=65536)
-    block_size: int | None = setting(None, "tokens of a training window (default: the context, at most 512)", ge=1)
-    prompt: str | None = setting(None, "show an answer to this before and after")
-    sample_length: int = setting(100, "tokens of that answer", ge=1)
-    sample_temperature: float = setting(SamplingSettings.temperature, "its temperature", ge=0)
+    block_size: int | None = setting(None, "tokens per training window (default: the context, at most 512)", ge=1)
+    prompt: str | None = setting(None, "show the model's answer to this before and after finetuning")
+    sample_length: int = setting(100, "length of that answer, in tokens", ge=1)
+    sample_temperature: float = setting(SamplingSettings.temperature, "temperature of that answer", ge=0)
 
     @property
     def default_name(self) -> str:
@@ -5422,7 +5420,7 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         return f"finetuned_{load_checkpoint(path).variant or path.stem.removesuffix('_model')}"
 
     def show_answer(self, model: GPT, data: Data, when: str) -> None:
-        """Print the answer to --prompt: as a turn of a conversation where the data is conversations."""
+        """Print the answer to --prompt, as a conversation turn if the data holds conversations."""
         if self.prompt is None:
             return
         prompt = data.tokenizer.prompt(self.prompt, model.config.context)
@@ -5445,7 +5443,7 @@ class HFFinetuneArgs(Records, FinetuneArgs):
     def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
-        split = re.sub(r"[^\w.-]", "-", self.hf_split)  # "train[:10%]": no file system has to take it
+        split = re.sub(r"[^\w.-]", "-", self.hf_split)  # "train[:10%]" is not a valid file name everywhere
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}"
 
         def find(folder: Path) -> Data | None:
@@ -5478,7 +5476,7 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     tokenizer, new_tokens = add_chat_tokens(model, opened.tokenizer)
     remedy = f"make the data with tokenize --tokenizer {opened.path}"
     if new_tokens:  # no other command has this tokenizer
-        remedy = "give --data the file itself, for chat tokens have been added to the model's tokenizer"
+        remedy = "give --data the file itself, as chat tokens have been added to the model's tokenizer"
     data = a.data_in(tokenizer)
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, remedy)
     block_size = a.block_size or min(512, model.config.context)
@@ -5515,7 +5513,7 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
 def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
     """finetune a model on a Hugging Face data set"""
     if bool(a.hf_dataset) == bool(a.data):
-        raise UserError("hf_finetune needs --hf_dataset: a data set of the hub, or a local folder or file (or --data)")
+        raise UserError("hf_finetune needs --hf_dataset: a data set on the Hub, or a local folder or file (or --data)")
     finetune.__wrapped__(a, start)
 
 
@@ -5523,11 +5521,11 @@ def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     """teacher and student"""
 
-    teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or hub id, or hf: by --teacher_variant",
+    teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or Hub id, or hf: by --teacher_variant",
                                       required=True)  # fmt: skip
-    teacher_variant: str | None = setting(None, f"its shape; of hf, a GPT-2's ({', '.join(HF_ALIASES)})", VARIANTS)
+    teacher_variant: str | None = setting(None, f"its shape; for hf, a GPT-2's ({', '.join(HF_ALIASES)})", VARIANTS)
     student_variant: str | None = setting(None, "shape of the student", VARIANTS)
-    student_checkpoint: str | None = setting(None, "go on from this model")
+    student_checkpoint: str | None = setting(None, "start from this model")
     init_from_teacher: bool = setting(False, "start with every k-th layer of the teacher (default shape: half as deep)")
 
     @property
@@ -5554,7 +5552,7 @@ def distill(a: DistillArgs, start: Callable) -> None:
     block_size = a.block_size or min(student.config.block_size, 1 << 24 if a.student_variant else 512)
     for who, model in (("student", student), ("teacher", opened.model)):
         if model.config.context < block_size:
-            raise UserError(f"the {who}'s context is {model.config.context} and the block is {block_size}: use a "
+            raise UserError(f"the {who}'s context is {model.config.context} but the block is {block_size}: use a "
                             "smaller --block_size")  # fmt: skip
     n_teacher, n_student = count_parameters(opened.model.config), count_parameters(student.config)
     say(f"teacher {opened.path}: {n_teacher:,} parameters; alpha {d.alpha}, temperature {d.temperature}, "
@@ -5582,7 +5580,7 @@ def check_same_vocabulary(teacher: Tokenizer, data: Data, path: Path) -> None:
         return
     shared = set(range(min(ours.n_vocab, teacher.n_vocab))) - {*ours.special.values(), *teacher.special.values()}
     if abs(ours.n_vocab - teacher.n_vocab) > 64 or any(ours.bytes_of(i) != teacher.bytes_of(i) for i in shared):
-        raise UserError(f"the teacher has tokenizer {teacher.describe()} and {data.path} has {ours.describe()}: make "
+        raise UserError(f"the teacher has tokenizer {teacher.describe()} but {data.path} has {ours.describe()}: make "
                         f"matching data with tokenize --tokenizer {path}")  # fmt: skip
 
 
@@ -5599,7 +5597,7 @@ def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
     if a.student_variant:
         config = make_config(a.student_variant, data.tokenizer.n_vocab, overrides, a.recipe)
     elif a.init_from_teacher:
-        overrides.pop("block_size", None)  # of the windows
+        overrides.pop("block_size", None)  # that of the training windows
         shape = {"n_layer": max(1, teacher.config.n_layer // 2), **overrides}
         # the student has the data's tokenizer, which may have chat tokens that the teacher lacks
         config = replace(teacher.config, vocab_size=max(teacher.config.vocab_size, data.tokenizer.n_vocab), **shape)
@@ -5613,15 +5611,15 @@ def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
 
 
 def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, distill: dict[str, Any]) -> Distillation:
-    """The loss function of a student. digest: of the teacher's weights, as they are stored."""
+    """The loss function of a student. digest: that of the teacher's weights as stored."""
     d = DistillConfig(**distill)
     if d.on_policy and data.is_chat:
-        raise UserError(f"--on_policy is for text, and {data.path} holds conversations: leave it out")
+        raise UserError(f"--on_policy is for text, but {data.path} holds conversations: leave it out")
     n_vocab, K, cache = min(data.tokenizer.n_vocab, teacher.config.vocab_size), d.cache_teacher, None
     if K > n_vocab:
         raise UserError(f"cache_teacher is {K}: the vocabulary has only {n_vocab:,} tokens")
     if K:
-        contents = data.digest if data.parts else data.ids_digest  # with other splits a mixture numbers blocks anew
+        contents = data.digest if data.parts else data.ids_digest  # a mixture's block numbers depend on its splits
         meta = dict(teacher=digest, data=contents, temperature=d.temperature, block_size=block_size, top_k=K)
         n_blocks = len(data.splits["train"].windows(block_size))
         cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K, n_vocab)
@@ -5638,7 +5636,7 @@ class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
     prompt: str | None = setting(None, "the text to continue (default: standard input, if it is not a terminal)")
     length: int = setting(100, "tokens to generate", ge=1)
     num_samples: int = setting(1, "continuations, drawn as one batch", ge=1, le=1 << 16)
-    stop: list[str] = setting([], r"end before any of these (\n is a line end)")
+    stop: list[str] = setting([], r"end before any of these (\n is a line break)")
 
 
 @command(
@@ -5669,8 +5667,8 @@ def sample(a: SampleArgs) -> None:
 class ChatArgs(SamplingSettings, UseArgs, ModelArgs):
     """conversation"""
 
-    system: str | None = setting(None, "the system turn")
-    length: int = setting(512, "tokens of an answer at most", ge=1)
+    system: str | None = setting(None, "the system message")
+    length: int = setting(512, "maximum tokens per answer", ge=1)
 
 
 @command(
@@ -5682,7 +5680,7 @@ def chat(a: ChatArgs) -> None:
     """talk with a model in the terminal"""
     opened = open_model(a.model_checkpoint, choose_device(a.device), a.variant)
     prepare_generation(opened.model, a.dtype, a.quantize)
-    render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # a model without a chat template shows now
+    render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # raises now if the model has no chat template
     session = ChatSession(opened.model, opened.tokenizer, a, a.length, a.seed)
     session.messages = [{"role": "system", "content": a.system}] if a.system else []
     say(f"chatting with {opened.path}: /reset, /system TEXT, /save FILE, /quit; Ctrl-C stops an answer", sys.stderr)
@@ -5702,26 +5700,26 @@ def chat(a: ChatArgs) -> None:
                     print(json.dumps({"messages": session.messages}, ensure_ascii=False), file=f)
                 print(f"saved to {target}")
             elif word.startswith("/"):
-                print("there is /reset, /system TEXT, /save FILE and /quit")
+                print("the commands are /reset, /system TEXT, /save FILE and /quit")
             elif line:
                 session.answer(line, functools.partial(print, end="", flush=True))
                 print()
         except (EOFError, KeyboardInterrupt) as e:
             if isinstance(e, EOFError) or not sys.stdin.isatty():
                 break
-            print("\n/quit or Ctrl-D ends the chat")  # the Ctrl-C may have been for an answer that has just ended
-        except UserError as e:  # the conversation goes on without what was wrong
+            print("\n/quit or Ctrl-D ends the chat")  # the Ctrl-C may have been meant for an answer that has just ended
+        except UserError as e:  # the conversation continues without the failed turn
             print(e)
 
 
 class ChatSession:
-    """A conversation whose keys and values stay in the cache from turn to turn: only what is new is read."""
+    """A conversation whose keys and values stay in the cache from turn to turn: only new tokens are read."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SamplingSettings, length: int, seed: int) -> None:
         self.model, self.tokenizer, self.settings, self.length = model, tokenizer, settings, length
         self.messages: list[dict[str, str]] = []
         self.generator = torch.Generator(model.device).manual_seed(seed)
-        self.cache = KVCache(model, 1, min(model.config.context, 8192))  # of memory, whatever the model could take
+        self.cache = KVCache(model, 1, min(model.config.context, 8192))  # to limit memory, whatever the model's context
         self.cached: list[int] = []  # the tokens in the cache
 
     def answer(self, text: str, on_text: Callable[[str], None]) -> str:
@@ -5735,7 +5733,7 @@ class ChatSession:
             if len(ids) + min(self.length, context // 2) <= context:
                 break
         else:
-            raise UserError(f"the message has more tokens than the context of {context} has room for: shorten it")
+            raise UserError(f"the message does not fit into the context of {context} tokens: shorten it")
         self.cache.length = n = min(common_prefix(ids, self.cached), len(ids) - 1)
 
         def tokens() -> Iterator[Tensor]:
@@ -5755,14 +5753,14 @@ class ChatSession:
 class ExportArgs(ContextArgs, ModelArgs):
     """export"""
 
-    output_dir: str = setting("", "the folder to make", required=True)
+    output_dir: str = setting("", "the folder to create", required=True)
     format: str = setting("hf", "hf: for transformers and vLLM; gguf: for llama.cpp", ("hf", "gguf"))
-    dtype: str | None = setting(None, "of --format hf (default: float32)", ("float32", "bfloat16", "float16"))
-    quantize: str | None = setting(None, "of --format gguf (default: f16)", tuple(GGUF_TYPES))
-    max_shard_size: str = setting("5GB", "a larger model becomes several files")
+    dtype: str | None = setting(None, "for --format hf (default: float32)", ("float32", "bfloat16", "float16"))
+    quantize: str | None = setting(None, "for --format gguf (default: f16)", tuple(GGUF_TYPES))
+    max_shard_size: str = setting("5GB", "split larger models into several files")
     overwrite: bool = setting(False, "replace an earlier export")
-    push_to_hub: str | None = setting(None, "OWNER/NAME on the Hugging Face Hub, where it is put too")
-    private: bool = setting(True, "a new --push_to_hub is seen by its owner only")
+    push_to_hub: str | None = setting(None, "also upload to OWNER/NAME on the Hugging Face Hub")
+    private: bool = setting(True, "make a new --push_to_hub repository private")
 
 
 @command(
@@ -5778,7 +5776,7 @@ def export(a: ExportArgs) -> None:
 
     output, gguf, dtype, quantize = Path(a.output_dir), a.format == "gguf", a.dtype or "float32", a.quantize or "f16"
     if a.dtype if gguf else a.quantize:
-        raise UserError(f"--{'dtype' if gguf else 'quantize'} is of the other --format: leave it out, or change that")
+        raise UserError(f"--{'dtype' if gguf else 'quantize'} is for the other --format: leave it out, or change that")
     there = {p.name for p in output.iterdir()} if output.is_dir() else {output.name} if output.exists() else set()
     there -= DESKTOP_FILES
     earlier = set(export_digests(output))
@@ -5787,7 +5785,7 @@ def export(a: ExportArgs) -> None:
         raise UserError(f"{holds}, which no export wrote: choose another --output_dir (--overwrite only replaces an "
                         "earlier export)")  # fmt: skip
     if there and not a.overwrite:
-        raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
+        raise UserError(f"{output} already exists: choose another --output_dir or add --overwrite")
     if a.push_to_hub:
         import huggingface_hub
 
@@ -5811,20 +5809,20 @@ def export(a: ExportArgs) -> None:
         if not output.exists():
             write_json(scratch / EXPORT_LIST, digests)
             replace_file(scratch, output)  # all at once
-        else:  # a kill from here on leaves files that are told by their digests, and may be replaced again
+        else:  # files that a kill leaves from here on are known by their digests, and may be replaced
             write_json(output / EXPORT_LIST, {**dict.fromkeys(earlier, ""), **digests})
             for file in written:
-                shutil.move(scratch / file, output / file)  # to another disk, where the folder is one
+                shutil.move(scratch / file, output / file)  # even to another disk
             for file in earlier - digests.keys():
                 (output / file).unlink(missing_ok=True)
             write_json(output / EXPORT_LIST, digests)
         sync_folder(output.parent)
     say(done)
     if a.push_to_hub:
-        # of an earlier push; quantizations lie side by side there too
+        # files of an earlier push; quantizations lie side by side there too
         stale = None if gguf else ["model.safetensors*", "model-*-of-*.safetensors", "chat_template.jinja"]
         options = dict(folder_path=output, ignore_patterns=[EXPORT_LIST], delete_patterns=stale)
-        with told_as(f"{output} is written, and could not be sent to {a.push_to_hub}"):
+        with told_as(f"{output} is written, but could not be sent to {a.push_to_hub}"):
             hub.upload_folder(repo_id=a.push_to_hub, **options)
         say(f"pushed to https://huggingface.co/{a.push_to_hub}")
 
@@ -5836,16 +5834,16 @@ def export(a: ExportArgs) -> None:
 class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     """evaluation"""
 
-    compare: list[str] = setting([], "more models for the same table")
+    compare: list[str] = setting([], "more models to add to the table")
     data: list[str] = setting([], "data sets, for their validation splits, or text files (default: the newest)")
     block_size: int | None = setting(None, "context of the evaluation (default: the model's)", ge=1, le=1 << 24)
-    stride: int | None = setting(None, "tokens that a window moves on (default: the context; less sees more)", ge=1)
-    tasks: str | None = setting(None, "tasks of lm-eval, by commas: hellaswag,piqa,winogrande,mmlu")
+    stride: int | None = setting(None, "tokens each window advances (default: the context; fewer: more context)", ge=1)
+    tasks: str | None = setting(None, "lm-eval tasks, comma-separated: hellaswag,piqa,winogrande,mmlu")
     include_path: str | None = setting(None, "folder of your own lm-eval tasks")
-    limit: float | None = setting(None, "examples of each task")
-    batch_size: int = setting(16, "of --tasks", ge=1)
+    limit: float | None = setting(None, "examples per task")
+    batch_size: int = setting(16, "batch size of --tasks", ge=1)
     json: bool = setting(False, "print JSON")
-    dtype: str = setting("float32", "of the computation", DTYPES)
+    dtype: str = setting("float32", "dtype of the computation", DTYPES)
 
 
 @command(
@@ -5859,7 +5857,7 @@ def eval(a: EvalArgs) -> None:
     """measure a model: loss, perplexity, bits per byte, lm-eval's tasks"""
     ignored = next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None)
     if ignored:
-        raise UserError(f"--tasks measures an export on data of its own: leave --{ignored} out")
+        raise UserError(f"--tasks measures an export on its own data: leave --{ignored} out")
     rows = []
     for spec in [None, *a.compare]:
         opened = open_named_model(a, choose_device(a.device), spec)
@@ -5876,7 +5874,7 @@ def eval(a: EvalArgs) -> None:
         stride = a.stride or context
         if context > own and model.wpe is not None:
             raise UserError(f"--block_size {context} exceeds the context of {name}, {own}: its positions are learned")
-        if context > own:  # RoPE goes on, untrained
+        if context > own:  # RoPE extrapolates, untrained
             model.extend_context(block_size=context)
         if stride > context:
             raise UserError(f"--stride is {stride}: it must be between 1 and the context, {context}")
@@ -5885,8 +5883,8 @@ def eval(a: EvalArgs) -> None:
             if not isinstance(found, Data):
                 measured = evaluate_text(model, opened.tokenizer, found, context, stride, where)
             elif a.stride:
-                raise UserError(f"--stride is for text, and {where} holds conversations: leave it out")
-            else:  # as training measures them: what the assistant says
+                raise UserError(f"--stride is for text, but {where} holds conversations: leave it out")
+            else:  # as in training: only what the assistant says
                 m = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
                 measured = dict(zip(("loss", "perplexity", "bits_per_byte", "tokens"), m.values(), strict=True))
             rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
@@ -5894,8 +5892,8 @@ def eval(a: EvalArgs) -> None:
 
 
 def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray | Data]:
-    """What eval runs on, and its name: the tokens of a text file or of the validation split of a data set; or, where
-    it holds conversations, the data set."""
+    """The name of what eval runs on, and its content: the tokens of a text file or of a data set's validation split
+    or, if it holds conversations, the data set."""
     path, tokenizer = Path(spec or ""), opened.tokenizer
     if path.is_file() and path.suffix.lower() not in (".bin", *RECORD_FILES):
         ids = tokenizer.encode_array("".join(read_text(path, "utf-8-sig", "strict")))
@@ -5920,12 +5918,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 class PlotArgs(Settings):
     """plot"""
 
-    logs: list[str] = setting([], ".jsonl logs, or names of runs (default: all under checkpoints/)")
+    logs: list[str] = setting([], ".jsonl logs, or run names (default: all under checkpoints/)")
     x: str = setting("step", "horizontal axis", ("step", "tokens", "seconds"))
-    y: str = setting("loss", "what of the log: loss, val_bpb, lr, grad_norm, tokens_per_s, ...")
+    y: str = setting("loss", "value from the log: loss, val_bpb, lr, grad_norm, tokens_per_s, ...")
     log: str = setting("none", "logarithmic axes", ("none", "x", "y", "both"))
-    out: str | None = setting(None, "a picture to write, png or svg (default: a chart in the terminal)", alias="output")
-    follow: bool = setting(False, "draw again every three seconds, until Ctrl-C")
+    out: str | None = setting(None, "image to write, png or svg (default: a chart in the terminal)", alias="output")
+    follow: bool = setting(False, "redraw every three seconds, until Ctrl-C")
 
 
 @command(
@@ -5944,7 +5942,7 @@ def plot(a: PlotArgs) -> None:
 
 
 def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
-    """Of each run its label, and the points (x, y) to draw: of training, and of validation."""
+    """Each run's label, and its points (x, y) to draw: for training, and for validation."""
     paths = []
     for name in a.logs:
         files = (p for p in (Path(name), CHECKPOINT_DIR / name) if p.exists() and not p.is_dir())
@@ -5962,21 +5960,21 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
         with told_as(f"{path} is not a log"):
             records = read_log(path)
             if not records and path.suffix != ".jsonl":
-                raise ValueError("there is no record in it")
+                raise ValueError("it has no records")
         known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
         names = (None, a.y) if a.y.startswith("val_") else (a.y, f"val_{a.y}")  # training's, validation's
         train, val = ([(r[a.x], r[name]) for r in records if drawable(r, "x", a.x) and drawable(r, "y", name)]
                       for name in names)  # fmt: skip
         about = ([f"best {min(y for _, y in val):.3f}"] if val else []) + settings
         runs.append((path.stem.removesuffix("_model") + f" ({', '.join(about)})" * bool(about), train, val))
-    if known and not any(train or val for _, train, val in runs):  # an empty log is that of a run that has just begun
-        raise UserError(f"nothing to draw of --y {a.y}{nearest(a.y, known)}: the logs have {', '.join(known)}")
+    if known and not any(train or val for _, train, val in runs):  # a run that has just begun has an empty log
+        raise UserError(f"nothing to draw for --y {a.y}{nearest(a.y, known)}: the logs have {', '.join(known)}")
     return runs
 
 
 def differences(logs: list[Path]) -> list[list[str]]:
-    """The settings in which runs differ, at most four of each, those of a command line first; by the checkpoints beside
-    their logs. These are read without PyTorch: only their plain data, and nothing that a pickle names is called."""
+    """The settings in which runs differ, at most four per run, those from the command line first; from the checkpoints
+    beside the logs. These are read without PyTorch: only plain data, and nothing that a pickle names is called."""
 
     class Ignored(dict):
         def __init__(self, *args: Any) -> None: ...
@@ -6004,13 +6002,13 @@ def differences(logs: list[Path]) -> list[list[str]]:
 
 
 def smoothed(y: list[float]) -> list[float]:
-    """The mean over a fortieth of a curve to each side; over less at its ends, so that it does not bend there."""
+    """The mean over a fortieth of a curve on each side; over less near its ends, so that it does not bend there."""
     n, sums = len(y), [0.0, *itertools.accumulate(y)]
     reach = [min(i, n - 1 - i, n // 40) for i in range(n)]
     return [(sums[i + k + 1] - sums[i - k]) / (2 * k + 1) for i, k in enumerate(reach)]
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart; beside them lines and marks differ, for print.
+# Okabe and Ito's colours, which the colour-blind can tell apart; line styles and marks differ too, for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "ox+#*%ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # in a terminal
 
@@ -6053,7 +6051,7 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
 
 
 def draw_text(a: PlotArgs, runs: list) -> None:
-    """A chart that fills the terminal; the marks of its legend are those of validation."""
+    """A chart that fills the terminal; the marks in its legend are those of validation."""
     plotext = need("plotext", "plot without --out", '"plotext>=6"')
     (columns, rows), coloured, figure = shutil.get_terminal_size(), sys.stdout.isatty(), plotext.figure
     figure.clear()
@@ -6083,7 +6081,7 @@ VariantsArgs = optional(Machine, "device")
 
 @command("inspect", "variants")
 def variants(a: VariantsArgs) -> None:
-    """the variants: parameters, memory, and the time that training takes here"""
+    """list the variants: parameters, memory, and training time on this machine"""
     device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
     c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
@@ -6100,20 +6098,20 @@ def variants(a: VariantsArgs) -> None:
         return loss
 
     def rate(flops: float, work: Callable[[], Tensor]) -> float:
-        """FLOP/s of the fastest of four; a GPU is waited for."""
+        """FLOP/s of the fastest of four runs, waiting for a GPU."""
         return flops / min(timeit.repeat(lambda: work().sum().item(), repeat=4, number=1))
 
     peak = rate(2 * n**3, lambda: square @ square)
     real = rate(training_flops_per_token(c) * idx.numel(), step)
     print(variants_table(real))
-    print(f"times: by the {real / 1e9:,.0f} GFLOP/s of training steps of the {name} on this {device}, {idx.shape[0]} x "
-          f"{idx.shape[1]} tokens in {str(model.compute_dtype).removeprefix('torch.')}, measured just now: "
+    print(f"times: at the {real / 1e9:,.0f} GFLOP/s measured just now in training steps of the {name} on this {device} "
+          f"({idx.shape[0]} x {idx.shape[1]} tokens, {str(model.compute_dtype).removeprefix('torch.')}), "
           f"{real / peak:.0%} of the {peak / 1e9:,.0f} that a product of {n} x {n} matrices reaches")  # fmt: skip
 
 
 def variants_table(flops_per_s: float = 0.0) -> str:
-    """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary; and the
-    time that a billion tokens take at a speed."""
+    """The variants with their true parameter counts, training memory and FLOPs per token, with GPT-2's vocabulary; and
+    the time that a billion tokens take, if a speed is given."""
     rows = []
     for name, v in VARIANTS.items():
         c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
@@ -6122,7 +6120,7 @@ def variants_table(flops_per_s: float = 0.0) -> str:
             "variant": name, "arch": c.arch, "layers": c.n_layer, "heads (kv)": f"{c.n_head} ({c.n_kv_head})",
             "width": c.n_embd, "block": c.block_size, "batch": batch,
             "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.2g} GB",
-            "FLOPs a token": f"{flops:.2e}",
+            "FLOPs per token": f"{flops:.2e}",
         })  # fmt: skip
         if flops_per_s:
             hours = flops * 1e9 / flops_per_s / 3600
@@ -6134,19 +6132,19 @@ def variants_table(flops_per_s: float = 0.0) -> str:
 # The parser
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The order of the groups in --help; those of a command's own come first.
+# The order of the flag groups in --help; a command's own groups come first.
 GROUPS = ("model", "data", "run", "optimizer", "schedule", "evaluation and log", "machine", "architecture")
 VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row in table.values() for name in row}
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def overview() -> str:
-    """The commands by what one wants to do."""
+    """The commands, grouped by purpose."""
     lines = [__doc__.strip()]
     for purpose in dict.fromkeys(c.purpose for c in COMMANDS.values()):
         lines += ["", f"{purpose}:"]
         lines += [f"  {name:<14}{c.run.__doc__}" for name, c in COMMANDS.items() if c.purpose == purpose]
-    return "\n".join([*lines, "", "python model.py COMMAND --help explains a command and ends with examples."])
+    return "\n".join([*lines, "", "python model.py COMMAND --help lists a command's flags and gives examples."])
 
 
 def parse_bool(text: str) -> bool:
@@ -6156,7 +6154,7 @@ def parse_bool(text: str) -> bool:
 
 
 def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
-    """A field of a dataclass as a flag. What is not given is not stored; values are checked by the dataclass."""
+    """Add a dataclass field as a flag. A flag that is not given is not stored; the dataclass checks the values."""
     m, many = f.metadata, typing.get_origin(f.type) is list
     kind = next(k for k in typing.get_args(f.type) or [f.type] if k is not types.NoneType)
     choices = ", ".join(m["choices"])
@@ -6166,10 +6164,10 @@ def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
     help = argparse.SUPPRESS if m["rare"] and not show_all else help.replace("%", "%%")
     options: dict[str, Any] = {"help": help, "default": argparse.SUPPRESS, "type": parse_bool if kind is bool else kind}
     options["metavar"] = {bool: "BOOL", int: "N", float: "X", str: "NAME"}[kind]
-    if f.name == "logs":  # the one that needs no name
+    if f.name == "logs":  # the only positional argument
         group.add_argument(f.name, nargs="*", **options)
         return
-    if kind is bool or "true" in m["choices"]:  # may stand alone
+    if kind is bool or "true" in m["choices"]:  # may be given without a value
         options |= {"nargs": "?", "const": True if kind is bool else "true"}
     group.add_argument(f"--{f.name}", **(options | {"nargs": "+", "action": "extend"} if many else options))
     if m["alias"]:
@@ -6177,7 +6175,7 @@ def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
 
 
 def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
-    """The parser of a command: a group of flags for each of the dataclasses that its own is built of."""
+    """The parser of a command, with a group of flags for each dataclass that its own is built from."""
     c, show_all = COMMANDS[name], "--help_all" in words
     table = f"\n\n{variants_table()}" if name == "train" and {"-h", "--help", "--help_all"} & set(words) else ""
     parser = argparse.ArgumentParser(
@@ -6199,14 +6197,14 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
             default = c.recipe.get(f.name, f.metadata.get("default", f.default))
             add_flag(group, f, None if f in varied else default, show_all)
     group = parser.add_argument_group("help")
-    group.add_argument("-h", "--help", action="help", help="show this")
+    group.add_argument("-h", "--help", action="help", help="show this help")
     group.add_argument("--help_all", action="help", help="show the rarely used flags too")
-    group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
     return parser
 
 
 def parse(argv: list[str]) -> tuple[str, Any]:
-    """The command and the dataclass of its flags."""
+    """The command's name and its flags, as its dataclass."""
     name, *words = [w for w in argv if w != "--debug"] or ["help"]
     if name in ("-h", "--help", "help"):
         print(overview())
@@ -6217,22 +6215,22 @@ def parse(argv: list[str]) -> tuple[str, Any]:
         sys.exit(2)
     cls, parser = COMMANDS[name].args, make_parser(name, words)
     for i, (flag, word) in enumerate(itertools.pairwise(words)):
-        if flag == "--follow" and word.lower() not in BOOLS:  # but the name of a run
+        if flag == "--follow" and word.lower() not in BOOLS:  # but a run's name
             words[i] = "--follow=true"
-    given, unknown = parser.parse_known_intermixed_args(words)  # names of logs may stand between the flags
+    given, unknown = parser.parse_known_intermixed_args(words)  # log names may come between flags
     if unknown:
         word = unknown[0]
         near = nearest(word.partition("=")[0], parser._option_string_actions)
-        parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} is the value of no flag")
+        parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} does not belong to a flag")
     values = vars(given)
     for f in fields(cls):
         alias = f.metadata.get("alias")
         if alias in values:
             other = values.pop(alias)
             if values.setdefault(f.name, other) != other:
-                parser.error(f"--{f.name} {values[f.name]} and --{alias} {other} are one flag, given twice")
-        if f.metadata.get("required") and f.name not in values and values.get("resume") != "true":  # a run knows it
-            parser.error(f"--{f.name} is needed: {f.metadata['help']}")
+                parser.error(f"--{f.name} {values[f.name]} and --{alias} {other} are the same flag, given twice")
+        if f.metadata.get("required") and f.name not in values and values.get("resume") != "true":  # a run has its own
+            parser.error(f"--{f.name} is required: {f.metadata['help']}")
     try:
         return name, cls(**values)
     except UserError as e:
@@ -6240,9 +6238,9 @@ def parse(argv: list[str]) -> tuple[str, Any]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each
-    time, and the page faults of getting them again took half of a training step with GPT-2's vocabulary. Not for one of
-    many processes: kept blocks and those that fully_shard frees came to more than the weights of a model apart."""
+    """Let glibc keep freed blocks for the next step. By default it returns those above 32 MB to the system each time,
+    and the page faults of getting them back took half of a training step with GPT-2's vocabulary. Not for one of many
+    processes: kept blocks and those that fully_shard frees came to more than the weights of a model apart."""
     with suppress(OSError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -6250,7 +6248,7 @@ def keep_freed_memory() -> None:
 
 
 def others_at_work() -> bool:
-    """Whether other programs keep a processor busy just now; Linux says it."""
+    """Whether other programs are keeping a processor busy right now; known on Linux only."""
     running = []
     with suppress(OSError, IndexError, ValueError):
         for _ in range(5):
@@ -6260,9 +6258,9 @@ def others_at_work() -> bool:
 
 
 def with_torch() -> types.ModuleType:
-    """This file once more, as a module with PyTorch. How long its threads wait for each other awake is counted in turns
-    of a loop (by GNU's OpenMP): 10,000 made small steps a third faster than 2,000, and beside other programs, for which
-    they leave no room, half as fast."""
+    """Import this file again, as a module with PyTorch. GNU OpenMP counts how long waiting threads spin before they
+    sleep: 10,000 turns made small steps a third faster than 2,000, but half as fast beside other programs, to which
+    they leave no room."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000" if others_at_work() else "10000")
     spec = importlib.util.spec_from_file_location("model", __file__)
     sys.modules["model"] = module = importlib.util.module_from_spec(spec)
@@ -6271,10 +6269,10 @@ def with_torch() -> types.ModuleType:
 
 
 def main() -> None:
-    sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
+    sys.stdin = sys.stdin or open(os.devnull)  # if it is closed
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
-            # what is not UTF-8 is read, and a terminal that is not shows it, as ?; pipes are UTF-8 on Windows too
+            # what cannot be decoded, or shown in a terminal, becomes ?; pipes are UTF-8 on Windows too
             ansi = os.name == "nt" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ
             stream.reconfigure(encoding="utf-8" if ansi else None, errors="replace")
     try:
@@ -6283,7 +6281,7 @@ def main() -> None:
             return with_torch().main()
         if os.environ.get("WORLD_SIZE", "1") == "1":
             keep_freed_memory()
-        if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # torchrun's first does it alone
+        if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # only in torchrun's first process
             COMMANDS[name].run(a)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet
@@ -6299,9 +6297,9 @@ def main() -> None:
 # Appendix: the blocks in C
 # ----------------------------------------------------------------------------------------------------------------------
 
-# On a CPU one token is limited by memory, and PyTorch would spend as long between the products as on them: SmolLM2
-# makes 86 tokens/s this way, 27 in plain PyTorch. So it is with the training of small models, where norms, RoPE, SwiGLU
-# and the loss in C save a third of a step. Nobody has to read this; tests hold it equal to the plain operators.
+# On a CPU, generation is limited by memory bandwidth, and PyTorch would spend as long between the products as on them:
+# SmolLM2 makes 86 tokens/s this way, 27 in plain PyTorch. The same goes for training small models, where norms, RoPE,
+# SwiGLU and the loss in C save a third of a step. Nobody has to read this; tests compare it to the plain operators.
 
 C_SOURCE = r"""
 // The blocks of a GPT for a few tokens, each with a cache of the keys and values before it. All threads run `blocks`
@@ -6311,7 +6309,7 @@ C_SOURCE = r"""
 #include <stdlib.h>
 #include <string.h>
 
-int omp_get_thread_num(void);  // of omp.h, which Macs lack
+int omp_get_thread_num(void);  // from omp.h, which Macs lack
 
 typedef struct { const void *weight; const float *scale, *bias; } Matrix;  // (out, in), float16; int8 if scale (out)
 typedef struct { const float *weight, *bias; } Norm;
@@ -6371,8 +6369,8 @@ static vec load_int8(const int8_t *w) { return (vec){w[0], w[1], w[2], w[3]}; }
 static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
 #endif
 
-// w (n) times x (n), in so many running sums: with one, each addition waits for the one before it. But with AVX-512
-// 16-bit weights came up to a quarter slower from memory with two or four; int8 came a tenth faster with two.
+// w (n) times x (n), in SUMS running sums: with one, each addition waits for the one before it. But with AVX-512,
+// 16-bit weights were up to a quarter slower from memory with two or four; int8 was a tenth faster with two.
 #define DOT(NAME, TYPE, LOAD, SUMS)                                                \
     static float NAME(const TYPE *w, const float *x, long n) {                     \
         vec sum[SUMS];                                                             \
@@ -6429,7 +6427,7 @@ static void normalise(Norm norm, long layernorm, float eps, const float *x, long
     }
 }
 
-// RoPE as apply_rope has it, on one head; backward: by the opposite angles.
+// RoPE on one head, as in apply_rope; backward: by the opposite angles.
 static void rotate(float *x, const float *cos, const float *sin, long d, long backward) {
     const float *sin_1 = backward ? sin + d / 2 : sin, *sin_2 = backward ? sin : sin + d / 2;
     for (long i = 0; i < d / 2; i++) {
@@ -6466,7 +6464,7 @@ static float activate(long kind, float x) {  // in the order of ACTIVATIONS
 
 static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
 
-// x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
+// x (batch, T, n_embd): tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
 // batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
 // rope_cos, rope_sin (context, rope_dim): as in apply_rope; NULL if rope_dim is 0.
 void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, float *kv,
@@ -6489,7 +6487,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
-                long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // as the plain pass, which reads long prompts
+                long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // like the plain pass, which reads long prompts
                 float *y = qkv + i * d;
                 Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
@@ -6533,7 +6531,7 @@ void head(const Matrix *m, long out, long in, const float *x, long rows, float *
     product(*m, out, in, x, rows, y);
 }
 
-// For training: what lies between the products, forward and backward, in the type of the activations.
+// For training: the operators between the products, forward and backward, in the type of the activations.
 #ifdef BFLOAT16
 typedef uint16_t real;
 static inline float get(real x) {
@@ -6553,7 +6551,7 @@ static inline float get(real x) { return x; }
 static inline real put(float x) { return x; }
 #endif
 
-// From the gradient g (n) by what RMSNorm made of x (n) the one by x, in its place; that by the weight is added to dw.
+// Turn the gradient g (n) of RMSNorm's output into that of its input x (n), in place; the weight's is added to dw.
 static void normalise_backward(float *g, const float *x, const float *weight, long n, float eps, float *dw) {
     float scale = 1 / sqrtf(dot(x, x, n) / n + eps);
     #pragma omp simd
@@ -6575,8 +6573,8 @@ static real *place(const Heads *c, long b, long t, long head, real *q, real *k, 
     return (is_k ? k : v) + ((b * c->n_kv + head - c->n_q - (is_k ? 0 : c->n_kv)) * c->T + t) * c->d;
 }
 
-// q, k and v of qkv, with RMSNorm of q and k by their weights w (d) and RoPE as Heads says. backward: dqkv from the
-// gradients by q, k and v; dw (threads, 2, d), each thread's sum apart so that the result is always the same.
+// qkv -> q, k and v, with RMSNorm of q and k by their weights w (d) and RoPE as Heads says. backward: dqkv from the
+// gradients of q, k and v; dw (threads, 2, d), with a sum for each thread, so that results are deterministic.
 void heads(const Heads *c, const float *cos, const float *sin, const float *w_q, const float *w_k, float eps,
            long backward, const real *qkv, real *q, real *k, real *v, real *dqkv, float *dw, int threads) {
     const long n = c->n_q + 2 * c->n_kv, d = c->d;
@@ -6615,7 +6613,7 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
     }
 }
 
-// exp as Cephes has it, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
+// exp as in Cephes, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
 static inline float exponential(float x) {
     float y = x < -87 ? -87 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f), power;
     float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
@@ -6668,7 +6666,7 @@ void cross_entropy(long rows, long n, long with_grad, const int64_t *targets, re
 
 // losses (rows): KL(p || q), or KL(q || p) if reverse, of a teacher's distribution p, the softmax of teacher (rows, n),
 // and a student's q, that of student / T (rows, n), whose rows lie `stride` apart; rows with a target below 0 do not
-// count. grad, unless NULL: the gradient by the student's logits, 0 from n to stride.
+// count. grad, unless NULL: the gradient of the student's logits, 0 from n to stride.
 void kl_divergence(long rows, long n, long stride, long reverse, const int64_t *targets, const float *teacher,
                    const real *student, real *grad, float *losses, float T, int threads) {
     #pragma omp parallel num_threads(threads)
@@ -6736,13 +6734,13 @@ void swiglu(long rows, long n, long backward, const real *x, real *y, real *dx, 
 
 @functools.cache
 def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
-    """C_SOURCE, compiled for this processor and kept in the user's cache folder; None where there is no C compiler
-    with OpenMP."""
+    """C_SOURCE, compiled for this processor and kept in the user's cache folder; None if there is no C compiler with
+    OpenMP."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     on_arm, on_mac = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin"
-    # on x86 vectors as wide as the registers; compilers for Arm understand native by this name only
+    # on x86, vectors as wide as the registers; compilers for Arm accept native only as -mcpu
     target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512"]
-    # Apple's compiler comes without the OpenMP library: PyTorch has it in memory
+    # Apple's compiler comes without the OpenMP library, but PyTorch has loaded it
     openmp = ["-Xclang", "-fopenmp", "-undefined", "dynamic_lookup"] if on_mac else ["-fopenmp"]
     command = [*compiler.split(), *target, *openmp, "-O3", "-fPIC", "-shared", *options]
     processor = platform.processor()
@@ -6763,9 +6761,9 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
                 made.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        advice = {"darwin": "xcode-select --install brings one", "win32": "on Windows it takes WSL"}
+        advice = {"darwin": "xcode-select --install brings one", "win32": "on Windows, use WSL"}
         advised = advice.get(sys.platform, "gcc, with OpenMP")
-        say(f"without a C compiler ({advised}) training on a CPU is slower, generation several times", sys.stderr)
+        say(f"without a C compiler ({advised}), training on a CPU is slower, generation several times", sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
@@ -6783,20 +6781,20 @@ def c_array(kind: type, *values: Any) -> ctypes.Array:
 
 
 def run_in_c(function: Callable, *arguments: Any) -> None:
-    """Call a function of C_SOURCE: of tensors it gets their addresses, and last the number of threads."""
+    """Call a function of C_SOURCE with the addresses of tensors and, last, the number of threads."""
     given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
     function(*given, torch.get_num_threads())
 
 
 def addresses(module: nn.Module | None, *names: str) -> list[int | None]:
-    """Where the tensors of these names lie in memory; None for one that the module lacks."""
+    """The addresses of a module's tensors of these names; None for one that it lacks."""
     tensors = [getattr(module, name, None) for name in names]
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
 class CEngine:
-    """The blocks and the head for a few tokens at a time, by C_SOURCE. It reads the weights where they lie, matrices in
-    float16 or an Int8Linear's, all else in float32. Pre-norm architectures only."""
+    """The blocks and the head for a few tokens at a time, by C_SOURCE. It reads the weights in place, matrices in
+    float16 or as Int8Linear has them, all else in float32. Pre-norm architectures only."""
 
     max_rows = 16  # with 32 tokens the plain pass is as fast
 
@@ -6835,7 +6833,7 @@ class CEngine:
 
 
 def training_library(x: Tensor) -> ctypes.CDLL | None:
-    """The library with what training needs for activations like x; None where the plain operators have to do it."""
+    """The library for training with activations like x; None if the plain operators are needed."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return None
     return c_library("native", *["-DBFLOAT16"] * (x.dtype == torch.bfloat16))
@@ -6843,7 +6841,7 @@ def training_library(x: Tensor) -> ctypes.CDLL | None:
 
 class HeadsInC(torch.autograd.Function):
     """Attention.heads: q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) of qkv (B, T, heads, head_dim).
-    The backward pass works out again what the norms have seen, so that nothing is kept but qkv."""
+    The backward pass recomputes the inputs of the norms, so only qkv is kept."""
 
     @staticmethod
     def forward(

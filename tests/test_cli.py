@@ -284,7 +284,7 @@ def test_numbers_out_of_range(cli, command, name, value):
 @pytest.mark.parametrize("flags, words", [
     ("--variant 8M", ["8M", *model.VARIANTS]), ("--arch bert", ["bert"]), ("--pos_embd alibi", ["alibi"]),
     ("--n_layer two", ["two"]), ("--tie_word_embeddings perhaps", ["perhaps"]), ("--dtype int8", ["int8"]),
-    ("--no_such_flag 1", ["no_such_flag"]), ("8M", ["'8M' is the value of no flag"]),
+    ("--no_such_flag 1", ["no_such_flag"]), ("8M", ["'8M' does not belong to a flag"]),
     ("--lr 1", ["--lr (did you mean --learning_rate?)"]),
     ("--n_head=2 --n_layr=2", ["--n_layr=2 (did you mean --n_layer?)"]),
 ])  # fmt: skip

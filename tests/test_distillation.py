@@ -504,7 +504,7 @@ def test_a_run_that_is_resumed_knows_its_teacher(distill, cli):
     assert checkpoint_of("run")["step"] == 4
     cli("distill", "--resume", "--name", "none").fails_with("nothing to resume")
     for flags in ((), ("--resume", "auto"), ("--resume", "false")):
-        cli("distill", *STUDENT, *flags, "--name", "new").fails_with("--teacher_model_path is needed")
+        cli("distill", *STUDENT, *flags, "--name", "new").fails_with("--teacher_model_path is required")
 
 
 def test_the_students_own_text_is_not_for_conversations(distill):

@@ -314,8 +314,8 @@ def test_a_setting_that_no_architecture_has_is_refused_by_name(cli, arch, settin
     ("gpt2", dict(activation="relu"), GGUF, ["llama.cpp", "relu"]), ("llama", dict(bias="all"), GGUF, ["llama.cpp"]),
     ("gpt_neox", dict(activation="relu"), GGUF, ["llama.cpp", "relu"]),
     ("llama", {}, ("--model_checkpoint", "b_model.pt"), ["a_model.pt", "b_model.pt"]),  # one flag by two names
-    ("llama", {}, ("--quantize", "q8_0"), ["--quantize is of the other --format"]),
-    ("llama", {}, (*GGUF, "--dtype", "float32"), ["--dtype is of the other --format"]),
+    ("llama", {}, ("--quantize", "q8_0"), ["--quantize is for the other --format"]),
+    ("llama", {}, (*GGUF, "--dtype", "float32"), ["--dtype is for the other --format"]),
 ])  # fmt: skip
 def test_what_is_not_exported(cli, arch, overrides, flags, words):
     error = refusal(cli, small(arch, **overrides), *flags)
