@@ -10,16 +10,16 @@
 #   "safetensors==0.8.0",
 # ]
 # ///
-"""Small language models from 7M to 1B parameters, in one file: the data, the GPT, its training and its use.
+"""Small language models from 7M to 1B parameters, in one file: data, model, training and inference.
 
 python model.py train --variant 7M                                     train (with no data: on Python's own library)
-python model.py sample --prompt "def "                                 generate text with the newest checkpoint
+python model.py sample --prompt "def "                                 generate text from the newest checkpoint
 python model.py tokenize --dataset shakespeare --txt input.txt         text, folders or URLs -> data/shakespeare/
 python model.py train --variant 26M --data shakespeare --max_iters 5000
 """
 
-# Read from top to bottom: settings, the GPT, tokenizers, data, conversations, generation, checkpoints, processes and
-# devices, training, distillation, evaluation, Hugging Face in and out, the commands, the parser; the appendix in C can
+# Reads from top to bottom: settings, the GPT, tokenizers, data, conversations, generation, checkpoints, processes and
+# devices, training, distillation, evaluation, Hugging Face import and export, commands, parser; the appendix in C can
 # be left out.
 
 import argparse
@@ -69,7 +69,7 @@ from tqdm import tqdm
 
 
 class Later(type):
-    """A class whose attributes are classes of its kind, and whose instances decorate without effect."""
+    """Metaclass of a placeholder for modules: any attribute is the placeholder, its instances are no-op decorators."""
 
     def __getattr__(cls, name: str) -> type:
         return later
@@ -77,7 +77,7 @@ class Later(type):
 
 later = Later("later", (), {"__init__": lambda self, *args, **kwargs: None, "__call__": lambda self, x: x})
 
-if __name__ == "__main__":  # a program reads its command line first, for which nobody should wait; see main
+if __name__ == "__main__":  # parse the command line before the slow imports; see main
     np = torch = nn = F = Tensor = later
 else:
     import numpy as np
@@ -86,31 +86,31 @@ else:
     import torch.nn.functional as F
     from torch import Tensor
 
-FORMAT_VERSION = 3  # of checkpoints and of data folders, 3: with digests; a reader refuses what is newer than itself
+FORMAT_VERSION = 3  # of checkpoints and data folders; 3 added digests; a newer version than this is refused
 DATA_DIR = Path("data")
 CHECKPOINT_DIR = Path("checkpoints")
 
 
 class UserError(Exception):
-    """User error: what is wrong and how to fix it, in one sentence; never shown as a traceback."""
+    """An error that the user can fix: what is wrong and what to do, in one sentence; shown without a traceback."""
 
 
 @contextmanager
 def told_as(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Tell a library's exceptions, of some kinds or of all, as a UserError: what could not be done, and the reason."""
+    """Turn a library's exceptions, all or only these kinds, into a UserError that says what failed and why."""
     caught = kinds or (Exception,)
     try:
         yield
     except caught as e:
         if isinstance(e, UserError) and UserError not in kinds:
             raise
-        # datasets' own error says no more than that there was one
+        # DatasetGenerationError itself says only that there was an error
         said = str(e.__cause__ or e if type(e).__name__ == "DatasetGenerationError" else e).split()
         raise UserError(f"{what}: {' '.join(said)[:300] or type(e).__name__}") from e
 
 
 def need(package: str, what: str, install: str = "") -> Any:
-    """An optional package."""
+    """Import an optional package, or raise a UserError that says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -124,7 +124,7 @@ def need(package: str, what: str, install: str = "") -> Any:
 
 def setting(default: Any, help: str, choices: Iterable = (), *, rare=False, alias="", required=False, **bounds) -> Any:
     """A dataclass field that is also a command-line flag: its name, type, default, meaning and bounds (ge, gt, le, lt),
-    declared once. `rare` flags are shown by --help_all only, `alias` is a second name; without help it is no flag."""
+    declared once. `rare` flags are shown by --help_all only, `alias` is a second name; without help, it is no flag."""
     metadata = dict(help=help, choices=choices, bounds=bounds, rare=rare, alias=alias, required=required)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -139,7 +139,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type, containers looked into. A whole number is a float too, a bool is no
+    """Whether a value has an annotated type, inside containers too. An int counts as a float, a bool never as a
     number."""
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if kind is Any:
@@ -172,7 +172,7 @@ def nearest(name: Any, options: Iterable[str]) -> str:
 
 
 def check(f: Field, value: Any) -> None:
-    """Raise UserError unless a value is of a field's type, one of its choices and within its bounds; NaN never is."""
+    """Raise UserError unless a value fits its field's type, choices and bounds; NaN never does."""
     if not is_a(value, f.type):
         wanted = TYPE_NAMES.get(typing.get_origin(f.type) or f.type, f.type)
         raise UserError(f"{f.name} is {str(value)[:60]!r}: it must be {wanted}")
@@ -187,7 +187,7 @@ def check(f: Field, value: Any) -> None:
 
 
 class Settings:
-    """Base of dataclasses whose fields are checked when they are made."""
+    """Base of dataclasses that check their fields on creation."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -195,16 +195,16 @@ class Settings:
 
 
 def from_dict(cls: type, content: Any, where: Any) -> Any:
-    """A dataclass from what a file holds: the one schema of that file. Raises UserError, with the file and the field,
-    for what is missing, unknown or of another type, and for what a later model.py wrote."""
+    """A dataclass, the one schema of a file, from the file's content. Raises UserError, naming the file and the field,
+    for missing or unknown fields, wrong types, and files written by a newer model.py."""
     if not isinstance(content, dict):
-        raise UserError(f"{where} holds {type(content).__name__} and should hold an object: {{...}}")
+        raise UserError(f"{where} holds {type(content).__name__} but should hold an object: {{...}}")
     if is_a(version := content.get("format_version"), int) and version > FORMAT_VERSION:
         raise UserError(f"{where} has format version {version}, made by a newer model.py: update this one")
     known = {f.name: f for f in fields(cls)}
     required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - content.keys()):
-        raise UserError(f"{where} lacks {', '.join(missing)}: damaged, or not a file of this program")
+        raise UserError(f"{where} lacks {', '.join(missing)}: damaged, or not written by this program")
     if unknown := sorted(map(str, content.keys() - known.keys())):
         raise UserError(f"{where} has an unknown field {unknown[0]}: damaged, or made by another model.py")
     with told_as(str(where), UserError):
@@ -212,10 +212,10 @@ def from_dict(cls: type, content: Any, where: Any) -> Any:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QK_NORMS = ("none", "before_rope", "after_rope", "true", "false")  # true: where the norm's weights would have it
+QK_NORMS = ("none", "before_rope", "after_rope", "true", "false")  # true: chosen by norm_weight; see GPTConfig
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: of the gate
+    "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: the gate's
 }  # fmt: skip
 
 # What `--arch` means. The names are Hugging Face model types, so that every export is native.
@@ -236,7 +236,7 @@ ARCH_RECIPES = {
     "nanochat": dict(optimizer="muon", schedule="wsd", weight_decay=0.0, embd_lr=0.2, beta1=0.8, beta2=0.95),
 }
 
-# Shapes, and the recipes as their sources (NGen3, NGen4, TransformerLM) published them: those of --recipe published.
+# Shapes, with the recipes that their sources (NGen3, NGen4, TransformerLM) published, for --recipe published.
 VARIANTS: dict[str, dict[str, Any]] = {
     "7M": dict(arch="gpt2", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, learning_rate=3e-4),
     "26M": dict(arch="llama", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, learning_rate=5e-4,
@@ -250,10 +250,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1B": dict(arch="gpt2", n_layer=28, n_head=26, n_embd=1664, block_size=1024, batch_size=16, learning_rate=2e-4),
 }
 # fmt: on
-# How they are trained otherwise: the fastest learner that sweeps have found (tests/benchmarks/README.md), with GPT-2's
-# shapes as a qwen3. AdamW's rates, of the embedding and the norms, fall with the square root of the width.
+# The default recipe: the fastest learner found in sweeps (tests/benchmarks/README.md), with the gpt2 variants built as
+# qwen3. AdamW's learning rates, for the embedding and the norms, fall with the square root of the width.
 RECIPES = ("tuned", "published")
-PARAMETERS = {  # with GPT-2's vocabulary, 26M with its own of 6,400 tokens: for --help, which has no PyTorch to count
+PARAMETERS = {  # with GPT-2's vocabulary (26M: with its own 6,400 tokens), for --help, which does not load PyTorch
     "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
@@ -266,7 +266,7 @@ TUNED: dict[str, Any] = dict(
 class GPTConfig(Settings):
     """architecture"""
 
-    arch: str = setting("gpt2", "how the shape is built", ARCHS)
+    arch: str = setting("gpt2", "model family, by Hugging Face's name", ARCHS)
     vocab_size: int = setting(50259, "", ge=1, le=1 << 24)  # tokens; the embedding is padded to a multiple of 64 rows
     block_size: int = setting(1024, "context length, in tokens", ge=1, le=1 << 24)
     n_layer: int = setting(12, "number of transformer blocks", ge=1, le=1000)
@@ -275,21 +275,21 @@ class GPTConfig(Settings):
     n_embd: int = setting(768, "width of the residual stream", ge=1, le=65536)
     head_dim: int = setting(0, "width of a head (0: n_embd / n_head)", ge=0, le=65536)
     n_inner: int = setting(0, "width of the MLP (0: 4 n_embd; 8/3 n_embd for GLUs)", ge=0, le=1 << 20)
-    pos_embd: str = setting("learned", "position information", ("none", "learned", "rope"))
+    pos_embd: str = setting("learned", "position encoding", ("none", "learned", "rope"))
     rope_theta: float = setting(10000.0, "base of RoPE's wavelengths", gt=0)
     rope_pct: float = setting(1.0, "fraction of each head that RoPE rotates", ge=0, le=1)
     rope_scaling: str = setting("none", "RoPE context extension", ("none", "linear", "ntk", "yarn", "llama3"))
-    rope_factor: float = setting(1.0, "how many times rope_scaling extends the context", ge=1, le=1e6)
+    rope_factor: float = setting(1.0, "factor by which rope_scaling extends the context", ge=1, le=1e6)
     rope_original_block_size: int = setting(0, "context before rope_scaling (0: block_size)", ge=0, rare=True)
-    rope_attention_factor: float = setting(0.0, "YaRN: factor on cos, sin (0: by rope_factor)", ge=0, le=1e6, rare=True)
-    rope_beta_fast: float = setting(32.0, "YaRN: what rotates more often is not interpolated", gt=0, le=1e6, rare=True)
-    rope_beta_slow: float = setting(1.0, "YaRN: what rotates less often is fully interpolated", gt=0, le=1e6, rare=True)
-    rope_low_freq_factor: float = setting(1.0, "llama3 scaling: interpolate below so many rotations", gt=0, rare=True)
-    rope_high_freq_factor: float = setting(4.0, "llama3 scaling: keep above so many rotations", gt=0, rare=True)
+    rope_attention_factor: float = setting(0.0, "YaRN: factor on cos, sin (0: derived)", ge=0, le=1e6, rare=True)
+    rope_beta_fast: float = setting(32.0, "YaRN: do not interpolate above this many rotations", gt=0, le=1e6, rare=True)
+    rope_beta_slow: float = setting(1.0, "YaRN: fully interpolate below this many rotations", gt=0, le=1e6, rare=True)
+    rope_low_freq_factor: float = setting(1.0, "llama3 scaling: interpolate below this many rotations", gt=0, rare=True)
+    rope_high_freq_factor: float = setting(4.0, "llama3 scaling: keep above this many rotations", gt=0, rare=True)
     norm: str = setting("layernorm", "normalisation", ("layernorm", "rmsnorm", "none"))
     norm_weight: bool = setting(True, "norms have learned weights", rare=True)
     norm_eps: float = setting(1e-5, "epsilon of the norms", gt=0, rare=True)
-    norm_position: str = setting("pre", "norm before or after each residual addition", ("pre", "post"))
+    norm_position: str = setting("pre", "norm before each sublayer or after its residual addition", ("pre", "post"))
     embd_norm: bool = setting(False, "normalise the token embedding too", rare=True)
     qk_norm: str = setting("none", "RMSNorm on queries and keys", QK_NORMS)
     activation: str = setting("gelu_new", "MLP activation", ACTIVATIONS)
@@ -297,7 +297,7 @@ class GPTConfig(Settings):
     parallel_residual: bool = setting(False, "attention and MLP read the same input and are added together", rare=True)
     tie_word_embeddings: bool = setting(True, "the head shares the token embedding's weights")
     logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (0: off)", ge=0, le=1e6, rare=True)
-    init: str = setting("gpt2", "weight initialization of this source", ("gpt2", "normal", "nanochat"), rare=True)
+    init: str = setting("gpt2", "weight initialization scheme", ("gpt2", "normal", "nanochat"), rare=True)
     resid_pdrop: float = setting(0.0, "dropout on each residual branch", ge=0, lt=1)
     embd_pdrop: float = setting(0.0, "dropout on the embeddings", ge=0, lt=1)
     attn_pdrop: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
@@ -305,7 +305,7 @@ class GPTConfig(Settings):
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, a third slower")
 
     def __post_init__(self) -> None:
-        # checkpoints of format 1, and --qk_norm alone, say whether; weights said where
+        # format 1 checkpoints and a bare --qk_norm only say whether; norm_weight then decides where
         if self.qk_norm in (True, "true"):
             self.qk_norm = "before_rope" if self.norm_weight else "after_rope"
         elif self.qk_norm in (False, "false"):
@@ -342,10 +342,10 @@ class GPTConfig(Settings):
 
     @property
     def context(self) -> int:
-        """The longest sequence the positions reach, in tokens: block_size, or what rope_scaling makes of it."""
+        """The longest sequence the positions support, in tokens: block_size, or what rope_scaling extends it to."""
         original = self.rope_original_block_size or self.block_size
         if self.rope_scaling == "none" or self.rope_scaling == "llama3" and original < self.block_size:
-            return self.block_size  # Llama 3.2 reaches half of what its factor would
+            return self.block_size  # Llama 3.2 reaches half of what its factor gives
         return max(self.block_size, int(original * self.rope_factor))
 
 
@@ -368,11 +368,11 @@ def make_config(variant: str, vocab_size: int, overrides: dict[str, Any], recipe
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weights follow the activations' dtype. Mixed precision without autocast: master weights stay
-    in float32, and what is multiplied is decided by the dtype of the embedding's output."""
+    """A linear layer that casts its weights to the activations' dtype: mixed precision without autocast. Master weights
+    stay in float32, and the dtype of the embedding's output sets that of every matmul."""
 
     def reset_parameters(self) -> None:
-        """GPT.init_weights does it."""
+        """Left to GPT.init_weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -384,8 +384,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def embedding(n: int, dim: int) -> nn.Embedding:
-    """A table (n, dim) that GPT.init_weights fills. nn.Embedding's own way imports torch._dynamo on the meta device,
-    which takes 1.5 s."""
+    """A table (n, dim) that GPT.init_weights fills. On the meta device, nn.Embedding's own initialization
+    imports torch._dynamo, which takes 1.5 s."""
     return nn.Embedding(n, dim, _weight=torch.empty(n, dim))
 
 
@@ -416,7 +416,7 @@ def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
     linear: positions are divided by the factor. ntk: theta grows by factor^(d / (d - 2)), so that the longest
     wavelength is stretched by the factor and the shortest not at all. yarn: fast dimensions stay, slow ones are
     divided by the factor, a ramp between, and attention is sharpened (arXiv 2309.00071, section 3; transformers'
-    modeling_rope_utils). llama3: as yarn with Llama 3.1's thresholds.
+    modeling_rope_utils). llama3: like yarn, with Llama 3.1's thresholds.
     """
     d, theta, factor = c.rope_dim, c.rope_theta, c.rope_factor
     original = c.rope_original_block_size or c.block_size
@@ -444,7 +444,7 @@ def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + d/2) of x's first d dimensions. x (B, T, heads, head_dim); cos and sin (T, 1, d), or
-    (B, T, 1, d), hold the angle of each pair twice, and sin its sign: minus in the first half."""
+    (B, T, 1, d), hold the values of each pair twice, with sin negated in the first half."""
     d = cos.size(-1)
     if d < x.size(-1):
         return torch.cat((apply_rope(x[..., :d], cos, sin), x[..., d:]), dim=-1)
@@ -465,7 +465,7 @@ def causal_mask(T_q: int, T_k: int, device: torch.device) -> Tensor:
 
 
 def ungrouped(x: Tensor, n_head: int) -> Tensor:
-    """GQA: keys or values with as many heads as the queries have."""
+    """GQA: repeat keys or values to as many heads as the queries have."""
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
@@ -488,11 +488,11 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
     if mask is None and 1 < q.size(2) < k.size(2):
         mask = causal_mask(q.size(2), k.size(2), q.device)
     if q.size(1) != k.size(1) and q.device.type == "cuda":
-        if q.size(2) == 1:  # the queries of a group may stand as so many positions
+        if q.size(2) == 1:  # the queries of a group can pass as that many positions
             grouped = q.reshape(q.size(0), k.size(1), -1, q.size(3))
             return F.scaled_dot_product_attention(grouped, k, v, mask, dropout_p).reshape(q.shape)
-        # flash attention knows GQA, but takes no mask and 16 bits only, on GPUs that have bfloat16; the other fused
-        # kernel does not (PyTorch's sdp_utils.cpp), and the plain one would do it
+        # the flash kernel supports GQA, but no mask and only 16-bit types, on GPUs with bfloat16; the other fused one
+        # does not support GQA (PyTorch's sdp_utils.cpp), which would leave the plain kernel
         if mask is not None or q.dtype != torch.bfloat16:
             k, v = ungrouped(k, q.size(1)), ungrouped(v, q.size(1))
     return F.scaled_dot_product_attention(
@@ -501,8 +501,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    """The flash-attn package. Its interface has no masks, and it takes 16-bit types on a GPU only: all else goes to
-    PyTorch's kernel."""
+    """The flash-attn package. It supports no masks, and only 16-bit types on a GPU: everything else goes to PyTorch's
+    kernel."""
     if mask is not None or q.device.type != "cuda" or q.dtype == torch.float32:
         return sdpa_attention(q, k, v, mask, dropout_p)
     from flash_attn import flash_attn_func
@@ -528,7 +528,7 @@ class KVCache:
         shape = (c.n_layer, batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
         self.kv = torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
         self.length, self.max_length, self.pad = 0, max_length, pad
-        self.steps: dict[int, OneToken] = {}  # of CUDAGraphs
+        self.steps: dict[int, OneToken] = {}  # for CUDAGraphs
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
@@ -563,7 +563,7 @@ class Attention(nn.Module):
         return dropout(self.proj(y.transpose(1, 2).reshape(B, T, -1)), self.resid_pdrop, self.training)
 
     def heads(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> Iterable[Tensor]:
-        """Queries, keys and values (B, heads, T, head_dim), normalised and rotated, of qkv (B, T, heads, head_dim)."""
+        """qkv (B, T, heads, head_dim) -> queries, keys and values (B, heads, T, head_dim), normalised and rotated."""
         if self.training and training_library(qkv):
             weights = (None, None) if self.qk_norm == "none" else (self.q_norm.weight, self.k_norm.weight)
             return HeadsInC.apply(qkv, rope, *weights, self.n_kv_head, self.qk_norm, self.eps)
@@ -616,7 +616,7 @@ class Block(nn.Module):
         self.pre_norm, self.parallel = c.norm_position == "pre", c.parallel_residual
 
     def linears(self) -> list[tuple[nn.Module, str]]:
-        """Where the linear layers hang: (module, name of its attribute)."""
+        """The linear layers, as (parent module, attribute name)."""
         return [(self.attn, "qkv"), (self.attn, "proj"), (self.mlp, "fc"), (self.mlp, "proj")]
 
     def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
@@ -630,8 +630,8 @@ class Block(nn.Module):
 
 
 def same_dropout_on_mps() -> tuple[Any, Any]:
-    """The contexts of a block's forward pass and of its recomputation: torch.utils.checkpoint repeats the random
-    numbers of CUDA, and those of MPS it does not (it looks for torch.mps._initialized)."""
+    """The contexts of a block's forward pass and of its recomputation: torch.utils.checkpoint restores the random state
+    of CUDA but not of MPS (it looks for torch.mps._initialized)."""
     state = torch.mps.get_rng_state()
 
     @contextmanager
@@ -644,8 +644,8 @@ def same_dropout_on_mps() -> tuple[Any, Any]:
 
 
 class CUDAGraphs:
-    """Generation on a GPU, which is limited by the launches of a token's kernels, some 140 with 12 layers: those of the
-    blocks are recorded once and launched as one. Prompts take the plain pass, and so does all where recording fails."""
+    """Generation on a GPU, which is limited by kernel launches, some 140 per token with 12 layers: those of the blocks
+    are recorded once and launched as one. Prompts take the plain pass, as does everything if recording fails."""
 
     def __init__(self, model: "GPT") -> None:
         self.model, self.head = model, model.head
@@ -658,15 +658,15 @@ class CUDAGraphs:
             try:
                 cache.steps[reach] = OneToken(self.model, cache, reach, x, rope)
             except RuntimeError as e:
-                say(f"going on without CUDA graphs: {e}", sys.stderr)
+                say(f"continuing without CUDA graphs: {e}", sys.stderr)
                 self.model.engine = None
                 return self.model.run_blocks(x, rope, mask, cache)
         return cache.steps[reach](x, rope, cache.length)
 
 
 class OneToken:
-    """The blocks on one token a row, with nothing that changes but the contents of tensors, all of them kept here. It
-    stands in for the cache: the token sees the first `reach` places, without the later ones and the padding."""
+    """The blocks on one token per row, where only the contents of tensors change, all of which are kept here. It stands
+    in for the cache: the token sees the first `reach` positions, except later ones and padding."""
 
     def __init__(self, model: "GPT", cache: KVCache, reach: int, x: Tensor, rope: Any) -> None:
         self.model, self.kv, self.inputs = model, cache.kv[..., :reach, :], [y.clone() for y in (x, *(rope or ()))]
@@ -691,12 +691,12 @@ class OneToken:
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """run() as one CUDA graph (PyTorch's notes on CUDA semantics, whole-network capture): what it launches now is
-    launched again by each call, on the same memory, and the result is written to the same tensor."""
+    """run() as one CUDA graph (PyTorch's notes on CUDA semantics, whole-network capture): each call replays the
+    recorded kernels on the same memory and writes the result to the same tensor."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        run()  # libraries load and choose their kernels now: they could not while recording
+        run()  # lets libraries load and choose kernels, which they cannot do while recording
         with torch.cuda.graph(graph, stream=stream):
             result = run()
 
@@ -720,10 +720,10 @@ class GPT(nn.Module):
         self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else nn.Identity()
         self.lm_head = None if c.tie_word_embeddings else Linear(c.n_embd, c.padded_vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of the activations; see set_precision
-        self.engine: Any = None  # what runs the blocks and the head in generation: CEngine, CUDAGraphs, or those below
+        self.engine: Any = None  # runs the blocks and the head in generation: CEngine, CUDAGraphs or, if None, self
         self.compiled_loss: Callable | None = None  # stands in for CrossEntropy in training; see compile_model
         self.sharded: list[Any] = []  # the modules whose parameters are sharded over processes; see shard_model
-        self.new_tokens: list[int] = []  # if any, the only rows of the embedding and the head that are trained
+        self.new_tokens: list[int] = []  # if any, only these rows of the embedding and the head are trained
         self.build_rope()
         if self.device.type != "meta":
             self.init_weights()
@@ -764,15 +764,13 @@ class GPT(nn.Module):
                 p.uniform_(-((3 / c.n_embd) ** 0.5), (3 / c.n_embd) ** 0.5)
 
     def fused_rows(self) -> dict[str, list[int]]:
-        """The matrices that are several on top of one another, and how many rows each of them has: Muon treats them one
-        by one."""
+        """The stacked matrices, and how many rows each of their parts has: Muon orthogonalises the parts separately."""
         c, d = self.config, self.config.head_dim
         parts = {"attn.qkv": [c.n_head * d, c.n_kv_head * d, c.n_kv_head * d], "mlp.fc": [c.n_inner] * (1 + c.is_glu)}
         return {f"blocks.{i}.{k}.weight": rows for i in range(c.n_layer) for k, rows in parts.items()}
 
     def build_rope(self) -> None:
-        """Tables of cos and sin for apply_rope, (context, 1, rope_dim) float32; built again when the scaling is
-        changed."""
+        """Tables of cos and sin for apply_rope, (context, 1, rope_dim) float32; rebuilt when the scaling changes."""
         self.rope_cos = self.rope_sin = None
         if self.config.pos_embd == "rope" and self.device.type != "meta":
             freqs, factor = rope_frequencies(self.config)
@@ -783,23 +781,23 @@ class GPT(nn.Module):
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> "GPT":
         super()._apply(fn, *args, **kwargs)
-        if self.rope_cos is not None:  # follows the device and not the dtype
+        if self.rope_cos is not None:  # follows the device but not the dtype
             self.rope_cos, self.rope_sin = self.rope_cos.to(self.device), self.rope_sin.to(self.device)
         return self
 
     def extend_context(self, **changes: Any) -> None:
-        """Change rope_scaling and rope_factor, or block_size, of a trained model, so that it reaches further."""
+        """Extend a trained model's context by changing rope_scaling and rope_factor, or block_size."""
         original, context = self.config.rope_original_block_size or self.config.block_size, self.config.context
         if "rope_factor" in changes and (reach := int(original * changes["rope_factor"])) < context:
-            raise UserError(f"the model reaches {context:,} tokens already, and with this --rope_factor it would reach "
-                            f"only {reach:,}: leave it out, or use a larger one")  # fmt: skip
+            raise UserError(f"the model already reaches {context:,} tokens, and would reach only {reach:,} with this "
+                            f"--rope_factor: leave it out, or use a larger one")  # fmt: skip
         if changes.get("rope_factor", self.config.rope_factor) != self.config.rope_factor:
-            changes["rope_attention_factor"] = 0.0  # a model's own, which an export always has, goes with its factor
+            changes["rope_attention_factor"] = 0.0  # the model's own, which exports always have, fits the old factor
         self.config = replace(self.config, rope_original_block_size=original, **changes)
         self.build_rope()
 
     def positions_and_mask(self, idx: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Any, Any]:
-        """The position of each token, a slice or (B, T), and what it sees: None where that is all before it."""
+        """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it."""
         T, device, start = idx.size(1), idx.device, 0 if cache is None else cache.length
         if segments is not None:
             index = torch.arange(T, device=device)
@@ -840,7 +838,7 @@ class GPT(nn.Module):
         on_mps = x.device.type == "mps"
         recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
         for block in self.blocks:
-            # of a sharded or compiled block without that: lengths change from call to call
+            # bypasses the sharding or compilation of a block: lengths change from call to call
             if not self.training and (self.sharded or "forward" in vars(block)):
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
@@ -871,7 +869,7 @@ class GPT(nn.Module):
         linear_loss); a target of -1 does not count."""
         if targets.shape != idx.shape:
             raise UserError(f"targets are {tuple(targets.shape)} and tokens {tuple(idx.shape)}: each token needs one")
-        if targets.device.type == "cpu" and (beyond := targets >= self.config.vocab_size).any():  # C would not see it
+        if targets.device.type == "cpu" and (beyond := targets >= self.config.vocab_size).any():  # C does not check it
             raise UserError(f"target {targets[beyond][0]} is not in the vocabulary of {self.config.vocab_size}")
         h = self.hidden(idx, segments=segments)
         return linear_loss(h, self, chunk_loss or CrossEntropy(targets), distributions)
@@ -895,7 +893,7 @@ def training_flops_per_token(c: GPTConfig, n_parameters: int = 0) -> float:
 
 def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int = 0) -> float:
     """Estimated bytes that training takes: weights, gradients and AdamW's two moments in float32, and the bfloat16
-    activations that the backward pass reads (18 widths and two MLP widths a token and block)."""
+    activations that the backward pass reads (18 widths and two MLP widths per token and block)."""
     activations = micro_batch_size * c.block_size * c.n_layer * (10 * c.n_embd + (2 + 2 * c.is_glu) * c.n_inner) * 2
     if c.gradient_checkpointing:
         activations = activations / c.n_layer + micro_batch_size * c.block_size * c.n_layer * c.n_embd * 2
@@ -903,13 +901,13 @@ def training_memory_bytes(c: GPTConfig, micro_batch_size: int, n_parameters: int
 
 
 # The head and the loss together. A vocabulary of 50,000 makes the logits the largest tensor of a small model's step by
-# far, so they never exist at once: tokens go through the head in chunks, and each chunk's gradient is taken right away.
+# far, so they never exist in full: tokens go through the head in chunks, and each chunk's gradient is taken right away.
 # A chunk loss is called with (logits (rows, padded_vocab_size), rows: a slice of the tokens, with_grad), and returns
-# the sum of its loss over these rows and, if wanted, the gradient by the logits, whose memory it may use.
+# the sum of its loss over these rows and, if with_grad, the gradient of the logits, whose memory it may reuse.
 
-LOSS_CHUNK_ELEMENTS = 512 * 50304  # of logits: 512 rows of GPT-2's vocabulary were fastest among 64 ... 1024 on a CPU
-MPS_LONGEST_SUM = 32704  # products over 32,767 and more are wrong on M1 and M2 (pytorch/pytorch#195163, mended in 2.14)
-CUDA_LOSS_CHUNK_ELEMENTS = 1 << 27  # 256 MiB in 16 bits, 1.3 GiB with what the plain loss makes of them in 32
+LOSS_CHUNK_ELEMENTS = 512 * 50304  # 512 rows of GPT-2's vocabulary: the fastest of 64 ... 1024 on a CPU
+MPS_LONGEST_SUM = 32704  # products over 32,767 and more are wrong on M1 and M2 (pytorch/pytorch#195163, fixed in 2.14)
+CUDA_LOSS_CHUNK_ELEMENTS = 1 << 27  # 256 MiB in 16 bits; 1.3 GiB with the plain loss's 32-bit temporaries
 
 
 class CrossEntropy:
@@ -937,8 +935,8 @@ class CrossEntropy:
 
 
 def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap: float) -> tuple[Tensor, Tensor]:
-    """CrossEntropy as linear_loss calls it, with the soft-cap and the gradient, made of pure functions: torch.compile
-    makes of them two passes over the logits, where stores into parts of a tensor would need another of their size."""
+    """CrossEntropy as linear_loss calls it, with soft-cap and gradient, in pure functions: torch.compile fuses them in
+    two passes over the logits, where stores into parts of a tensor would need another tensor of that size."""
     column, target, counted = torch.arange(logits.size(1), device=logits.device), targets[:, None], targets >= 0
     tanh = torch.tanh(logits.float() / softcap) if softcap else None
     x = softcap * tanh if softcap else logits.float()
@@ -949,8 +947,8 @@ def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap
 
 
 def by_autograd(loss_of: Callable[[Tensor, slice], Tensor]) -> Callable:
-    """A chunk loss from a differentiable function of (logits, rows). For plain cross-entropy a gradient by hand is 1.4
-    to 1.9 times faster; for a divergence between two distributions it was not."""
+    """A chunk loss from a differentiable function of (logits, rows). For plain cross-entropy a hand-written one is 1.4
+    to 1.9 times faster; for a divergence between two distributions it is not."""
 
     def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled(with_grad):
@@ -968,7 +966,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, chunk_loss: Callable, chunk: int, with_grad: bool):
         w, N = weight.to(h.dtype), h.size(0)
-        wide = torch.promote_types(h.dtype, torch.float32)  # float64 where h is that
+        wide = torch.promote_types(h.dtype, torch.float32)  # float64 if h is
         loss = torch.zeros((), device=h.device, dtype=wide)
         grad_h = torch.empty_like(h) if with_grad else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if with_grad and weight.requires_grad else None
@@ -988,9 +986,9 @@ class FusedLinearLoss(torch.autograd.Function):
                 continue
             if h.dtype == wide:
                 grad_w.addmm_(grad_logits.T, x)
-            else:  # products of a chunk in the short type, their sum in the long one
+            else:  # multiply chunks in the short type, sum them in the wide one
                 product = torch.mm(grad_logits.T, x, out=product)
-                if library := training_library(product):  # PyTorch would first copy it to the long type
+                if library := training_library(product):  # PyTorch would first copy it to the wide type
                     run_in_c(library.accumulate, product.numel(), product, grad_w)
                 else:
                     grad_w += product
@@ -1007,7 +1005,7 @@ class FusedLinearLoss(torch.autograd.Function):
 
 def linear_loss(h: Tensor, model: GPT, chunk_loss: Callable, distributions: int = 1) -> Tensor:
     """The sum of a chunk loss over hidden states h (B, T, n_embd), through the model's head. Scalar, differentiable.
-    distributions: how many tensors of the logits' size the loss holds at once; so many times smaller are the chunks."""
+    distributions: how many tensors of the logits' size the loss holds at once; chunks shrink by that factor."""
     h, weight, c = h.flatten(0, -2), model.head_weight, model.config
     with_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     elements = CUDA_LOSS_CHUNK_ELEMENTS if h.device.type == "cuda" else LOSS_CHUNK_ELEMENTS
@@ -1037,7 +1035,7 @@ EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # tiktoken's r50k
 
 
-# GPT-2's printable character for each byte, in which tokenizer.json writes byte-level vocabularies.
+# GPT-2's printable character for each byte: tokenizer.json writes byte-level vocabularies in these.
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_TO_UNICODE = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
@@ -1046,25 +1044,25 @@ UNICODE_TO_BYTE = {c: b for b, c in BYTE_TO_UNICODE.items()}
 
 @dataclass
 class TokenizerSpec(Settings):
-    """All of a tokenizer, in plain values: what data folders and checkpoints carry."""
+    """A whole tokenizer in plain values, as data folders and checkpoints store it."""
 
     kind: str = setting("", "", ("gpt2", "bpe", "byte", "hf"))  # hf: someone else's
     name: str = ""
-    ranks: str = ""  # of gpt2 and bpe: the ordinary tokens in the order of their ids, a line of base64 each
-    json: str = ""  # of hf: a tokenizer.json
-    special: dict[str, int] = field(default_factory=dict)  # the ids of EOT, IM_START and IM_END, where it has them
-    bos: list[int] = field(default_factory=list)  # opens every prompt
+    ranks: str = ""  # gpt2 and bpe: the ordinary tokens in id order, one line of base64 each
+    json: str = ""  # hf: a tokenizer.json
+    special: dict[str, int] = field(default_factory=dict)  # the ids of EOT, IM_START and IM_END, if it has them
+    bos: list[int] = field(default_factory=list)  # ids that open every prompt
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None
     unk_token: str | None = None
     chat_template: str | None = None
-    ends: list[int] = field(default_factory=list)  # of hf: other ids that end a text, as that of a turn may
+    ends: list[int] = field(default_factory=list)  # hf: other ids that end a text, such as an end of turn
 
 
 class Tokenizer:
-    """Text to token ids and back: by tiktoken for the vocabularies that are ours, which are a quarter as large and open
-    five times faster so, else as a tokenizer.json says. Special tokens are never recognised in text.
+    """Text to token ids and back: by tiktoken for our own vocabularies, which are then a quarter as large and open
+    five times faster, else by tokenizers. Special tokens are never recognised in text.
 
     n_vocab: number of token ids. special: name -> id of the special tokens. bos: ids that open every prompt.
     """
@@ -1080,7 +1078,7 @@ class Tokenizer:
                 tokens = [base64.b64decode(t) for t in s.ranks.split()] or [bytes([b]) for b in range(256)]
                 ranks = {token: rank for rank, token in enumerate(tokens)}
                 if {*ranks.values(), *s.special.values()} != set(range(len(ranks) + len(s.special))):
-                    raise ValueError("tokens without a number, or two of one")
+                    raise ValueError("tokens without an id, or two with the same id")
                 options = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens=s.special)
                 self.tiktoken = tiktoken.Encoding(s.name, **options)
             self.n_vocab = self.tiktoken.n_vocab
@@ -1088,7 +1086,7 @@ class Tokenizer:
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
             self.added = self.backend.get_added_tokens_decoder()
         self.byte_level = self.is_ours or '"ByteLevel"' in s.json
-        # text is then the tokens with spaces between them
+        # text is then the tokens joined by spaces
         self.no_decoder = not self.byte_level and "▁" not in s.json and self.backend.decoder is None
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
@@ -1104,7 +1102,7 @@ class Tokenizer:
 
     @property
     def control(self) -> dict[str, int]:
-        """The tokens that are no text, by how they are written: some tokenizers do not say so of their chat tokens."""
+        """Control tokens, name -> id: some tokenizers do not mark their chat tokens as special."""
         if self.is_ours:
             return self.special
         return {t.content: i for i, t in self.added.items() if t.special or i in self.special.values()}
@@ -1124,12 +1122,12 @@ class Tokenizer:
             return as_text(from_tiktoken(self))
         with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
             text = self.fields.json
-            if re.search(r"\\u00[4-7]", text):  # letters as escapes
+            if re.search(r"\\u00[4-7]", text):  # escaped letters
                 text = json.dumps(json.loads(text))
             if re.search(r'"continuing_subword_prefix":\s*"[^"]', text) and re.search(r'"type":\s*"BPE"', text):
-                raise ValueError("a BPE with a continuing_subword_prefix")  # which can abort the process
+                raise ValueError("a BPE with a continuing_subword_prefix")  # can abort the process
             if '"Replace"' in text and growth(json.loads(text)) > 1e6:
-                raise ValueError("its replacements make a text a million times as long")
+                raise ValueError("its replacements can make a text a million times longer")
             return as_text(tokenizers.Tokenizer.from_str(self.fields.json))
 
     @functools.cached_property
@@ -1137,12 +1135,12 @@ class Tokenizer:
         return self.backend.get_vocab()
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Token ids of a text; if it continues another, without what a tokenizer may put before a text: as what follows
-        the end of a word or of a line."""
+        """Token ids of a text. If it continues another, it is encoded as if after a word or a line, without what the
+        tokenizer may put before a text."""
         if self.is_ours:
             return self.encode_array(text).tolist()
         encode = functools.partial(self.backend.encode, add_special_tokens=False)
-        with told_as(f"tokenizer {self.name} cannot encode {text[:40]!r}"):  # one without a token for the unknown
+        with told_as(f"tokenizer {self.name} cannot encode {text[:40]!r}"):  # if it has no unknown token
             if continues:
                 before = "a" if text[:1].isspace() else "\n"
                 known, ids = encode(before).ids, encode(before + valid(text)).ids
@@ -1151,19 +1149,19 @@ class Tokenizer:
             return encode(valid(text)).ids
 
     def encode_array(self, text: str, dtype: Any = np.int64, continues: bool = False) -> np.ndarray:
-        """encode, for long texts, as an array. tiktoken makes no Python list, so that other threads run meanwhile."""
+        """encode for long texts, as an array: tiktoken then builds no Python list, so other threads run meanwhile."""
         if self.kind == "byte":
             return np.frombuffer(valid(text).encode(), np.uint8).astype(dtype)
         if self.is_ours:
             try:
                 return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
-            except ValueError:  # a million white spaces in a row are too much for its regular expressions
+            except ValueError:  # its regex fails on a million white spaces in a row
                 return np.array(self.backend.encode(valid(text), add_special_tokens=False).ids, dtype)
         return np.array(self.encode(text, continues), dtype)
 
     def prompt(self, text: str, context: int) -> list[int]:
-        """The ids that a model continues: never empty. With our own tokenizers a single token begins a line, where
-        there is room: alone it could be anything, for training cuts text anywhere ("def" may end another word)."""
+        """The ids that a model continues, never empty. With our own tokenizers a single token begins a line, if it
+        fits: training cuts text anywhere, so alone it is ambiguous ("def" may end another word)."""
         ids = self.bos + self.encode(text)
         one = self.is_ours and len(self.encode(text.strip())) < 2
         if one and len(begun := self.encode(f"\n{text}")) <= context:
@@ -1171,7 +1169,7 @@ class Tokenizer:
         return ids or ([self.eot] if self.eot is not None else self.encode("\n") or [0])
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a rendered chat template, in which special tokens are special."""
+        """Token ids of a rendered chat template, with special tokens recognised."""
         if self.is_ours:
             with suppress(ValueError):  # as in encode_array
                 return self.tiktoken.encode(valid(text), allowed_special="all")
@@ -1181,9 +1179,9 @@ class Tokenizer:
         return ids
 
     def without_special(self, text: str) -> str:
-        """Text with the names of special tokens taken out, for what a user wrote into a chat template."""
+        """Text without the names of special tokens, for a user's turns in a chat template."""
         names = list(self.control)
-        while any(name in text for name in names):  # taking one out may put another together
+        while any(name in text for name in names):  # removing one may form another
             for name in names:
                 text = text.replace(name, "")
         return text
@@ -1196,7 +1194,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token stands for; nothing if it is only padding."""
+        """The bytes of a token; none if it is only padding."""
         if token >= self.n_vocab:
             return b""
         if self.is_ours:
@@ -1232,12 +1230,12 @@ class Tokenizer:
 
 
 def valid(text: str) -> str:
-    """Text without halves of surrogate pairs, which is what Python makes of an argument's stray bytes."""
+    """Text without lone surrogates, which Python makes of invalid bytes in an argument."""
     return text.encode("utf-8", "replace").decode()
 
 
 def growth(node: Any) -> float:
-    """How many times longer the replacements of a tokenizer.json can make a text, at most."""
+    """An upper bound on how many times longer a tokenizer.json's replacements make a text."""
     if not isinstance(node, (dict, list)):
         return 1.0
     own = 1 + len(node["content"]) if isinstance(node, dict) and node.get("type") == "Replace" else 1
@@ -1249,11 +1247,11 @@ def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str
     """Raise UserError, which names both, unless two tokenizers map the same text to the same ids."""
     if a.digest != b.digest:
         other = b.describe() if a.describe() != b.describe() else "another of that name"
-        raise UserError(f"{a_is} has tokenizer {a.describe()} and {b_is} has {other}: {remedy}")
+        raise UserError(f"{a_is} has tokenizer {a.describe()} but {b_is} has {other}: {remedy}")
 
 
 def as_text(backend: Any) -> Any:
-    """A tokenizers.Tokenizer that takes special tokens in a text for text, all of it, and adds nothing."""
+    """Make a tokenizers.Tokenizer read special tokens as plain text, and neither truncate nor pad."""
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -1261,15 +1259,15 @@ def as_text(backend: Any) -> Any:
 
 
 def from_ranks(kind: str, tokens: list[bytes], name: str = "") -> Tokenizer:
-    """One of our own tokenizers from its ordinary tokens, in the order of their ids."""
+    """One of our own tokenizers, from its ordinary tokens in id order."""
     special = {t: len(tokens) + i for i, t in enumerate((EOT, IM_START, IM_END))}
     ranks = "" if kind == "byte" else "\n".join(base64.b64encode(t).decode() for t in tokens)
     return Tokenizer({"kind": kind, "name": name or kind, "ranks": ranks, "special": special})
 
 
 def from_tiktoken(tokenizer: Tokenizer) -> Any:
-    """A tokenizers.Tokenizer that gives the ids of one of ours. tiktoken merges any two tokens whose bytes are a token,
-    so all such pairs are listed."""
+    """A tokenizers.Tokenizer with the ids of one of ours. tiktoken merges any two tokens whose bytes form a token, so
+    all such pairs are listed."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -1300,7 +1298,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def bounded_words(texts: Iterable[str], longest: int = 4096) -> Iterator[str]:
-    """Texts without words of megabytes, on which the learning of a vocabulary would take hours."""
+    """Texts, cut if they hold words of megabytes, from which learning a vocabulary would take hours."""
     for text in texts:
         whole = max(map(len, text.split()), default=0) <= longest
         yield from [text] if whole else (text[i : i + longest] for i in range(0, len(text), longest))
@@ -1329,7 +1327,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
 
 @dataclass
 class TokenizerConfig(Settings):
-    """What is read of a tokenizer_config.json, and of the special_tokens_map.json beside an old one."""
+    """What is read from a tokenizer_config.json, and from the special_tokens_map.json beside an old one."""
 
     bos_token: str | dict[str, Any] | None = None
     eos_token: str | dict[str, Any] | None = None
@@ -1340,11 +1338,11 @@ class TokenizerConfig(Settings):
 
 
 def hf_tokenizer(path: Path, name: str = "") -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, or of a tokenizer.json with what stands beside it."""
+    """The tokenizer of a Hugging Face directory, or of a tokenizer.json and the files beside it."""
     file = path / "tokenizer.json" if path.is_dir() else path
     name = name or Path(os.path.abspath(file)).parent.name  # links are not followed: the Hub's cache has blobs/
     config = vars(read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"), {}))
-    if not config.pop("added_tokens_decoder"):  # before transformers 4.34, another file had the last word on tokens
+    if not config.pop("added_tokens_decoder"):  # before transformers 4.34, another file defined the special tokens
         older = vars(read_schema(TokenizerConfig, file.with_name("special_tokens_map.json"), {}))
         config |= {k: v for k, v in older.items() if v and k in config}
     spec = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
@@ -1371,7 +1369,7 @@ def hf_tokenizer(path: Path, name: str = "") -> Tokenizer:
 
 
 def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
-    """A tokenizer, or the one of the name that --tokenizer takes, `bpe` aside, which must be trained."""
+    """A tokenizer, or the one that --tokenizer names, except `bpe`, which must be trained."""
     if isinstance(name, Tokenizer):
         return name
     if name in ("gpt2", "byte"):
@@ -1382,7 +1380,7 @@ def load_tokenizer(name: str | Tokenizer) -> Tokenizer:
         if (path / "meta.json").is_file():
             return Data(path).tokenizer
     if name == "bpe":
-        raise UserError("a bpe is learned from text, and here are ids already: name the tokenizer that made them")
+        raise UserError("a bpe is learned from text, but this data is tokenized already: name its tokenizer")
     raise UserError(f"unknown tokenizer {name!r}: gpt2, bpe, byte, a checkpoint, data, or a folder with tokenizer.json")
 
 
@@ -1395,13 +1393,13 @@ PIECE_CHARS = 1 << 20  # text goes to the tokenizer in pieces of about this leng
 
 def read_file(path: Path) -> str:
     if not path.exists():
-        raise UserError(f"there is no {path}")
+        raise UserError(f"{path}: no such file")
     with told_as(f"{path} cannot be read as text", UnicodeDecodeError):
         return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The contents of a JSON file, or the default if there is one and no such file."""
+    """The content of a JSON file, or the default, if one is given, where there is no such file."""
     if default is not None and not path.exists():
         return default
     with told_as(f"{path} is not valid JSON", ValueError, RecursionError):
@@ -1409,7 +1407,7 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def read_schema(cls: type, path: Path, default: Any = None) -> Any:
-    """What a dataclass says is to be read of a JSON file that holds more."""
+    """A dataclass from those fields of a JSON file that it declares; others are ignored."""
     content = read_json(path, default)
     if isinstance(content, dict):
         content = {f.name: content[f.name] for f in fields(cls) if f.name in content}
@@ -1418,8 +1416,8 @@ def read_schema(cls: type, path: Path, default: Any = None) -> Any:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
-    """Write a file atomically: it appears under its name when it is whole and on the disk, or not at all. What a kill
-    leaves is written over by the next."""
+    """Write a file atomically: it appears under its name only once it is complete and on the disk. The next write
+    replaces what a killed one left."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1442,7 +1440,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """os.replace, again and again for five seconds on Windows, where a virus scanner may just have the file open."""
+    """os.replace, retried for five seconds on Windows, where a virus scanner may have the file open."""
     for _ in range(50 if os.name == "nt" else 0):
         with suppress(PermissionError):
             return os.replace(source, target)
@@ -1451,12 +1449,12 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def naming(path: Path, e: OSError) -> OSError:
-    """An error with the name of the file: that of a full disk has none."""
+    """The error with the file's name, which that of a full disk lacks."""
     return e if e.filename or not e.errno else OSError(e.errno, e.strerror, str(path))
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk too."""
+    """Sync a folder, so that the names in it are on the disk too."""
     with suppress(OSError):  # where a folder cannot be opened, as on Windows
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -1466,15 +1464,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def beside(target: Path, what: str) -> Path:
-    """A hidden name for what belongs to a file or folder, of whatever form its own name is, "." too."""
+    """A hidden path beside a file or folder, for what belongs to it; works for any form of its path, even "."."""
     whole = target.resolve()
     return whole.parent / f".{whole.name}.{what}"
 
 
 @contextmanager
 def locked(target: Path, wait: bool = False, lock: str = "lock") -> Iterator[None]:
-    """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, with the holder, if
-    another one has it."""
+    """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, naming the holder,
+    if another program has it."""
     path = beside(target, lock)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -1523,7 +1521,7 @@ def lock_file(f: io.TextIOWrapper) -> bool:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder beside what is being made, and its lock. What a killed program left in it goes."""
+    """A temporary folder beside `target`, which is locked. What a killed program left there is removed."""
     scratch = beside(target, "scratch")
     with locked(target):
         shutil.rmtree(scratch, ignore_errors=True)
@@ -1549,9 +1547,9 @@ MAX_DOWNLOAD = 100e9  # bytes
 
 
 def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> None:
-    """Fetch an http or https URL into a file. Raises UserError when it cannot be had, not all of it, or it is endless:
-    larger than MAX_DOWNLOAD or the free disk, or slower than 1 kB/s."""
-    import requests  # brought by tiktoken and datasets
+    """Fetch an http or https URL into a file. Raises UserError if the download fails, is incomplete, is larger than
+    MAX_DOWNLOAD or the free disk space, or is slower than 1 kB/s."""
+    import requests  # a dependency of tiktoken and datasets
     import urllib3
 
     def get() -> None:
@@ -1567,7 +1565,7 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
                     if (seconds := time.monotonic() - begun) > 2 * timeout and f.tell() < 1000 * seconds:
                         raise ValueError(f"the server sends less than 1 kB/s: gave up after {seconds:.0f} s")
             if max(length, f.tell()) > limit:
-                raise ValueError(f"it has more than {limit / 1e9:,.1f} GB, the limit or the room on the disk")
+                raise ValueError(f"it is larger than {limit / 1e9:,.1f} GB, the limit or the free disk space")
 
     for attempt in range(retries):
         try:
@@ -1601,7 +1599,7 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             found = [p for p in visible if p.is_file() and p.stat().st_size and not looks_binary(p, encoding)]
             if not found:
                 records = any(p.suffix.lower() in RECORD_FILES for p in path.rglob("*"))
-                hint = f": for its records, hf_tokenize --hf_dataset {source}" * records
+                hint = f": for its records, use hf_tokenize --hf_dataset {source}" * records
                 raise UserError(f"{source} is a directory without text files{hint}")
             files += in_mixed_order(found, path)
             continue
@@ -1609,7 +1607,7 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             raise UserError(f"{source}: no such file, folder or URL")
         files.append(path)
     if not any(p.stat().st_size for p in files):
-        raise UserError(f"{', '.join(sources)}: there is no text in it, the source is empty")
+        raise UserError(f"{', '.join(sources)}: the source is empty, there is no text in it")
     return files
 
 
@@ -1624,7 +1622,7 @@ def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
 
 
 def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -> Iterator[str]:
-    """The text of a file in blocks. Raises UserError with the line of what is not in the encoding."""
+    """The text of a file in blocks. Raises UserError, naming the line, for what is not in the encoding."""
     try:
         with told_as("--encoding", LookupError), open(path, encoding=encoding, errors=errors, newline="") as f:
             while block := f.read(PIECE_CHARS):
@@ -1632,7 +1630,7 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
                 if bar is not None:
                     bar.update(len(block))
     except UnicodeError as e:
-        if not isinstance(e, UnicodeDecodeError):  # of UTF-16 and UTF-32 without their mark, before Python 3.13
+        if not isinstance(e, UnicodeDecodeError):  # UTF-16 or UTF-32 without a BOM, before Python 3.13
             raise UserError(f"{path}: {e}: name the right --encoding (perhaps utf-16-le)") from None
         line, decoder = 1, codecs.getincrementaldecoder(encoding)()
         with open(path, "rb") as f, suppress(UnicodeDecodeError):
@@ -1643,8 +1641,8 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
 
 
 def split_point(text: str) -> int:
-    """Where text may be cut without changing its tokens: before the last white space that follows a letter or digit,
-    which ends a piece in GPT-2's split pattern and in every other in common use. 0 if there is none near the end."""
+    """Where text can be cut without changing its tokens: before the last white space that follows a letter or digit,
+    which ends a piece in GPT-2's split pattern and all others in common use. 0 if there is none near the end."""
     for i in range(len(text) - 1, max(len(text) - PIECE_CHARS // 4, 0), -1):
         if text[i] in " \n\t\r" and text[i - 1].isalnum():
             return i
@@ -1695,11 +1693,11 @@ class Meta(Settings):
 
     dtype: str = setting("uint16", "", ("uint16", "uint32"))
     n_tokens: int = setting(0, "", ge=1)
-    val_start: int = setting(0, "", ge=0)  # the token with which validation begins
+    val_start: int = setting(0, "", ge=0)  # index of the first validation token
     digest: str = ""  # of the ids
-    source: Any = None  # where they are from, and with which options they were made
+    source: Any = None  # where the text is from, and the options it was tokenized with
     tokenizer: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)  # of the folder, each with its digest
+    files: dict[str, str] = field(default_factory=dict)  # names in the folder -> digests
     format_version: int = setting(FORMAT_VERSION, "", ge=1)
 
 
@@ -1708,18 +1706,18 @@ DATA_FILES = ("data.bin", "mask.bin", "starts.bin")
 
 class DataWriter:
     """Writes a data folder. data.bin: token ids, little-endian uint16 or uint32, no header. For conversations also
-    mask.bin (one byte a token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
-    token). All is written beside the folder, under its lock; meta.json comes last, so a folder that has one is whole.
+    mask.bin (one byte per token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
+    token). All is written beside the folder, under its lock; meta.json comes last, so a folder with one is complete.
 
-    With a key, which says what is being written, save_progress makes what was written so far a state that a later
-    writer of the same key goes on from; `state` is what the caller gave with it, None at the start.
+    With a key, which identifies what is being written, save_progress marks a point from which a later writer with the
+    same key resumes; `state` is what the caller saved with it, None at the start.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, overwrite: bool, key: str | None = None) -> None:
         self.folder, self.part, self.key = folder, beside(folder, "part"), key
         settle(folder)
         if (folder / "meta.json").exists() and not overwrite:
-            raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
+            raise UserError(f"{folder} already exists: choose another --dataset or add --overwrite")
         self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer.n_vocab)
         saved = read_json(self.part / "progress.json", {}) if key else {}
         if not key or saved.get("key") != key:
@@ -1730,7 +1728,7 @@ class DataWriter:
         self.files = {name: open(self.part / name, "ab") for name in DATA_FILES}
         for name, f in self.files.items():
             f.truncate(saved.get(name, 0))
-            f.seek(0, os.SEEK_END)  # or tell() is where the file ended before
+            f.seek(0, os.SEEK_END)  # else tell() is where the file ended before
 
     def __enter__(self) -> "DataWriter":
         return self
@@ -1740,16 +1738,16 @@ class DataWriter:
             f.close()
 
     def __exit__(self, kind: type | None, error: Exception | None, *traceback: Any) -> None:
-        with suppress(OSError):  # of what could not be written
+        with suppress(OSError):  # it flushes what could not be written
             self.close()
-        # what is whole is put in its place later, what has progress a later writer goes on from
+        # a complete folder is put in place later; one with progress is resumed by a later writer
         if kind is None or not any((self.part / name).exists() for name in ("meta.json", "progress.json")):
             shutil.rmtree(self.part, ignore_errors=True)
         if isinstance(error, OSError):
             raise naming(self.part, error) from None
 
     def write(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append ids; with a mask, they are a conversation."""
+        """Append ids; with a mask, they form a conversation."""
         self.files["data.bin"].write(ids.astype(self.dtype, copy=False).tobytes())
         if mask is not None:
             self.files["starts.bin"].write(np.uint64(self.n_tokens).tobytes())
@@ -1763,21 +1761,21 @@ class DataWriter:
             os.fsync(f.fileno())
 
     def save_progress(self, state: Any) -> None:
-        """Make all that was written so far what a later writer goes on from."""
+        """Mark the end of all that was written so far as the point where a later writer resumes."""
         self.flush()
         sizes = {name: f.tell() for name, f in self.files.items()}
         counted = state, self.n_tokens, self.n_targets
         write_json(self.part / "progress.json", {"key": self.key, "counted": counted, **sizes})
 
     def finish(self, val_fraction: float, source: Any, n_bytes: int = 0) -> Meta:
-        """Put the files into the folder, and meta.json, which is returned; say what was made, of so many bytes."""
+        """Move the files into the folder, report what was made from n_bytes, and return what meta.json holds."""
         if not self.n_targets:
             name = source["hf_dataset"] if isinstance(source, dict) else self.folder
-            raise UserError(f"{name}: empty, or not one token is a target: conversations need assistant turns")
+            raise UserError(f"{name}: empty, or no token is a target: conversations need assistant turns")
         self.flush()
         val_start = self.n_tokens - min(int(self.n_tokens * val_fraction), 10_000_000)
         starts = np.fromfile(self.part / "starts.bin", "<u8")
-        if len(starts) and val_fraction:  # validation begins with a conversation
+        if len(starts) and val_fraction:  # validation begins at a conversation
             val_start = int(starts[min(np.searchsorted(starts, val_start), len(starts) - 1)])
         written = [name for name, f in self.files.items() if f.tell()]
         self.close()
@@ -1793,13 +1791,13 @@ class DataWriter:
 
 
 def settle(folder: Path) -> None:
-    """Put what was written for a data folder in its place, if it is whole: also what a killed program left so."""
+    """Move what was written for a data folder into place, if it is complete, even if a killed program left it."""
     part = beside(folder, "part")
     if not (part / "meta.json").exists():
         return
     wanted = read_schema(Meta, part / "meta.json").files
     folder.mkdir(exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is not whole
+    (folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is incomplete
     for name in DATA_FILES:
         if name not in wanted:
             (folder / name).unlink(missing_ok=True)
@@ -1815,8 +1813,8 @@ def tokenize_text(
     encoding: str = "utf-8-sig", errors: str = "strict", val_fraction: float = 0.1, overwrite: bool = False,
     source: Any = None,
 ) -> Meta:  # fmt: skip
-    """Make a data folder of text sources (see text_files). Memory does not grow with the text.
-    `source` is what meta.json says of where the text is from, if not the list of sources."""
+    """Make a data folder from text sources (see text_files). Memory does not grow with the text.
+    `source` is what meta.json records as the text's origin, if not the list of sources."""
     with scratch_folder(folder) as scratch:
         files = text_files(sources, scratch, encoding)
         total = sum(p.stat().st_size for p in files)
@@ -1859,14 +1857,14 @@ def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
 
 
 def map_tokens(path: Path, dtype: str, n: int | None = None) -> np.ndarray:
-    """A file of numbers, n of them if that is known, as an array that is read when it is used."""
+    """A file of numbers, n of them if known, as a memory map."""
     kind, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size if path.is_file() else -1
     if size <= 0:
         raise UserError(f"{path} is empty" if size == 0 else f"{path}: no such file")
     if size % kind.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, no whole number of {dtype} token ids: truncated, or no .bin file")
+        raise UserError(f"{path} has {size:,} bytes, not a whole number of {dtype} ids: truncated, or not a .bin file")
     if n is not None and size != n * kind.itemsize:
-        counts = f"{size // kind.itemsize:,} tokens and should have {n:,}"
+        counts = f"{size // kind.itemsize:,} tokens but should have {n:,}"
         raise UserError(f"{path} has {counts}: truncated or replaced; run tokenize again")
     return np.memmap(path, kind, "r")
 
@@ -1877,8 +1875,8 @@ def digest_of(*values: Any) -> str:
 
 @dataclass
 class Split:
-    """A part of a data set: token ids, in a memory map; for conversations also the index of the first token of each
-    (starts), and a byte a token, 1 where it is a target (mask)."""
+    """A part of a data set: token ids in a memory map; for conversations also the index of each one's first token
+    (starts), and one byte per token, 1 where it is a target (mask)."""
 
     name: str
     tokenizer: Tokenizer
@@ -1892,10 +1890,10 @@ class Split:
             self.check(self.tokens[i : i + 4096])
 
     def check(self, ids: np.ndarray) -> None:
-        """Raise UserError if the tokenizer lacks one of these ids: a GPU would end the program without a word."""
+        """Raise UserError if the tokenizer lacks one of these ids, which would crash a GPU without an explanation."""
         if (largest := int(ids.max(initial=0))) >= self.tokenizer.n_vocab:
             ends = f"tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}"
-            what = f"the {self.name} has token id {largest} and {ends}"
+            what = f"the {self.name} has token id {largest}, but {ends}"
             raise UserError(f"{what}: name another tokenizer with --tokenizer")
 
     def windows(self, block_size: int) -> np.ndarray | range:
@@ -1936,7 +1934,7 @@ class Split:
                 end = int(whole[-1]) if len(whole) else min(int(ends[0]), s + T + 1)
                 ids[i, : end - s], wanted[i, : end - s] = self.tokens[s:end], self.mask[s:end] == 1
                 segments[i] = np.searchsorted(ends, s + np.arange(T + 1), side="right")
-            wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # a conversation's first token follows from nothing
+            wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # nothing precedes a conversation's first token
             targets = np.where(wanted, ids, -1)
             arrays = {"idx": ids[:, :-1], "targets": targets[:, 1:], "segments": segments[:, :-1]}
         self.check(ids)
@@ -1944,15 +1942,15 @@ class Split:
 
 
 class Data:
-    """A data folder, or a .bin file of nanoGPT's, opened for reading: splits["train"] and splits["val"]. Nothing is
-    read before it is needed. digest identifies all of it, ids_digest the ids alone, as checkpoints had it at first."""
+    """A data folder or a nanoGPT .bin file, opened for reading: splits["train"] and splits["val"]. Nothing is read
+    before it is needed. digest identifies all of it, ids_digest only the ids, as the first checkpoints stored it."""
 
-    source: Any = None  # of a data folder, as its meta.json has it
+    source: Any = None  # of a data folder, from its meta.json
     parts: tuple = ()  # of a Mixture
 
     def __init__(self, path: Path, tokenizer: str | Tokenizer = "gpt2") -> None:
         self.path, self.folder = path, path if path.is_dir() else path.parent
-        if path.is_dir() and beside(path, "part").exists():  # what is there may be whole, or being written
+        if path.is_dir() and beside(path, "part").exists():  # it may be complete, or still being written
             with suppress(UserError, OSError), locked(path):
                 settle(path)
         if (self.folder / "meta.json").exists() and (path.is_dir() or path.name == "data.bin"):
@@ -1988,10 +1986,10 @@ class Data:
         return [(tokens[a:b], starts[(starts >= a) & (starts < b)] - a, mask[a:b]) for a, b in bounds]
 
     def read_nanogpt(self, file: Path, tokenizer: str | Tokenizer) -> list[tuple[np.ndarray]]:
-        """train.bin and the val.bin beside it, or another file's first nine tenths and the rest: uint16, of GPT-2's ids
-        unless said otherwise."""
+        """train.bin and the val.bin beside it, or another file with its last tenth held out: uint16, GPT-2's ids by
+        default."""
         if not file.exists():
-            raise UserError(f"{self.path} has neither meta.json nor train.bin: make it by tokenize or hf_tokenize")
+            raise UserError(f"{self.path} has neither meta.json nor train.bin: make it with tokenize or hf_tokenize")
         tokens, val = map_tokens(file, "uint16"), file.with_name("val.bin")
         self.tokenizer = load_tokenizer(tokenizer)
         parts = np.split(tokens, [len(tokens) - min(len(tokens) // 10, 10_000_000)])
@@ -2005,12 +2003,12 @@ class Data:
 
 
 class MixedSplit:
-    """A split of several data sets by their shares, which sum to 1, of the blocks. In an epoch every block
-    is seen, those of a data set that is small for its share again and again; the order is BlockSampler's."""
+    """A split of several data sets, each with its share of the blocks; shares sum to 1. An epoch sees every block, and
+    repeats those of a data set that is too small for its share; the order is BlockSampler's."""
 
     def __init__(self, splits: list[Split], shares: list[float]) -> None:
         self.splits, self.shares, self.name = splits, shares, " and the ".join(s.name for s in splits)
-        self.begins = np.cumsum([0, *(len(s.tokens) for s in splits)])  # of each, one after the other
+        self.begins = np.cumsum([0, *(len(s.tokens) for s in splits)])  # of the splits, laid end to end
         self.tokens, self.starts = range(self.begins[-1]), None
 
     def windows(self, block_size: int) -> np.ndarray:
@@ -2020,7 +2018,7 @@ class MixedSplit:
         return np.concatenate([begin + np.resize(part, round(share * n_blocks)) for part, share, begin in shared])
 
     def batch(self, windows: np.ndarray, blocks: Iterable[int], block_size: int) -> dict[str, Tensor]:
-        """As Split.batch. Beside conversations a block of text is one document."""
+        """Like Split.batch. Beside conversations, a block of text counts as one document."""
         rows, chat = [], any(split.starts is not None for split in self.splits)
         for begin in windows[blocks := np.asarray(blocks)]:
             i = int(np.searchsorted(self.begins, begin, side="right")) - 1
@@ -2031,11 +2029,11 @@ class MixedSplit:
 
 
 class Mixture(Data):
-    """Several data sets of one tokenizer, as one; `parts` names them again."""
+    """Several data sets with one tokenizer, as one; `parts` is how --data names them."""
 
     def __init__(self, data: list[Data], weights: list[float]) -> None:
         for other in data[1:]:
-            remedy = f"a mixture needs one for all, as tokenize --tokenizer {data[0].path} gives another text"
+            remedy = f"a mixture needs the same one; tokenize with --tokenizer {data[0].path}"
             same_tokenizer(data[0].tokenizer, data[0].path, other.tokenizer, other.path, remedy)
         self.tokenizer, self.folder, self.is_chat = data[0].tokenizer, data[0].folder, any(d.is_chat for d in data)
         self.parts = [f"{d.path}:{w}" for d, w in zip(data, weights, strict=True)]
@@ -2055,7 +2053,7 @@ class BlockSampler:
         self.table = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(n_blocks))
 
     def order(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The blocks at these places of an epoch; without a table where that would take more than 128 MiB."""
+        """The blocks at these places of an epoch, without a table if that would take more than 128 MiB."""
         if self.n_blocks <= 1 << 24:
             return self.table(epoch)[places]
         return permuted(places, self.n_blocks, (self.seed, epoch))
@@ -2069,8 +2067,8 @@ class BlockSampler:
 
 def permuted(places: np.ndarray, n: int, key: tuple[int, int]) -> np.ndarray:
     """Where a random permutation of 0 ... n - 1, one for each key, takes these places; it is never stored. A Feistel
-    network of six rounds permutes the numbers of so many bits; a result of n or more goes through it again, until it is
-    below n (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4)."""
+    network of six rounds permutes the numbers with that many bits; a result of n or more goes through it again until it
+    is below n (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4)."""
     half = np.uint64((max(n - 1, 1).bit_length() + 1) // 2)
     mask, round_keys = (np.uint64(1) << half) - np.uint64(1), np.random.SeedSequence(key).generate_state(6, np.uint64)
 
@@ -2096,7 +2094,7 @@ def existing_data(folder: Path) -> Data | None:
 
 
 def found_or_made(folder: Path, find: Callable[[Path], Data | None], make: Callable[[Path], Any]) -> Data:
-    """Data that is there, or else is made in a folder by one program, for which others, on other machines too, wait."""
+    """Existing data, or data made in a folder by one program while others, on other machines too, wait for it."""
     if (data := find(folder)) is None:
         with locked(folder, wait=True, lock="opening"):
             if (data := find(folder)) is None:
@@ -2117,7 +2115,7 @@ def tokenize_python_stdlib(folder: Path) -> None:
     files = in_mixed_order(in_utf8, root)
     if not files:
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
-    # a small vocabulary learns more in minutes, for its head takes less of a step (tests/benchmarks/README.md)
+    # a model with a small vocabulary learns more in minutes: its head takes less of a step (tests/benchmarks/README.md)
     tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=2048, source=str(root))
 
 
@@ -2132,7 +2130,7 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
         return found_or_made(DATA_DIR / STDLIB_DATA, existing_data, tokenize_python_stdlib)
     spec = re.sub(r"^_data_(\w+)_(?=/|$)", rf"{DATA_DIR}/\1", spec)  # as the published commands write it
     places = [Path(spec), DATA_DIR / spec]
-    if all(path.is_dir() for path in places):  # a folder of text may have the name of the data made of it
+    if all(path.is_dir() for path in places):  # a folder of text may have the name of the data made from it
         places.sort(key=lambda path: not any((path / name).exists() for name in ("meta.json", "train.bin")))
     for path in places:
         if path.is_dir() or path.suffix == ".bin" and path.is_file():
@@ -2144,21 +2142,21 @@ def open_data(spec: str | None, tokenizer: str | Tokenizer = "gpt2", vocab_size:
 
 
 def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: int | None = None) -> Data:
-    """One data set or none, as open_data has it; or a mixture of several, each NAME or NAME:WEIGHT."""
+    """Open one data set or the default, as open_data does, or a mixture of several, each NAME or NAME:WEIGHT."""
     if len(specs) < 2:
         return open_data(specs[0] if specs else None, tokenizer, vocab_size)
     data, weights = [], []
     for spec in specs:
         name, weight = re.fullmatch(r"(.*?)(?::(\d+|\d*\.\d+))?", spec, re.DOTALL).groups()
         if weight and not 1e-4 <= float(weight) <= 1e4:  # the order of all blocks is in memory
-            raise UserError(f"--data {spec}: a weight lies between 0.0001 and 10000")
+            raise UserError(f"--data {spec}: a weight must lie between 0.0001 and 10000")
         data.append(open_data(name, data[0].tokenizer if data else tokenizer, vocab_size))
         weights.append(float(weight or 1))
     return Mixture(data, weights)
 
 
 def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int | None) -> Data:
-    """The data folder of one file of text or of records, made if it is not there yet."""
+    """The data folder for one file of text or records, made if it does not exist yet."""
     name = path.stem if isinstance(tokenizer, str) else f"{path.stem}_{tokenizer.name}"
 
     def find(folder: Path) -> Data | None:
@@ -2170,7 +2168,7 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int | None)
             if same and moved(source) == moved(describe_sources([str(path)])):
                 return data
             if data.folder == folder:
-                other = f"{folder} was made from something else than {path}, or by another tokenizer or chat template"
+                other = f"{folder} was made from other data than {path}, or with another tokenizer or chat template"
                 raise UserError(f"{other}: remove the folder, or give the file another name")
 
     def make(folder: Path) -> None:
@@ -2190,7 +2188,7 @@ RECORD_FILES = {
     ".parquet": "parquet", **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"), ".csv": "csv", ".arrow": "arrow",
 }  # fmt: skip
 ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "bing", "model"), "assistant")}
-FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the columns that show one, its turns
+FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the columns that identify one, its turns
     "messages": (("messages",), lambda r: [(t.get("role"), t.get("content")) for t in r["messages"] or []]),
     "sharegpt": (("conversations",), lambda r: [(t.get("from", t.get("role")), t.get("value", t.get("content")))
                                                 for t in r["conversations"] or []]),
@@ -2203,7 +2201,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
 
 
 def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[dict[str, str]] | None:
-    """The turns of a record, in the form that its columns show or chat_format says; None if it has none."""
+    """The turns of a record, in the form that its columns show or chat_format names; None if it has none."""
     if "response" in record:
         record = {"completion": record["response"], **record}
     form = chat_format or next((name for name, (columns, _) in FORMS.items() if record.keys() >= set(columns)), None)
@@ -2218,15 +2216,15 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
             raise TypeError
         turns = [(ROLES.get(role, role), joined(content)) for role, content in turns_of(record)]
     except (AttributeError, TypeError):
-        raise UserError(f"column {columns[0]} holds {str(value)[:60]!r} where {form} has a list of turns") from None
+        raise UserError(f"column {columns[0]} holds {str(value)[:60]!r}, but {form} needs a list of turns") from None
     if (said := record.get("system")) and isinstance(said, str) and turns and turns[0][0] != "system":
         turns.insert(0, ("system", said))  # from a column of its own
     system = 1 if turns and turns[0][0] == "system" else 0
     for i, (role, content) in enumerate(turns):
         if not isinstance(content, str):
-            raise UserError(f"a turn's content is {type(content).__name__} and not text: {str(content)[:100]}")
+            raise UserError(f"a turn's content is {type(content).__name__}, not text: {str(content)[:100]}")
         if i >= system and role != ("user", "assistant")[(i - system) % 2]:
-            raise UserError(f"roles are out of order: turn {i + 1} is {role!r}, and user and assistant must take turns")
+            raise UserError(f"roles are out of order: turn {i + 1} is {role!r}, but user and assistant must alternate")
     return [{"role": role, "content": content} for role, content in turns]
 
 
@@ -2248,8 +2246,8 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
     return tokenizer.fields.chat_template or (CHATML if {IM_START, IM_END} <= tokenizer.special.keys() else None)
 
 
-# Templates of strangers are programs, which may never end, so a process of its own renders them, as transformers does:
-# in a sandbox (torch brings jinja2). A line of JSON for each conversation.
+# A stranger's template is a program that may never end, so a separate process renders it, in a sandbox as transformers
+# does (jinja2 comes with torch). One line of JSON per conversation.
 RENDERER = """
 import functools, json, sys, time
 from jinja2.ext import Extension
@@ -2286,15 +2284,15 @@ for line in sys.stdin:
 
 @functools.lru_cache(maxsize=1)
 def renderer(pid: int) -> subprocess.Popen:
-    """The renderer of the process pid."""
+    """The rendering process of the process pid."""
     command = [sys.executable, "-c", RENDERER]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     apart = dict(start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
-    return subprocess.Popen(command, **pipes, **apart)  # a terminal's Ctrl-C is not for it
+    return subprocess.Popen(command, **pipes, **apart)  # it must not get a terminal's Ctrl-C
 
 
 def render_template(template: str, values: dict[str, Any], seconds: float = 10.0) -> str:
-    """A template's text. Raises UserError for what it raises, or if it takes too long."""
+    """The text that a template renders. Raises UserError if it fails or takes too long."""
     if template == CHATML:
         turns = [f"{IM_START}{m['role']}\n{m['content'].strip()}{IM_END}\n" for m in values["messages"]]
         return "".join(turns) + f"{IM_START}assistant\n" * values["add_generation_prompt"]
@@ -2319,23 +2317,23 @@ def render_template(template: str, values: dict[str, Any], seconds: float = 10.0
 
 
 def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-    """A conversation as the model's chat template writes it. What looks like a special token in a turn is taken out."""
+    """A conversation as the model's chat template renders it. Names of special tokens are removed from its turns."""
     template = chat_template(tokenizer)
     if template is None:
         raise UserError(f"{tokenizer.name} has no chat template: finetune the model on conversations first")
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
     named = {k: getattr(tokenizer.fields, k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    tokens = {k: token for k, token in named.items() if token}  # else undefined, for which templates ask
+    tokens = {k: token for k, token in named.items() if token}  # else undefined, which templates test for
     values = {"messages": clean, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-    with told_as("the chat template cannot be used", Exception, UserError):  # it raises what it likes
+    with told_as("the chat template cannot be used", Exception, UserError):  # it can raise anything
         return render_template(template, values | tokens)
 
 
 def encode_conversation(
     tokenizer: Tokenizer, messages: list[dict[str, str]], train_on_all: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a rendered conversation, as apply_chat_template gives them, and the mask of targets: what the
-    assistant says and its end of turn, or everything. Where a template rewrites earlier answers (Qwen 3's drops their
+    """Token ids of a rendered conversation, as apply_chat_template gives them, and the target mask: what the
+    assistant says and its end of turn, or everything. If a template rewrites earlier answers (Qwen 3's drops their
     thinking) only the last one counts."""
     ids, mask, specials = [], [], set(tokenizer.special.values())
     for i, message in enumerate(messages):
@@ -2346,7 +2344,7 @@ def encode_conversation(
         if not after.startswith(before):
             raise UserError("this chat template changes earlier turns when they are answered: training on it is not "
                             "supported")  # fmt: skip
-        whole = tokenizer.encode_rendered(after)  # a turn alone may get the space that begins a text
+        whole = tokenizer.encode_rendered(after)  # encoded alone, a turn may get the space that begins a text
         n = common_prefix(tokenizer.encode_rendered(before), whole)
         k = min(common_prefix(ids, whole), n)
         end = max((j + 1 for j in range(n, len(whole)) if whole[j] in specials), default=len(whole))
@@ -2356,7 +2354,7 @@ def encode_conversation(
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many elements two lists begin with alike."""
+    """The length of the common prefix of two lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -2364,30 +2362,30 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 class ChatFormat(Settings):
     """conversations"""
 
-    chat_format: str | None = setting(None, "form of the conversations (default: what the columns show)", FORMS)
+    chat_format: str | None = setting(None, "form of the conversations (default: detected from the columns)", FORMS)
     train_on_all: bool = setting(False, "every token of a conversation is a target, not only the assistant's")
-    skip_bad: bool = setting(False, "leave out records that cannot be used, and say how many")
+    skip_bad: bool = setting(False, "skip unusable records, and report how many")
 
 
 @dataclass
 class Records(ChatFormat):
     """Hugging Face data set"""
 
-    hf_dataset: str = setting("", "a data set of the hub, or a local folder or file (parquet, json, csv, text, arrow)")
+    hf_dataset: str = setting("", "a data set on the Hub, or a local folder or file (parquet, json, csv, text, arrow)")
     hf_split: str = setting("train", "split of the data set")
-    hf_text_column: str | None = setting(None, "column of text or turns (default: what the columns show)")
+    hf_text_column: str | None = setting(None, "column of text or turns (default: detected from the columns)")
     hf_config: str | None = setting(None, "configuration of the data set")
     hf_revision: str | None = setting(None, "branch, tag or commit of the data set")
-    streaming: bool = setting(False, "read it as it comes, without a copy on the disk")
-    num_proc: int = setting(1, "processes that tokenize", ge=1, le=1024)
+    streaming: bool = setting(False, "read records as they arrive, without a copy on disk")
+    num_proc: int = setting(1, "number of tokenizing processes", ge=1, le=1024)
     max_tokens: int = setting(0, "stop after about this many (0: all)", ge=0)
     val_fraction: float = setting(0.1, "fraction held out for validation, at most 10M tokens", ge=0, lt=1)
 
     def describe(self) -> dict[str, Any]:
-        """What the ids are made of, for meta.json: the options that change them, and the files."""
+        """What the ids are made from, for meta.json: the options that affect them, and the files."""
         options = {f.name: getattr(self, f.name) for f in fields(Records) if f.name not in ("streaming", "num_proc")}
         path = Path(self.hf_dataset)
-        files = [self.hf_dataset, *map(str, sorted(path.rglob("*")))]  # a folder's, one by one
+        files = [self.hf_dataset, *map(str, sorted(path.rglob("*")))]  # those of a folder, one by one
         return {**options, "files": describe_sources(files) if path.exists() else None}
 
     def open(self) -> Any:
@@ -2400,7 +2398,7 @@ class Records(ChatFormat):
         if not path.exists() and path.suffix.lower() in kinds:
             raise UserError(f"{path}: no such file")
         if path.is_file() and path.suffix.lower() not in kinds:
-            raise UserError(f"{path}: a local data set is one of {', '.join(kinds)}, or a folder")
+            raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         for file in files:
             if RECORD_FILES.get(file.suffix.lower()) == "json":
@@ -2411,17 +2409,17 @@ class Records(ChatFormat):
             options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # a file is a document
         if found == {".csv"}:
             options["keep_default_na"] = False  # NA and None are text
-        missing = f"{path} is no local data set, and not to be had from the Hub"
+        missing = f"{path} is not a local data set, and cannot be read from the Hub"
         # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
         with told_as(f"cannot read {path}" if path.exists() else missing):
             if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # by save_to_disk
                 table = datasets.load_from_disk(str(path))
                 splits = table if isinstance(table, dict) else {self.hf_split.partition("[")[0]: table}
                 if self.hf_split not in splits:
-                    raise ValueError(f"there is no split {self.hf_split!r}, but {', '.join(splits)}")
+                    raise ValueError(f"there is no split {self.hf_split!r}, only {', '.join(splits)}")
                 table = splits[self.hf_split]
                 return table.to_iterable_dataset() if self.streaming else table
-            if path.is_file():  # it is whatever split is asked for
+            if path.is_file():  # it serves as any split
                 file = {self.hf_split.partition("[")[0]: str(path)}
                 return datasets.load_dataset(kinds[path.suffix.lower()], data_files=file, **options)
             return datasets.load_dataset(self.hf_dataset, self.hf_config, revision=self.hf_revision, **options)
@@ -2443,13 +2441,13 @@ class Records(ChatFormat):
         if isinstance(value, str) or value is None or value == []:
             return value or ""
         kind = f"{type(value).__name__} {str(value)[:60]!r}"
-        raise UserError(f"column {column!r} holds {kind}, and text or a list of turns is needed")
+        raise UserError(f"column {column!r} holds {kind}, but must hold text or a list of turns")
 
     def texts(self, limit: int = 100_000_000) -> Iterator[str]:
         """What a vocabulary is learned from: the first 100 MB."""
         for record in readable(self.open(), self.hf_dataset):
             content: Any = ""
-            with suppress(UserError):  # what is wrong with it will be told when it is encoded
+            with suppress(UserError):  # its error is reported when it is encoded
                 content = self.content(record)
             for text in [content] if isinstance(content, str) else [m["content"] for m in content]:
                 yield text
@@ -2459,7 +2457,7 @@ class Records(ChatFormat):
 
 
 def check_nesting(path: Path, deepest: int = 200) -> None:
-    """Raise UserError for JSON so deep that pyarrow's reader would crash."""
+    """Raise UserError for JSON nested so deeply that pyarrow's reader would crash."""
     depth = 0
     with open(path, "rb") as f:
         while block := b"".join(f.readlines(1 << 24)):
@@ -2473,15 +2471,15 @@ def check_nesting(path: Path, deepest: int = 200) -> None:
 
 @functools.cache
 def workers_end_with_program() -> None:
-    """Have the processes that `datasets` forks end when the program is killed, on Linux."""
+    """On Linux, make the processes that `datasets` forks end when the program is killed."""
     if sys.platform == "linux":
         libc, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
         os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Token ids of a record, and the mask of targets if it is a conversation; in this process or one of `datasets`',
-    from which a UserError would come back as another class."""
+    """Token ids of a record, its target mask if it is a conversation, or its error: `datasets` may run this in another
+    process, from which a UserError would come back as another class."""
     try:
         tokenizer, content, mask = tokenizer_of(spec), r.content(record), None
         if isinstance(content, str):
@@ -2490,7 +2488,7 @@ def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, An
             ids, mask = encode_conversation(tokenizer, content, r.train_on_all)
         return {"ids": ids, "mask": mask, "error": None}
     except UserError as e:
-        text = json.dumps({**record}, ensure_ascii=False, default=str)  # as the record's file may have it
+        text = json.dumps({**record}, ensure_ascii=False, default=str)  # as it may stand in the record's file
         where = f"in the record {text[:100]}{' ...' * (len(text) > 100)}"
         return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} ({where})"}
 
@@ -2503,11 +2501,11 @@ def tokenizer_of(spec: str) -> Tokenizer:
 def tokenize_records(
     folder: Path, r: Records, tokenizer: str | Tokenizer, vocab_size: int | None = None, overwrite: bool = False
 ) -> Meta:
-    """Make a data folder of a `datasets` data set. With streaming, an interrupted run goes on where it stopped."""
+    """Make a data folder from a `datasets` data set. With streaming, an interrupted run resumes where it stopped."""
     from datasets import Features, Value
 
     if r.streaming and r.num_proc > 1:
-        raise UserError("--num_proc is for records on the disk: leave it out, or --streaming")
+        raise UserError("--num_proc is for records on disk: leave it out, or leave --streaming out")
     tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
     key = json.dumps([source, digest_of(tokenizer.spec)]) if r.streaming else None
@@ -2518,7 +2516,7 @@ def tokenize_records(
         records = r.open()
         whole = (row for row in map(encode, () if r.streaming else readable(records, r.hf_dataset)) if not row["error"])
         if next(whole, {"mask": None})["mask"] is not None:
-            # conversations often stand by subject, of which the last tenth, held out, would be others than the rest
+            # conversations are often sorted by subject, so the last tenth, held out, would differ from the rest
             records = records.shuffle(seed=0, keep_in_memory=True)
         if writer.state is not None:
             say(f"resuming after {writer.n_tokens:,} tokens")
@@ -2532,14 +2530,14 @@ def tokenize_records(
             rows = map(encode, records)
         for row in readable(rows, r.hf_dataset):
             if row["error"] and not r.skip_bad:
-                raise UserError(f"{row['error']}: mend it, or have tokenize or hf_tokenize --skip_bad leave it out")
+                raise UserError(f"{row['error']}: fix it, or skip it with tokenize or hf_tokenize --skip_bad")
             if row["error"]:
                 n_bad, first_bad = n_bad + 1, first_bad or row["error"]
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
             if len(ids):
                 is_chat, was_chat = mask is not None, writer.files["starts.bin"].tell() > 0
                 if writer.n_tokens and is_chat != was_chat:
-                    raise UserError(f"{r.hf_dataset} holds conversations and other text: give each its own data set")
+                    raise UserError(f"{r.hf_dataset} mixes conversations and other text: make a data set of each")
                 ids = np.concatenate((separator, ids)) if writer.n_tokens and not is_chat else ids
                 writer.write(ids, np.asarray(mask) if is_chat else None)
             n_empty += not len(ids) and not row["error"]
@@ -2550,14 +2548,14 @@ def tokenize_records(
                 writer.save_progress((records.state_dict(), n_bad, first_bad, n_empty))
                 saved_at = time.monotonic()
         if n_bad:
-            say(f"left out {n_bad:,} record(s) that cannot be used; the first: {first_bad}", sys.stderr)
+            say(f"skipped {n_bad:,} unusable record(s); the first: {first_bad}", sys.stderr)
         if n_empty and writer.n_tokens:
-            say(f"{n_empty:,} record(s) without text, or without a turn of the assistant", sys.stderr)
+            say(f"{n_empty:,} record(s) without text or an assistant turn", sys.stderr)
         return writer.finish(r.val_fraction, source)
 
 
 def readable(records: Iterable, source: str) -> Iterator[dict[str, Any]]:
-    """What `datasets` yields, with its errors (a damaged file, a lost connection) as UserErrors."""
+    """The records that `datasets` yields, with its errors (a damaged file, a lost connection) as UserErrors."""
     with told_as(f"cannot read {source}"):  # datasets, pyarrow, pandas and httpx each have their own
         yield from records
 
@@ -2573,8 +2571,8 @@ class SamplingSettings(Settings):
 
     temperature: float = setting(0.9, "divides the logits; 0 is greedy: always the most likely token", ge=0)
     top_k: int = setting(0, "sample among the k most likely tokens (0: all)", ge=0)
-    top_p: float = setting(1.0, "sample among the most likely tokens that have this probability together", gt=0, le=1)
-    min_p: float = setting(0.05, "leave out tokens less likely than this fraction of the most likely", ge=0, le=1)
+    top_p: float = setting(1.0, "sample among the most likely tokens whose probabilities add up to this", gt=0, le=1)
+    min_p: float = setting(0.05, "drop tokens less likely than this fraction of the most likely one", ge=0, le=1)
     repetition_penalty: float = setting(1.0, "above 1: lower the logits of tokens already in the text", gt=0)
 
 
@@ -2582,9 +2580,9 @@ PLAIN_SAMPLING = dict(temperature=1.0, min_p=0.0)  # the model's own distributio
 
 
 def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = None) -> Tensor:
-    """The distribution that is sampled from, (B, vocab) float32, of logits (B, vocab). Filters apply in the order
+    """The distribution to sample from, (B, vocab) float32, given logits (B, vocab). Filters apply in the order
     repetition penalty (arXiv 1909.05858, section 4.1; seen (B, n) are the tokens so far), temperature, top_k, top_p
-    (arXiv 1904.09751), min_p (arXiv 2407.01082), as in transformers. Greedy is the distribution with one token."""
+    (arXiv 1904.09751), min_p (arXiv 2407.01082), as in transformers. Greedy puts all probability on one token."""
     if s.repetition_penalty != 1 and seen is not None:
         score = logits.gather(1, seen)
         score = torch.where(score < 0, score * s.repetition_penalty, score / s.repetition_penalty)
@@ -2607,8 +2605,8 @@ def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """One index (B,) from each row of unnormalised probabilities (B, n), by inversion of the cumulative distribution.
-    In float32, since MPS has no float64: u < 1 times the total never rounds up to the total, so that the index is of a
-    token that has a probability."""
+    In float32, since MPS has no float64: u < 1 times the total never rounds up to the total, so the index is always
+    that of a token with some probability."""
     cumulative = probs.float().cumsum(dim=-1)
     u = torch.rand(probs.size(0), 1, device=probs.device, generator=generator)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
@@ -2622,8 +2620,8 @@ def sample_token(logits: Tensor, s: SamplingSettings, seen: Tensor | None, gener
 
 
 def left_pad(prompts: list[list[int]] | Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as a matrix (B, longest), padded at the left, and how much padding each has (None if none). A matrix of
-    prompts is that already."""
+    """Prompts as a matrix (B, longest), padded on the left, and how much padding each has (None if none). A matrix of
+    prompts is returned as it is."""
     if isinstance(prompts, Tensor):
         return prompts, None
     longest = max(map(len, prompts))
@@ -2641,15 +2639,15 @@ def generate(
     """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
-    context, its last half is read again into an empty cache and generation goes on from there. With a cache of the
-    caller's, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens
-    may come first; `seen` are the tokens in a caller's cache, which the repetition penalty counts too.
+    context, its last half is read again into an empty cache and generation goes on from there. With the caller's
+    own cache, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens
+    may come first; `seen` are the tokens in the caller's cache, which the repetition penalty counts too.
     """
     context, device = model.config.context, model.device
     idx, pad = left_pad(prompts, device)
     if idx.size(1) > context:
         longer = ", or extend the context with --rope_scaling yarn --rope_factor N" * (model.rope_cos is not None)
-        raise UserError(f"the prompt has {idx.size(1):,} tokens and the context is {context:,}: shorten it{longer}")
+        raise UserError(f"the prompt has {idx.size(1):,} tokens but the context is {context:,}: shorten it{longer}")
     own_cache, new = cache is None, idx
     if seen:
         idx = torch.cat((torch.tensor([seen], device=device), idx), dim=1)
@@ -2671,8 +2669,8 @@ def generate(
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """The model in eval mode, and as it was afterwards. Processes over which it is sharded enter together, and each of
-    them has all of it meanwhile. Without cuDNN's attention, which on an H100 plans half a second for each length."""
+    """Put the model in eval mode, and restore it afterwards. Processes that share its shards enter together, and each
+    holds all of it meanwhile. cuDNN's attention is off: on an H100 it plans for half a second for each length."""
     was_training, cudnn = model.training, torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     model.eval()
@@ -2695,7 +2693,7 @@ def generate_text(
     """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens.
 
     heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one,
-    since that is how the model has seen words ("def" and " name")."""
+    since that is how the model saw words in training ("def" and " name")."""
     first = None
     if heal and len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" " and tokenizer.begins_with_space.sum() > 1:
         first, prompt = tokenizer.begins_with_space, prompt[:-1]
@@ -2710,11 +2708,11 @@ def read_tokens(
     tokens: Iterable[Tensor], tokenizer: Tokenizer, num_samples: int, stop: Iterable[str],
     on_text: Callable[[str], None], skip_space: bool = False,
 ) -> list[str]:  # fmt: skip
-    """The texts of generated tokens (num_samples,), read until each has come to the end-of-text token or to one of the
-    `stop` strings, before which it ends. The first text is handed to on_text as it grows."""
+    """The texts of generated tokens (num_samples,), read until each reaches the end-of-text token or one of the `stop`
+    strings, which are left out. The first text is passed to on_text as it grows."""
     ends = {*tokenizer.fields.ends, tokenizer.special.get(EOT), tokenizer.special.get(IM_END)}
     stop = [s for s in stop if s]
-    # text comes out when it is whole: a character may be spread over several tokens
+    # incremental, since a character may be spread over several tokens
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
     texts, done, shown = [""] * num_samples, [False] * num_samples, 0
     held = max(map(len, stop), default=1) - 1  # characters that may turn out to be the start of a stop string
@@ -2738,15 +2736,15 @@ def read_tokens(
 
 
 def shown_text(model: GPT, *arguments: Any, **options: Any) -> str:
-    """generate_text's first text, in the first process; the others help to gather the model."""
+    """The first text of generate_text, in the first process; the others only help gather the model."""
     with evaluating(model):
         return generate_text(model, *arguments, **options)[0] if rank() == 0 else ""
 
 
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
-    """Hold a model's weights as they generate fastest. On a CPU one token is limited by memory, as every weight is read
-    once for it: `auto` is float16 weights, or int8 on request, and float32 activations, with the blocks in C (see
-    CEngine) where there is a C compiler. On a GPU it is limited by launches: see CUDAGraphs."""
+    """Store a model's weights for the fastest generation. A CPU is limited by memory bandwidth, as each token reads
+    every weight: `auto` is float16 weights, or int8 on request, and float32 activations, with the blocks in C (see
+    CEngine) if there is a C compiler. A GPU is limited by kernel launches: see CUDAGraphs."""
     c, on_cpu = model.config, model.device.type == "cpu"
     if quantize and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
@@ -2772,7 +2770,7 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for generation, its weights in 8 bits with one scale a row (the largest is 127)."""
+    """A linear layer for generation, with int8 weights and one scale per row (the row's largest becomes 127)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -2792,7 +2790,7 @@ class Int8Linear(nn.Module):
 
 @dataclass
 class Source(Settings):
-    """Data or a teacher of a run, and what tells whether they are still the same."""
+    """The data or the teacher of a run, and what identifies it."""
 
     path: str
     digest: str | None = None
@@ -2809,7 +2807,7 @@ class Checkpoint(Settings):
     model: dict[str, Tensor]
     tokenizer: dict[str, Any]
     format_version: int = FORMAT_VERSION
-    kind: str = ""  # the command that made it, and its arguments
+    kind: str = ""  # the command that wrote it, and its arguments
     arguments: list[str] = field(default_factory=list)
     variant: str = ""
     step: int = 0
@@ -2817,8 +2815,8 @@ class Checkpoint(Settings):
     train_config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # a Source
     metrics: dict[str, Any] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)  # the run's records so far: the file beside it is a copy
-    optimizer: list[dict[str, Any]] | None = None  # this and the scaler: only in what a run goes on from
+    log: list[str] = field(default_factory=list)  # the run's records so far; the log file is a copy
+    optimizer: list[dict[str, Any]] | None = None  # this and the scaler: only in states to resume from
     scaler: dict[str, Any] | None = None
     lora_rank: int = setting(0, "", ge=0)
     new_tokens: list[int] = field(default_factory=list)  # whose embeddings LoRA trains too
@@ -2826,12 +2824,12 @@ class Checkpoint(Settings):
     teacher: dict[str, Any] | None = None  # a Source
 
 
-SEAL = b"sha256:"  # begins the comment that ends a checkpoint, which is a zip archive; the digest follows
+SEAL = b"sha256:"  # with the digest, the comment at the end of a checkpoint, which is a zip archive
 
 
 def seal_of(path: Path, size: int) -> bytes:
     """The seal of the first `size` bytes of a file: an archive that ends in the length of its comment, two bytes that
-    are written after the seal, and so count as 0."""
+    are filled in later, and so count as 0."""
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
         with memoryview(m) as view, view[: size - 2] as content:
             digest = hashlib.sha256(content)
@@ -2840,11 +2838,11 @@ def seal_of(path: Path, size: int) -> bytes:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[], None] = lambda: None) -> None:
-    """Write a checkpoint atomically; `before` is called when it is whole and about to take the place of an earlier."""
+    """Write a checkpoint atomically; `before` is called when it is complete and about to replace an earlier one."""
     with atomic_write(path) as f:
         try:
             torch.save({"format_version": FORMAT_VERSION, **checkpoint}, f)
-        except RuntimeError as e:  # what PyTorch makes of a full disk or a second Ctrl-C
+        except RuntimeError as e:  # PyTorch raises it for a full disk or a second Ctrl-C
             raise e.__context__ or e from None
         f.flush()
         seal = seal_of(Path(f.name), f.tell())
@@ -2854,7 +2852,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[],
 
 
 def read_archive(path: Path) -> Any:
-    """What is in a checkpoint, which is known to be whole from format 3 on. Only tensors and plain containers are
+    """The content of a checkpoint, verified by its digest from format 3 on. Only tensors and plain containers are
     unpickled, so a file that would run code is refused."""
     with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
         with open(path, "rb") as f:
@@ -2864,8 +2862,8 @@ def read_archive(path: Path) -> Any:
         if seal.startswith(SEAL) and seal != seal_of(path, size):
             raise ValueError("its digest differs")
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no file of PyTorch's")
-        in_place = os.name != "nt"  # Windows does not let a file be replaced that is mapped into memory
+            raise ValueError("it is not a PyTorch file")
+        in_place = os.name != "nt"  # Windows cannot replace a file that is mapped into memory
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
         version = content.get("format_version") if isinstance(content, dict) else None
         if not seal.startswith(SEAL) and version in range(3, FORMAT_VERSION + 1):
@@ -2888,12 +2886,12 @@ def as_checkpoint(path: Path, content: Any) -> Checkpoint:
             sums, m = c.metrics.pop("running_parts", None) or [(), ()], c.metrics
             m["sums"] = dict(zip(("divergence", "cross_entropy"), zip(*sums, strict=True), strict=False))
             m["sums"]["loss"] = m.pop("running_loss", 0.0), c.step - m.pop("logged_step", 0)
-            (c.teacher or {}).pop("digest", None)  # it counted settings of that format
+            (c.teacher or {}).pop("digest", None)  # it included settings of that format
     return c
 
 
 def find_checkpoint(spec: str | None) -> Path:
-    """The path of what --model_checkpoint names: a path, or a file name under checkpoints/; else the newest there."""
+    """The path that --model_checkpoint names: a path, or a name under checkpoints/; by default the newest there."""
     if spec is None:
         found = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
         missing = f"there is no checkpoint under {CHECKPOINT_DIR}/ yet: train one, or name one with --model_checkpoint"
@@ -2908,18 +2906,18 @@ def find_checkpoint(spec: str | None) -> Path:
 
 @dataclass
 class Opened:
-    """A model to use, in eval mode and float32, and where it is from."""
+    """A model opened for use, in eval mode and float32, and where it came from."""
 
     model: GPT
     tokenizer: Tokenizer
     path: Path
-    name: str  # what runs that start from it are called after
-    checkpoint: Checkpoint | None  # None for one of Hugging Face
+    name: str  # runs that start from it are named after this
+    checkpoint: Checkpoint | None  # None for a Hugging Face model
 
 
 def open_model(spec: str | None, device: torch.device | str = "cpu", variant: str | None = None, **overrides) -> Opened:
-    """Open a model: one of our checkpoints, a Hugging Face directory, or a hub id, `owner/name` or
-    `owner/name@revision`. Raises UserError unless it has the shape of a variant that is named."""
+    """Open a model: one of our checkpoints, a Hugging Face directory, or a Hub id, `owner/name` or
+    `owner/name@revision`. Raises UserError unless it has the shape of the variant, if one is named."""
     places = [] if spec is None else [Path(spec), CHECKPOINT_DIR / spec]
     is_ours = not places or places[0].parent == CHECKPOINT_DIR or any(p.exists() for p in places)
     is_hub_id = not is_ours and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?(?<!\.pt)", spec)
@@ -2930,7 +2928,7 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
     else:
         c = load_checkpoint(path)
         if c.config.get("attn_implementation") == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-            overrides = {"attn_implementation": "auto", **overrides}  # how it was trained, and not what it is
+            overrides = {"attn_implementation": "auto", **overrides}  # how it was trained, not part of the model
         model = build_model(GPTConfig(**{**c.config, **overrides}), c.model, path).float().to(device)
         c.model, c.optimizer = {}, None
         with told_as(str(path), UserError):
@@ -2945,20 +2943,20 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
     return opened
 
 
-DESKTOP_FILES = {".DS_Store", "desktop.ini", "Thumbs.db"}  # by which Macs and Windows remember how a folder looked
-EXPORT_LIST = "export.json"  # names the files of an export, which --overwrite may replace, each with its digest
+DESKTOP_FILES = {".DS_Store", "desktop.ini", "Thumbs.db"}  # where macOS and Windows store a folder's view
+EXPORT_LIST = "export.json"  # the files of an export, which --overwrite may replace, and their digests
 
 
 def export_digests(folder: Path) -> dict[str, str]:
-    """The files of an export, by name; without a digest in those of format 2."""
+    """The files of an export, name -> digest; format 2 has no digests."""
     listed = read_json(folder / EXPORT_LIST, {}) if folder.is_dir() else {}
     listed = dict.fromkeys(listed, "") if is_a(listed, list[str]) else listed
     return {k: v for k, v in listed.items() if Path(k).name == k} if is_a(listed, dict[str, str]) else {}
 
 
 def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path, lora_rank: int = 0) -> GPT:
-    """A GPT that takes over the tensors of a state dictionary, which must fit it exactly. Low-rank terms are merged
-    unless it has them too."""
+    """A GPT that takes over the tensors of a state dictionary, which must fit exactly. Low-rank terms are merged unless
+    lora_rank gives the GPT its own."""
     with torch.device("meta"):
         model = GPT(config)
         if lora_rank:
@@ -2987,7 +2985,7 @@ def world_size() -> int:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What the first process finds, in all of them; but the others have only the shapes of its tensors."""
+    """Call make in the first process and give its result to all; the others get only the shapes of its tensors."""
     if world_size() == 1:
         return make()
     found = make() if rank() == 0 else None
@@ -2997,7 +2995,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def copied_to(x: Any, device: str) -> Any:
-    """A copy of containers of tensors on another device. On "meta" it is only their shapes."""
+    """A copy of nested containers of tensors on another device; on "meta", of their shapes only."""
     if isinstance(x, Checkpoint):
         return replace(x, **copied_to(vars(x), device))
     if isinstance(x, dict):
@@ -3015,21 +3013,21 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def shard_model(model: GPT, fsdp: bool) -> None:
-    """Shard a model over the processes: each owns some rows of every parameter, and so of its gradient and of the
-    optimizer's state. PyTorch's FSDP2 gathers a block's for its passes, to be kept until the backward pass or (fsdp) no
+    """Shard a model over the processes: each owns some rows of every parameter, of its gradient and of its optimizer
+    state. PyTorch's FSDP2 gathers a block's parameters for its passes, keeps them until the backward pass or (fsdp) no
     longer than needed, and sums the gradients into the shards, while other blocks are computed."""
     if world_size() == 1:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    for tensor in model.state_dict().values():  # so that nothing rests on equal random numbers
+    for tensor in model.state_dict().values():  # so that nothing depends on equal random numbers
         torch.distributed.broadcast(tensor, 0)
     mesh = torch.distributed.init_device_mesh(model.device.type, (world_size(),))
     policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     model.sharded, model.fsdp = [*model.blocks, model], fsdp
     for part in model.sharded:
         fully_shard(part, mesh=mesh, reshard_after_forward=fsdp, mp_policy=policy)
-        part.set_gradient_divide_factor(1.0)  # sums, for the loss is divided by the targets of all processes
+        part.set_gradient_divide_factor(1.0)  # sums, as the loss is divided by the targets of all processes
         part.set_force_sum_reduction_for_comms(True)
     for p in model.parameters():
         p.shard = p.detach().to_local()
@@ -3039,18 +3037,18 @@ def shard_model(model: GPT, fsdp: bool) -> None:
 
 
 def own_shard(p: Tensor) -> Tensor:
-    """The rows of a parameter that this process owns, in its memory; all of them where it is alone."""
+    """The rows of a parameter that this process owns, sharing its memory; all rows if it is the only process."""
     return getattr(p, "shard", p)
 
 
 def part_of_rows(whole: Tensor, process: int) -> Tensor:
-    """The rows that a process owns, as FSDP2 parts them: chunks of one size, the last ones smaller or empty."""
+    """The rows that a process owns, split as FSDP2 does: chunks of one size, the last ones smaller or empty."""
     size = math.ceil(len(whole) / world_size())
     return whole[process * size : (process + 1) * size]
 
 
 def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
-    """The whole of which each process has the rows that it has of a parameter: in the memory of the first, None in
+    """A tensor gathered from shards that are split like parameter p: on the CPU in the first process, None in the
     others."""
     if world_size() == 1 or not is_by_rows(shard, own_shard(p)):
         return shard
@@ -3062,12 +3060,12 @@ def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
 
 
 def is_by_rows(x: Tensor, p: Tensor) -> bool:
-    """Whether the state x of a parameter has a row for each row of it."""
+    """Whether an optimizer state x has one row for each row of its parameter p."""
     return x.dim() == p.dim() and len(x) == len(p)
 
 
 def scattered(whole: Tensor, p: Tensor) -> Tensor:
-    """The first process's tensor, in each of them: its own rows of one that has the rows of a parameter."""
+    """The first process's tensor, sent to all: each keeps its own rows if the tensor has the rows of parameter p."""
     if world_size() == 1:
         return whole
     device = own_shard(p).device
@@ -3078,7 +3076,7 @@ def scattered(whole: Tensor, p: Tensor) -> Tensor:
 
 def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none: Tensor) -> list[list[Tensor]]:
     """Send a list of tensors to each process; what arrives, by sender, has these shapes. Lists may be empty, so `none`,
-    a tensor without elements, says of which kind they are."""
+    an empty tensor, gives the dtype and the device."""
     sent = torch.cat([none, *(x.flatten() for xs in outgoing for x in xs)])
     sizes = [sum(shape.numel() for shape in those) for those in shapes]
     received = none.new_empty(sum(sizes))
@@ -3087,14 +3085,14 @@ def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none:
     return [[next(arrived).view(shape) for shape in those] for those in shapes]
 
 
-# One process of each machine prepares what is needed there, models, data, caches; the others follow when it is there.
-# As data may take hours to make, they wait by torchrun's key-value store: collectives have time limits, so there is
-# none from `wait_for(f"prepared on {MACHINE}")` to the end of all_prepared.
-MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number of it
+# One process on each machine prepares the models, data and caches needed there; the others follow once they exist. As
+# data may take hours to make, they wait through torchrun's key-value store: collectives have time limits, so none is
+# used from `wait_for(f"prepared on {MACHINE}")` to the end of all_prepared.
+MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number for it
 
 
 def prepares() -> bool:
-    """Whether this process is the one that prepares the files of its machine."""
+    """Whether this process prepares the files of its machine."""
     return not distributed() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -3103,9 +3101,9 @@ def store() -> Any:
 
 
 def meet() -> dict[str, Any]:
-    """What init_process_group takes, with a part of the store for this start alone: when torchrun starts processes
-    again, the addresses of the dead are still there, and gloo and NCCL call them (pytorch/pytorch#167288). Each process
-    shows a key of its own; the first repeats all it sees, after its own, until each has seen its own among them."""
+    """Arguments of init_process_group, with a part of the store for this start only: when torchrun restarts processes,
+    the old addresses are still in the store, and gloo and NCCL call them (pytorch/pytorch#167288). Each process posts a
+    key of its own; the first reposts all keys it sees, its own first, until each process has seen its key there."""
     whole, rank, n = next(torch.distributed.rendezvous("env://"))
     own, part = os.urandom(8).hex(), None
     whole.set(f"key {rank}", own)
@@ -3121,7 +3119,7 @@ def meet() -> dict[str, Any]:
 
 
 def wait_for(*keys: str) -> None:
-    """Wait until these keys are in the store. Raises UserError when a process has failed, with its sentence."""
+    """Wait until these keys are in the store. Raises UserError if a process has failed, with its message."""
     while not store().check(list(keys)):
         if store().check(["failed"]):
             raise UserError(store().get("failed").decode())
@@ -3129,8 +3127,8 @@ def wait_for(*keys: str) -> None:
 
 
 def all_prepared(**same: Any) -> None:
-    """Let the other processes of this machine prepare too, and wait until all have; from here on there are collectives.
-    Raises UserError unless all have the same of these."""
+    """Let the other processes of this machine prepare too, and wait until all have; collectives may be used from here
+    on. Raises UserError unless `same` is the same in all."""
     if world_size() == 1:
         return
     if prepares():
@@ -3145,19 +3143,19 @@ def all_prepared(**same: Any) -> None:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it did. An error in any of them ends all, and one process of
-    each machine tells it: the first error, of which the others' are but echoes."""
+    """Join the processes that torchrun started, if it did. An error in any of them ends all, and one process on each
+    machine reports it: the first error, as the others only follow from it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    with told_as("WORLD_SIZE is set, and the processes do not find each other: start them with torchrun"):
+    with told_as("WORLD_SIZE is set, but the processes cannot find each other: start them with torchrun"):
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **meet())
     done = False
 
     @atexit.register
     def leave() -> None:
-        """End a run that is done before Python takes itself apart: now and then a thread of PyTorch's aborts there, and
-        torchrun would call the run failed. Registered before reporters' exit functions, it runs after them."""
+        """End a finished run before Python's shutdown, in which a PyTorch thread sometimes aborts, and torchrun would
+        call the run failed. Registered before the reporters' exit functions, it runs after them."""
         if done:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -3173,25 +3171,25 @@ def processes() -> Iterator[None]:
 
 
 def end_all(e: BaseException) -> None:
-    """End this process, so that the others end too; at once, for on Python's way out gloo waits for the others."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another has ended: not before the error is told
+    """End this process, so that the others end too; at once, as gloo would wait for them during Python's shutdown."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another has ended: report the error first
     if isinstance(e, torch.distributed.DistError) or type(e) is RuntimeError and "gloo" in str(e):  # of the other end
         reason = " ".join(str(e).split())[:300]
-        e = UserError(f"a process has vanished, killed or with its machine: go on with --resume auto ({reason})")
+        e = UserError(f"a process was lost, killed or with its machine: continue with --resume auto ({reason})")
     told, words = isinstance(e, KeyboardInterrupt), str(e) or type(e).__name__
     with suppress(RuntimeError):  # the store is gone too
         first = store().compare_set("failed", "", words).decode()
         e = e if first == words else UserError(first)
         told = told or store().add(f"told on {MACHINE}", 1) > 1
     if told:
-        time.sleep(1)  # until the one that tells it has
+        time.sleep(1)  # until the one that reports it has
     else:
         tell(e)
     os._exit(130 if isinstance(e, KeyboardInterrupt) else 1)
 
 
 def tell(e: BaseException) -> None:
-    """Show an error: what a user can mend as a sentence, a fault of the program with its traceback."""
+    """Show an error: one that the user can fix as a sentence, a bug with its traceback."""
     if not isinstance(e, (UserError, OSError)) or "--debug" in sys.argv:
         return sys.excepthook(type(e), e, e.__traceback__)
     reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
@@ -3199,8 +3197,8 @@ def tell(e: BaseException) -> None:
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a line from the first process, above any progress bar. That nobody reads it any more (train | head) is no
-    reason to stop."""
+    """Print a line from the first process, above any progress bar. A closed pipe (train | head) does not stop the
+    program."""
     file = file or sys.stdout
     try:
         if rank() == 0:
@@ -3224,19 +3222,19 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-    except RuntimeError:  # PyTorch's words list every kind of device that it could be built for
+    except RuntimeError:  # PyTorch's message lists every kind of device
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
     if device.type not in there or not there[device.type]():
-        raise UserError(f"device {name} was asked for, and PyTorch sees none here that it was built for: use --device "
-                        "cpu or auto")  # fmt: skip
+        raise UserError(f"device {name} is not available here, or PyTorch was not built for it: use --device cpu or "
+                        "auto")  # fmt: skip
     if device.type == "cuda" and device.index is not None and device.index >= (n := torch.cuda.device_count()):
-        raise UserError(f"device {name} was asked for, and there are {n} GPUs here, from cuda:0 on: name another, or "
+        raise UserError(f"device {name} does not exist: this machine has {n} GPUs, from cuda:0 on; name another, or "
                         "start fewer processes")  # fmt: skip
     return device
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU that PyTorch was built for: its default builds leave old ones out."""
+    """Whether there is a GPU that PyTorch was built for: its default builds do not support old ones."""
     if not torch.cuda.is_available():
         return False
     built = [int(n) for n in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
@@ -3244,8 +3242,8 @@ def has_gpu() -> bool:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on its way to a device. CUDA copies pinned memory in the background; MPS would read memory
-    that may be freed by then (https://github.com/pytorch/pytorch/issues/189690), so there the host waits."""
+    """Send a host tensor to a device. CUDA copies pinned memory in the background; MPS might read memory that has been
+    freed by then (https://github.com/pytorch/pytorch/issues/189690), so there the host waits."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -3260,14 +3258,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices of bfloat16 in hardware: then twice as fast as those of float32."""
+    """Whether this processor multiplies bfloat16 matrices in hardware, which is twice as fast as float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def set_precision(model: GPT, name: str, training: bool = False) -> GPT:
-    """Choose the precision of a model, on its device: of its activations, and, except in training, of its weights.
-    For generation on a CPU `auto` is bfloat16 for models that are wide enough to be limited by memory, and float32 for
-    small ones, which are limited by the overhead of each call."""
+    """Choose the precision of a model's activations on its device and, except in training, of its weights too.
+    For generation on a CPU, `auto` is bfloat16 for models wide enough to be limited by memory bandwidth, and float32
+    for small ones, which are limited by the overhead of each call."""
     small = name == "auto" and model.device.type == "cpu" and model.config.n_embd < 384
     dtype = torch.float32 if small and not training else choose_dtype(name, model.device)
     if not training:
@@ -3291,13 +3289,13 @@ class Optimization(Settings):
     """optimizer"""
 
     batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
-    grad_accum: int = setting(1, "micro-batches of a batch: less memory, the same result", ge=1, le=1 << 20)
-    optimizer: str = setting("adamw", "muon and normuon: of the block matrices, with AdamW for the rest", OPTIMIZERS)
+    grad_accum: int = setting(1, "micro-batches per batch: less memory, the same result", ge=1, le=1 << 20)
+    optimizer: str = setting("adamw", "muon and normuon train the block matrices, AdamW the rest", OPTIMIZERS)
     learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
     head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)", ge=0, rare=True)
-    weight_decay: float = setting(0.1, "of matrices and embeddings, decoupled (-1: by how often data is seen)", ge=-1)
+    weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings (-1: by passes over the data)", ge=-1)
     beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1, rare=True)
     beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1, rare=True)
     grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
@@ -3309,12 +3307,12 @@ class Schedule(Settings):
 
     max_iters: int = setting(2000, "optimizer steps", ge=1, le=1 << 40, alias="finetune_iters")
     epochs: float = setting(0.0, "passes over the training data, instead of max_iters", ge=0, le=1e6)
-    max_minutes: float = setting(0.0, "as many steps as this machine does in so many minutes", ge=0, le=1e6)
+    max_minutes: float = setting(0.0, "as many steps as this machine does in this many minutes", ge=0, le=1e6)
     schedule: str = setting("cosine", "learning rate over time", ("cosine", "linear", "wsd", "constant"))
     warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)", ge=-1)
     min_lr_ratio: float = setting(0.1, "cosine: the last rate as a fraction of the peak", ge=0, le=1)
     decay_fraction: float = setting(
-        0.4, "wsd (warmup-stable-decay): part of the run that decays (-1: 0.4, in longer runs up to 0.6)", ge=-1, le=1
+        0.4, "wsd (warmup-stable-decay): part of the run that decays (-1: 0.4, up to 0.6 in longer runs)", ge=-1, le=1
     )
 
 
@@ -3322,14 +3320,14 @@ class Schedule(Settings):
 class Reporting(Settings):
     """evaluation and log"""
 
-    eval_interval: int = setting(0, "steps between evaluations, each of which saves (0: 4 to 10 in a run)", ge=0)
-    eval_tokens: int = setting(65536, "validation tokens of an evaluation: always the same blocks", ge=0)
-    log_interval: int = setting(10, "steps between records of the log", ge=1)
-    sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: none)", ge=-1)
-    save_minutes: float = setting(10.0, "minutes between saves, besides those of evaluations (0: none)", ge=0)
-    keep: int = setting(2, "latest states that are kept, besides the best model", ge=1, le=1000)
-    report_to: str = setting("", "show the log, samples and settings in tensorboard, trackio, wandb; several by commas")
-    max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite loss; they are skipped", ge=1)
+    eval_interval: int = setting(0, "steps between evaluations, which also save (0: 4 to 10 per run)", ge=0)
+    eval_tokens: int = setting(65536, "validation tokens per evaluation, always the same blocks", ge=0)
+    log_interval: int = setting(10, "steps between log records", ge=1)
+    sample_interval: int = setting(0, "steps between samples (0: at about four evaluations; -1: off)", ge=-1)
+    save_minutes: float = setting(10.0, "minutes between saves, besides those at evaluations (0: off)", ge=0)
+    keep: int = setting(2, "number of latest states to keep, besides the best model", ge=1, le=1000)
+    report_to: str = setting("", "log to tensorboard, trackio, wandb (comma-separated): metrics, samples, settings")
+    max_bad_steps: int = setting(10, "stop after this many steps in a row with a non-finite loss (skipped)", ge=1)
 
 
 @dataclass
@@ -3337,10 +3335,10 @@ class Machine(Settings):
     """machine"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", "of the computation; weights stay float32", DTYPES)
-    compile: str = setting("auto", "torch.compile the blocks (auto: where it pays)", ("auto", "true", "false"))
-    fsdp: bool = setting(False, "with torchrun: weights stay sharded within a step too: less memory, more time")
-    seed: int = setting(1337, "random seed of weights, data order and dropout", ge=0, le=2**31)
+    dtype: str = setting("auto", "dtype of the computation; weights stay float32", DTYPES)
+    compile: str = setting("auto", "torch.compile the blocks (auto: where it pays off)", ("auto", "true", "false"))
+    fsdp: bool = setting(False, "with torchrun: keep weights sharded within a step too: less memory, more time")
+    seed: int = setting(1337, "random seed for weights, data order and dropout", ge=0, le=2**31)
 
 
 @dataclass
@@ -3365,8 +3363,8 @@ def lr_factor(step: int, t: TrainConfig) -> float:
 
 
 def decay_by_passes(passes: float) -> float:
-    """The weight decay that learns best from data that is seen so many times (tests/benchmarks/README.md): what is seen
-    again is learned by heart."""
+    """The weight decay that learns best from data seen this many times (tests/benchmarks/README.md): repeated data is
+    memorized."""
     return 0.1 * min(max(1.0, passes) ** 0.65, 5.0)
 
 
@@ -3384,9 +3382,9 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Optimizer:
-    """What is needed here of torch.optim.Optimizer, the making of which imports torch._dynamo, a second of every start.
-    Its state_dict is the same, of tensors changed by change(tensor, its parameter). The rates it is made with are the
-    peaks of a schedule. As in PyTorch's fused optimizers a found_inf of 1 skips a step, without a word to the host."""
+    """What is needed of torch.optim.Optimizer; creating one of those imports torch._dynamo, a second of every start.
+    Its state_dict is the same, with tensors passed through change(tensor, its parameter). Initial learning rates are
+    the schedule's peaks. As in PyTorch's fused optimizers, a found_inf of 1 skips a step, without telling the host."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
         self.param_groups = [{**group, "peak_lr": group["lr"]} for group in param_groups]
@@ -3436,10 +3434,10 @@ class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices.
 
     The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
-    matrix part by part: `rows` says how many rows each part has, for each parameter. With beta2 it is NorMuon (arXiv
-    2510.05491): each row is divided by the root of a running mean of its squared norm, where Muon divides by what the
-    norm is in an orthogonal matrix. Processes that own some rows of every matrix send them to the one that
-    orthogonalises it and get theirs back, so that the work divides by their number."""
+    matrix part by part: `rows` gives the rows of each part, for each parameter. With beta2 it is NorMuon (arXiv
+    2510.05491): each row is divided by the root of a running mean of its squared norm, where Muon divides by the norm
+    it has in an orthogonal matrix. Processes, which own some rows of every matrix, send them to the process that
+    orthogonalises it and get theirs back, so the work is divided among them."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
@@ -3455,7 +3453,7 @@ class Muon(Optimizer):
         whole = [torch.empty(sum(parts), p.size(1), device="meta") for p, parts in zip(params, rows, strict=True)]
         self.shapes = [[part_of_rows(x, process).shape for x in whole] for process in range(n)]  # of shards
         cost = [p.size(1) * sum(x) * min(p.size(1), max(x)) for p, x in zip(params, rows, strict=True)]
-        self.work: list[list[int]] = [[] for _ in range(n)]  # the numbers of the matrices that each process does
+        self.work: list[list[int]] = [[] for _ in range(n)]  # the indices of the matrices that each process handles
         for i in sorted(range(len(params)), key=lambda i: -cost[i]):
             min(self.work, key=lambda work: sum(cost[j] for j in work)).append(i)
 
@@ -3484,7 +3482,7 @@ class Muon(Optimizer):
             p.addcmul_(update, scale)
 
     def orthogonalise(self, updates: list[Tensor]) -> None:
-        """In place. Each is this process's rows of a matrix."""
+        """Orthogonalise in place; each update is this process's rows of a matrix."""
         n, mine = world_size(), self.work[rank()]
         sent = torch.bfloat16 if self.dtype == torch.float16 else self.dtype  # see newton_schulz
         matrices, none = [updates[i] for i in mine], updates[0].new_empty(0, dtype=sent)
@@ -3505,8 +3503,8 @@ class Muon(Optimizer):
 
 
 def make_optimizers(model: GPT, t: TrainConfig, passes: float = 1.0) -> list[Optimizer]:
-    """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if asked, for a
-    run that sees its data so many times. Their states hold the decay: a run that resumes them and goes further keeps
+    """AdamW, with decay for matrices and embeddings only, and Muon or NorMuon for the block matrices if chosen, for a
+    run of this many passes over its data. Their states hold the decay, so a run that is resumed and extended keeps
     it."""
     weight_decay = decay_by_passes(passes) if t.weight_decay < 0 else t.weight_decay
     groups, muon, fused = defaultdict(list), {}, model.fused_rows()
@@ -3558,8 +3556,8 @@ def add_lora(model: GPT, lora_rank: int) -> GPT:
 
 
 def train_tokens(model: GPT, tokens: list[int]) -> None:
-    """Train the rows of some tokens, and no others, in the embedding and the head of a frozen model: tokens that were
-    added to it mean nothing yet."""
+    """Train only the rows of these tokens in the embedding and the head of a frozen model: tokens newly added to it
+    have no meaning yet."""
     model.new_tokens = tokens
     for p in {model.wte.weight, model.head_weight} if tokens else ():
         p.requires_grad_(True)
@@ -3587,13 +3585,13 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield received
     except Exception:
-        if distributed():  # torchrun's SIGTERM, when another has ended, must not come before end_all has told it
+        if distributed():  # torchrun's SIGTERM, sent when another has ended, must not preempt end_all's report
             previous[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
@@ -3602,21 +3600,21 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def compile_model(model: GPT, t: TrainConfig, block_size: int, loss_fn: Callable | None = None) -> None:
-    """torch.compile each block, which is as fast as all in one and compiled once for all, and on a GPU the loss; where
-    asked, or where the work ahead pays for it: on a GPU from 200 steps on. Two CPU cores gain a tenth, nothing with
-    narrow models, for half a minute at the start: from 1e15 FLOPs, an hour there."""
+    """torch.compile each block, which is as fast as the whole model and compiles only once, and on a GPU the loss; if
+    asked for, or if the run is long enough: on a GPU from 200 steps on. Two CPU cores gain a tenth, with narrow models
+    nothing, for half a minute at the start: from 1e15 FLOPs on, an hour there."""
     c, kind = model.config, model.device.type
     flops = training_flops_per_token(c) * t.max_iters * t.batch_size * block_size
     pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and flops > 1e15
     if t.compile == "false" or t.compile == "auto" and not pays:
         return
     if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        return say("no C++ compiler here: going on without torch.compile")
+        return say("no C++ compiler found: continuing without torch.compile")
     if kind == "cuda" and t.compile == "auto" and not importlib.util.find_spec("triton"):  # Windows
-        return say("no Triton here (pip install triton-windows): going on without torch.compile")
+        return say("no Triton found (pip install triton-windows): continuing without torch.compile")
     say("compiling the model: the first step can take a minute")
     if t.compile == "auto":
-        torch._dynamo.config.suppress_errors = True  # where it fails, go on without
+        torch._dynamo.config.suppress_errors = True  # if it fails, continue without
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
     if kind == "cuda":
@@ -3626,29 +3624,29 @@ def compile_model(model: GPT, t: TrainConfig, block_size: int, loss_fn: Callable
 
 
 class RunFiles:
-    """What a run writes: the best model, the latest states to go on from, and the log."""
+    """The files of a run: the best model, the latest states to resume from, and the log."""
 
     def __init__(self, name: str, overwrite: bool) -> None:
         if Path(name).name != name or name == ".." or not name.isprintable():
-            raise UserError(f"--name {name!r} must be a plain name: that of files under {CHECKPOINT_DIR}/")
+            raise UserError(f"--name {name!r} must be a plain name, for files under {CHECKPOINT_DIR}/")
         self.overwrite, self.run, ends = overwrite, CHECKPOINT_DIR / name, (".pt", "_last.pt", ".jsonl")
         self.model, self.last, self.log = (CHECKPOINT_DIR / f"{name}_model{end}" for end in ends)
 
     def states(self) -> list[Path]:
-        """What there is to go on from, the newest first: NAME_model_last.pt, NAME_model_last.2.pt, ..."""
+        """The states to resume from, the newest first: NAME_model_last.pt, NAME_model_last.2.pt, ..."""
         name = re.compile(re.escape(self.last.stem) + r"(?:\.(\d+))?\.pt")
         found = {int(m[1] or 1): path for path in CHECKPOINT_DIR.glob("*.pt") if (m := name.fullmatch(path.name))}
         return [found[i] for i in sorted(found)]
 
     def check_free(self) -> None:
-        """Raise UserError if a run of this name is there and must not be overwritten."""
+        """Raise UserError if a run of this name exists and must not be overwritten."""
         states = self.states()
         if not self.overwrite and (there := next((p for p in (self.model, *states) if p.exists()), None)):
-            go_on = "go on with --resume, " if states else "it has no state to resume from; "
-            raise UserError(f"{there} is already there: {go_on}--overwrite it, or choose a --name")
+            go_on = "continue with --resume, " if states else "it has no state to resume from; "
+            raise UserError(f"{there} already exists: {go_on}--overwrite it, or choose a --name")
 
     def latest(self, resume: str) -> tuple[Path, Checkpoint] | None:
-        """The newest whole state to go on from; None where a run begins, for which its name must be free."""
+        """The newest undamaged state to resume from; None if a new run starts, for which the name must be free."""
         if resume == "false" or resume == "auto" and not self.states():
             return self.check_free()
         for path in self.states():
@@ -3658,14 +3656,14 @@ class RunFiles:
                 if path == self.states()[-1]:
                     raise
                 aside = path.with_suffix(".damaged")
-                say(f"{e}; it is now {aside.name}, and the state before it is taken", sys.stderr)
+                say(f"{e}; renamed it to {aside.name}, using the state before it", sys.stderr)
                 os.replace(path, aside)
             else:
                 return path, as_checkpoint(path, content)
         raise UserError(f"nothing to resume: there is no {self.last}")
 
     def rotate(self, keep: int) -> None:
-        """Make room for a new state, of which `keep` in all are kept."""
+        """Make room for a new state, so that `keep` are kept in all."""
         states = self.states()
         for path in states[max(keep - 1, 1) :]:
             path.unlink()
@@ -3675,18 +3673,18 @@ class RunFiles:
 
 def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss function of train and finetune. A loss function returns the loss of a micro-batch, summed over its
-    targets, and what of it the log shows besides, by name: each as (sum, number of targets)."""
+    targets, and the other values to log, by name: each as (sum, number of targets)."""
     return model.loss(batch["idx"], batch["targets"], batch.get("segments")), {}
 
 
 def accumulate_gradients(
     model: GPT, batches: list[dict[str, Tensor]], n_targets: Tensor, loss_fn: Callable, scaler: torch.amp.GradScaler
 ) -> dict[str, Tensor]:
-    """Forward and backward over the micro-batches of a step, of n_targets targets in all processes; gradients add up in
-    p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
+    """Forward and backward over the micro-batches of a step, with n_targets targets over all processes; gradients add
+    up in p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
     sums = {"loss": torch.stack((torch.zeros_like(n_targets), (n_targets > 0) / world_size()))}
     for i, batch in enumerate(batches):
-        if model.sharded:  # weights and gradients stay whole until the last, unless there is no memory for it
+        if model.sharded:  # weights and gradients stay whole until the last, unless memory is short (fsdp)
             model.set_requires_gradient_sync(model.fsdp or i == len(batches) - 1)
             model.set_reshard_after_backward(model.fsdp or i == len(batches) - 1)
         loss, parts = loss_fn(model, batch)
@@ -3698,14 +3696,14 @@ def accumulate_gradients(
 
 
 def check_targets(split: Split, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> None:
-    """Raise UserError if there is no target in any of these blocks of a split."""
+    """Raise UserError if none of these blocks of a split has a target."""
     if not any((split.batch(windows, [i], block_size)["targets"] >= 0).any() for i in blocks):
         what = f"the {split.name} has no target in blocks of {block_size} tokens"
-        raise UserError(f"{what}, its turns are longer: raise --block_size")
+        raise UserError(f"{what}: its turns are longer, so raise --block_size")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a log: a line that a full disk or a kill tore is left out."""
+    """The complete records of a log: a line cut short by a full disk or a kill is left out."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
@@ -3727,8 +3725,8 @@ def reporters_in(names: str | None) -> list[str]:
 
 
 def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callable[[dict[str, float | str], int], None]:
-    """What hands numbers and texts of a step, by name, to a program that shows them, for a run that is new or goes on
-    at this step. No network or account is needed: without them wandb keeps the run for `wandb sync`."""
+    """A function that sends a step's numbers and texts, by name, to a dashboard, for a run that starts or resumes at
+    this step. No network or account is needed: without them wandb keeps the run for `wandb sync`."""
     module = importlib.import_module(kind)
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -3739,7 +3737,7 @@ def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callab
         def log(values: dict[str, float | str], step: int) -> None:
             for name, value in values.items():
                 if isinstance(value, str):
-                    writer.add_text(name, "    " + value.replace("\n", "\n    "), step)  # Markdown for: as it stands
+                    writer.add_text(name, "    " + value.replace("\n", "\n    "), step)  # Markdown for verbatim text
                 else:
                     writer.add_scalar(name, value, step)
             writer.flush()
@@ -3764,19 +3762,19 @@ def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callab
     return log
 
 
-OVERLAPPED_SAVE_BYTES = 4 * 300_000_000  # of trained weights: from here on saving overlaps the next steps
+OVERLAPPED_SAVE_BYTES = 4 * 300_000_000  # of trained weights: from this size on, saving overlaps the next steps
 
 
 @dataclass(eq=False)
 class Run:
-    """A run in progress: its files, where it stands, and what it writes down."""
+    """A run in progress: its files, its state, and what it records."""
 
     model: GPT
     data: Data
     t: TrainConfig
     files: RunFiles
     block_size: int
-    about: dict[str, Any]  # goes into its checkpoints
+    about: dict[str, Any]  # stored in its checkpoints
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf  # validation loss
@@ -3784,9 +3782,9 @@ class Run:
     results: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     sums: dict[str, Tensor] = field(default_factory=dict)  # since the last record, (sum, count) by name
     records: list[str] = field(default_factory=list)  # of the log
-    written: int = 0  # how many of them the log's file has
+    written: int = 0  # how many of them are in the log file
     saving: threading.Thread | None = None
-    failed: Exception | None = None  # what became of it
+    failed: Exception | None = None  # the error that ended it
 
     def __post_init__(self) -> None:
         model, t, self.split = self.model, self.t, self.data.splits["train"]
@@ -3801,16 +3799,16 @@ class Run:
         self.optimizers = make_optimizers(model, t, self.passes)
         self.reporters = dict.fromkeys(reporters_in(t.report_to) if rank() == 0 else ())  # None: not open yet
         scaler = torch.amp.GradScaler
-        if world_size() > 1:  # whose scale all processes change together
+        if world_size() > 1:  # it changes the scale in all processes together
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
         self.scaler = scaler(model.device.type, enabled=model.compute_dtype == torch.float16)
-        # what this process trains, and the parameters that it is of
+        # the shards that this process trains -> their parameters
         self.params, self.trained_rows = {own_shard(p): p for p in model.parameters() if p.requires_grad}, {}
         for p in {model.wte.weight, model.head_weight} if model.new_tokens else ():
             rows = torch.zeros(len(p), 1)
             rows[model.new_tokens] = 1
             self.trained_rows[own_shard(p)] = part_of_rows(rows, rank()).to(model.device)
-        # skipped steps: in a row, the longest row, how many, the last; the latter three since the last record
+        # skipped steps: in a row now, the longest row, the count, the last one; the latter three since the last record
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
         # an evaluation costs a third of a step on as many tokens: a twelfth of the run, unless it is short
         n = min(10, max(4, t.max_iters * t.batch_size // (4 * len(self.evaluate.blocks))))
@@ -3820,7 +3818,7 @@ class Run:
         self.saved_at, self.replaces = time.monotonic(), self.files.model.exists() or bool(self.files.states())
 
     def resume(self, c: Checkpoint) -> None:
-        """Stand where a checkpoint was saved; records of the log after it, which will come again, are dropped."""
+        """Return to where a checkpoint was saved; later records of the log are dropped, as they will come again."""
         self.replaces = False  # an earlier run of this name
         self.step, m = c.step, c.metrics
         self.seconds, self.best, self.results = m["seconds"], m["best_val_loss"], m["last"]
@@ -3837,7 +3835,7 @@ class Run:
             self.records = [json.dumps(r) for r in read_log(self.files.log) if r["step"] <= self.step]
 
     def mend_files(self, c: Checkpoint) -> None:
-        """Bring the log, and the best model if this state is it, up to the state: a kill may have come between them."""
+        """Bring the log, and the best model if this state is it, up to this state: a kill may have separated them."""
         if rank() > 0:
             return
         self.write_log()
@@ -3854,33 +3852,33 @@ class Run:
         parts = np.array_split(mine, self.t.grad_accum)
         batches = [self.split.batch(self.windows, blocks, self.block_size) for blocks in parts]
         n_targets = torch.full((), float(sum(int((b["targets"] >= 0).sum()) for b in batches)), device=device)
-        # the numbers of the blocks are for the host
+        # the block indices stay on the host
         on_device = [{k: v if k == "blocks" else send(v, device) for k, v in b.items()} for b in batches]
         return on_device, all_reduce(n_targets)
 
     def start_clock(self) -> None:
-        """From here on steps are timed; reports are not."""
+        """Time steps from here on; reports are not timed."""
         self.timed = self.step, time.perf_counter()
 
     def set_rates(self, factor: float) -> None:
-        """The learning rates of a step, as a fraction of their peaks."""
+        """Set the learning rates of a step to a fraction of their peaks."""
         self.factor = factor
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * factor
 
     def fit_into(self, minutes: float, loss_fn: Callable) -> None:
-        """Fix the number of steps, so that the run takes about so long here: the time of a step is measured on some
-        that change nothing, for their rates are 0."""
+        """Set the number of steps so that the run takes about this long on this machine: the time of a step is
+        measured on some that change nothing, as their learning rates are 0."""
         self.set_rates(0.0)
         self.model.train()
-        (batches, n_targets), ends = self.batches(0), []  # of the steps, the first two of which warm up
-        # by one clock: who made one step more would wait in it for the others
+        (batches, n_targets), ends = self.batches(0), []  # end times of the steps, the first two of which warm up
+        # by one clock: a process that takes one step more would wait in it for the others
         while from_first(lambda: len(ends) < 5 or ends[-1] - ends[1] < 0.02 * 60 * minutes):
-            torch.manual_seed(self.step * 4096 + rank())  # as fit does: some losses draw by it what they do
+            torch.manual_seed(self.step * 4096 + rank())  # as in fit: some losses make random choices
             sums = accumulate_gradients(
                 model=self.model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=self.scaler
             )
-            batches, n_targets = self.batches(self.step + 1)  # others: a teacher's answers to these are kept by now
+            batches, n_targets = self.batches(self.step + 1)  # new ones: the teacher's answers to the old are cached
             self.update(sums)
             self.grad_norm.item()  # waits for a GPU
             ends.append(time.perf_counter())
@@ -3888,7 +3886,7 @@ class Run:
         total, evaluation = 0.96 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
         steps = from_first(lambda: min(total / (1 + 1 / 12), total - 4 * evaluation))
         self.t, self.step, self.sums = replace(self.t, max_iters=max(10, int(steps)), max_minutes=0.0), 0, {}
-        self.__post_init__()  # with optimizers that have seen nothing
+        self.__post_init__()  # with fresh optimizers
 
     def update(self, sums: dict[str, Tensor]) -> None:
         """Apply the gradients of a step and count it. Nothing here waits for a GPU."""
@@ -3904,10 +3902,10 @@ class Run:
             self.grad_norm = all_reduce(self.grad_norm.square()).sqrt()
         nn.utils.clip_grads_with_norm_(self.params, self.t.grad_clip or math.inf, self.grad_norm)
         bad = ~(self.grad_norm + all_reduce(sums["loss"][0].clone())).isfinite()
-        for p in self.params if bad.device.type == "mps" else ():  # whose fused AdamW does not ask for found_inf
+        for p in self.params if bad.device.type == "mps" else ():  # whose fused AdamW ignores found_inf
             p.grad = None if p.grad is None else p.grad.masked_fill(bad, 0.0)
         for optimizer in self.optimizers:
-            optimizer.found_inf = bad.float()  # of all, so that none of them goes ahead alone
+            optimizer.found_inf = bad.float()  # over all processes, so that none goes ahead alone
             optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
@@ -3918,8 +3916,8 @@ class Run:
         self.sums = {name: self.sums.get(name, 0) + torch.where(bad, 0.0, pair) for name, pair in sums.items()}
 
     def ask(self, stop: list[int]) -> None:
-        """Have the processes agree whether to stop, by which signal, and whether to save, while a step is under way:
-        from CPU to CPU, so that no GPU is waited for."""
+        """Let the processes agree whether to stop, by which signal, and whether to save, while a step is running: from
+        CPU to CPU, without waiting for a GPU."""
         late = rank() == 0 and 0 < 60 * self.t.save_minutes < time.monotonic() - self.saved_at
         self.asked, self.answer = None, torch.tensor([stop[0] if stop else 0, int(late)])
         if world_size() > 1:
@@ -3927,7 +3925,7 @@ class Run:
             self.asked = torch.distributed.all_reduce(self.answer, MAX, async_op=True)
 
     def due(self) -> set[str]:
-        """What is to be done after this step: any of record, evaluate, sample, save and stop."""
+        """What to do after this step: any of record, evaluate, sample, save and stop."""
         t = self.t
         due = {what for what, n in self.intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
         if self.asked:
@@ -3935,7 +3933,7 @@ class Run:
         return due | {what for what, flag in zip(("stop", "save"), self.answer.tolist(), strict=True) if flag}
 
     def report(self, due: set[str], bar: tqdm, prompt: str) -> None:
-        """Do what is due. Here, and nowhere else between two steps, the host waits for a GPU."""
+        """Do what is due. Between two steps, only this makes the host wait for a GPU."""
         t, files, (since, begun) = self.t, self.files, self.timed
         totals = {name: all_reduce(pair.clone()).tolist() for name, pair in self.sums.items()}
         elapsed = time.perf_counter() - begun
@@ -3955,7 +3953,7 @@ class Run:
             }  # fmt: skip
             totals, self.sums = {}, {}
             self.bad[1:] = 0
-            shown = {"loss": math.nan, **record}  # where no step counted
+            shown = {"loss": math.nan, **record}  # if no step counted
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s".format_map(shown))
             finite = {k: v if not is_a(v, float) or math.isfinite(v) else None for k, v in record.items()}
             self.records.append(json.dumps(finite))
@@ -3966,7 +3964,7 @@ class Run:
                 "per byte, {tokens_per_s:,} tokens/s".format_map(shown))  # fmt: skip
         if improved := evaluated and self.results["val_loss"] < self.best:
             self.best, self.best_step = self.results["val_loss"], self.step
-        if evaluated or "stop" in due or "save" in due and not self.bad[0]:  # the weights may be why steps are bad
+        if evaluated or "stop" in due or "save" in due and not self.bad[0]:  # bad steps may come from bad weights
             has_model = files.model.exists() and not self.replaces
             self.save(improved or "stop" in due and not has_model, totals)
         if "sample" in due:
@@ -3974,7 +3972,7 @@ class Run:
         self.start_clock()
 
     def sample(self, prompt: str) -> None:
-        """Show how the model continues a text; of conversations, what it answers in the first that is held out."""
+        """Show how the model continues a text or, for conversations, what it answers in the first validation one."""
         tokenizer, length = self.data.tokenizer, min(100, self.block_size)
         ids, e = tokenizer.prompt(prompt, self.model.config.context), self.evaluate
         if self.data.is_chat:
@@ -3986,11 +3984,11 @@ class Run:
         self.publish({"sample": prompt + text})
 
     def check_finite(self) -> dict[str, Any]:
-        """What the log says of skipped steps. Raises UserError if there are too many, or the model is not finite."""
+        """The log's entries on skipped steps. Raises UserError if there are too many, or if the model is not finite."""
         _, longest, count, last = self.bad.tolist()
         kept = self.files.last
-        kept = "no checkpoint was written yet" if self.replaces or not kept.exists() else f"the last good one is {kept}"
-        remedy = f"{kept}; begin again with a lower --learning_rate, a longer --warmup_iters or --dtype float32"
+        kept = "no checkpoint is saved yet" if self.replaces or not kept.exists() else f"the last good one is {kept}"
+        remedy = f"{kept}; restart with a lower --learning_rate, a longer --warmup_iters or --dtype float32"
         if longest >= self.t.max_bad_steps:
             in_a_row = f"the loss or its gradient was not finite in {longest} steps in a row, up to step {last}"
             raise UserError(f"{in_a_row}: {remedy}")
@@ -3999,13 +3997,13 @@ class Run:
         if not count:
             return {}
         blocks = self.sampler(last - 1).tolist()
-        if not self.scaler.is_enabled():  # which looks for its scale in this way
-            say(f"skipped {count} step(s), the last of them {last}: no finite loss or gradient (data blocks {blocks})")
+        if not self.scaler.is_enabled():  # which finds its scale by skipping steps
+            say(f"skipped {count} step(s), the last at step {last}: non-finite loss or gradient (data blocks {blocks})")
         return {"bad_steps": count, "bad_step": last, "bad_blocks": blocks}
 
     def publish(self, values: dict[str, float | str]) -> None:
-        """Hand numbers or a text of this step to what --report_to names; one that fails is no reason to stop. A run is
-        known by its name and its first record, when it is resumed too, and is another when it is overwritten."""
+        """Send numbers or a text of this step to the --report_to programs; a failure does not stop the run. A run is
+        identified by its name and first record: a resumed run is the same, an overwritten one is another."""
         for kind in list(self.reporters) if self.records else ():
             try:
                 if self.reporters[kind] is None:
@@ -4015,12 +4013,12 @@ class Run:
                     self.reporters[kind] = reporter(kind, f"{self.files.run.name}-{first}", settings, self.step)
                 self.reporters[kind](values, self.step)
             except Exception as e:
-                say(f"--report_to {kind}: {e}; going on without it", sys.stderr)
+                say(f"--report_to {kind}: {e}; continuing without it", sys.stderr)
                 del self.reporters[kind]
 
     def write_log(self) -> None:
-        """Bring the log's file up to the records. Checkpoints hold them too, so a file that cannot be written is no
-        reason to stop."""
+        """Bring the log file up to date. Checkpoints hold the records too, so a file that cannot be written does not
+        stop the run."""
         if rank() > 0 or self.replaces:
             return
         try:
@@ -4028,13 +4026,13 @@ class Run:
                 f.write("".join(record + "\n" for record in self.records[self.written :]).encode())
             self.written = len(self.records)
         except OSError as e:
-            say(f"{self.files.log}: {e.strerror}; going on without it", sys.stderr)
+            say(f"{self.files.log}: {e.strerror}; continuing without it", sys.stderr)
             self.written = 0
 
     def checkpoint(
         self, state: dict[str, Tensor], sums: dict[str, list[float]], optimizers: list[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
-        """What a checkpoint holds: with the optimizers all that the run needs to go on, else a model to use."""
+        """The content of a checkpoint: with the optimizers, all that the run needs to resume; else a model to use."""
         model, data = self.model, self.data
         metrics = {"seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step}
         metrics["bad"] = self.bad.tolist()
@@ -4054,8 +4052,8 @@ class Run:
         }
 
     def save(self, best: bool, sums: dict[str, list[float]]) -> None:
-        """Write the state to go on from, and the model if it is the best. From 300M parameters on this overlaps the
-        next steps, where there is memory for a copy; the next save, and the end, wait for it."""
+        """Save the state to resume from, and the model if it is the best. From 300M parameters on this overlaps the
+        next steps, if there is memory for a copy; the next save, and the end, wait for it."""
         state = {name: gathered(own_shard(p).detach(), p) for name, p in self.model.named_parameters()}
         whole = [o.state_dict(lambda x, shard: gathered(x, self.params[shard])) for o in self.optimizers]
         if rank() > 0:
@@ -4093,7 +4091,7 @@ class Run:
         self.saving, error, self.failed = None, self.failed, None
         if isinstance(error, OSError):
             room = "make room, and " * (not isinstance(error, PermissionError))
-            whole = next((f"; {p} is whole: {room}go on with --resume" for p in self.files.states()), "")
+            whole = next((f"; {p} is intact: {room}continue with --resume" for p in self.files.states()), "")
             raise UserError(f"cannot save {error.filename} at step {self.step}: {error.strerror}{whole}") from error
         if error:
             raise error
@@ -4101,20 +4099,20 @@ class Run:
 
 
 def available_memory(container: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the system, or the container that this runs in, could give; 0 where it does not say."""
+    """Bytes of memory available in the system, or in the container that this runs in; 0 if unknown."""
     found = 0
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # without a limit it is "max"
+    with suppress(OSError, ValueError):  # without a limit it says "max"
         limit, used = (int((container / f"memory.{what}").read_text()) for what in ("max", "current"))
         found = min(found, max(limit - used, 0))
     return found
 
 
 def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
-    """Train a model and leave its checkpoints and log. Everything random is a function of (seed, step), so a resumed
-    run is bit for bit the run that was never stopped."""
+    """Train a model and write its checkpoints and log. Everything random is a function of (seed, step), so a resumed
+    run is bit for bit the same as one that was never stopped."""
     t, model = run.t, run.model
     model.train()
     run.start_clock()
@@ -4134,10 +4132,10 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             due = run.due()
             if due:
                 run.report(due, bar, prompt)
-            if "stop" in due and run.step < t.max_iters:  # else it is done
+            if "stop" in due and run.step < t.max_iters:  # else it is finished
                 bar.close()
                 from_first(run.wait_for_save)  # when one process has ended, torchrun ends the others
-                go_on = f"go on with --name {shlex.quote(run.files.run.name)} --resume"
+                go_on = f"continue with --name {shlex.quote(run.files.run.name)} --resume"
                 say(f"stopped at step {run.step}: saved {run.files.last}; {go_on}")
                 raise SystemExit(128 + int(run.answer[0]))
         run.wait_for_save()
@@ -4152,12 +4150,12 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
 class DistillConfig(Settings):
     """distillation: alpha T^2 divergence + (1 - alpha) cross-entropy (arXiv 1503.02531)"""
 
-    temperature: float = setting(2.0, "softens teacher and student alike", gt=0)
-    alpha: float = setting(0.5, "weight of the teacher; the rest is the cross-entropy with the text", ge=0, le=1)
+    temperature: float = setting(2.0, "softens both teacher and student", gt=0)
+    alpha: float = setting(0.5, "weight of the teacher; the rest goes to the text's cross-entropy", ge=0, le=1)
     divergence: str = setting("forward_kl", "between teacher and student", ("forward_kl", "reverse_kl", "jsd"))
-    beta: float = setting(0.5, "of jsd: 0 is forward_kl, 1 is reverse_kl", ge=0, le=1)
-    cache_teacher: int = setting(0, "keep the teacher's K likeliest tokens beside the data (0: run it live)", ge=0)
-    on_policy: float = setting(0.0, "fraction of batches that the student writes, the teacher scores", ge=0, le=1)
+    beta: float = setting(0.5, "for jsd: 0 is forward_kl, 1 is reverse_kl", ge=0, le=1)
+    cache_teacher: int = setting(0, "cache the teacher's top K tokens beside the data (0: run it live)", ge=0)
+    on_policy: float = setting(0.0, "fraction of batches that the student writes and the teacher scores", ge=0, le=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -4166,13 +4164,13 @@ class DistillConfig(Settings):
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) (rows,) of log-probabilities (rows, n); what a never does counts nothing, whatever b says."""
+    """KL(a || b) (rows,) of log-probabilities (rows, n); where a is 0 the term is 0, whatever b is."""
     a = log_a.exp()
     return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
 def skew(kind: str, beta: float) -> float:
-    """The beta of a divergence, see there: forward and reverse KL are the ends of jsd."""
+    """The beta of a divergence (see there): forward and reverse KL are the ends of jsd."""
     return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
 
 
@@ -4191,16 +4189,16 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
 
 
 def lump_tail(log_q: Tensor, index: Tensor) -> Tensor:
-    """Log-probabilities (rows, n) as those of the tokens index (rows, K) and of one more outcome, "any other token":
+    """Reduce log-probabilities (rows, n) to the tokens in index (rows, K) and one more outcome, "any other token":
     (rows, K + 1). Lumping outcomes can only lower a divergence (data-processing inequality), it stays 0 for equal
-    distributions, and the student keeps its own ranking within the tail, where spreading the mass evenly or cutting
-    it off would teach it something false."""
+    distributions, and the student keeps its own ranking within the tail; spreading the mass evenly or cutting it off
+    would teach it something false."""
     tail = log_q.scatter(1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
     return torch.cat((log_q.gather(1, index), tail), dim=1)
 
 
 def to_bits(x: np.ndarray, n: int) -> np.ndarray:
-    """Whole numbers (rows, m) as n bits each, (rows, m n), the highest first."""
+    """Integers (rows, m) as n bits each, (rows, m n), highest bit first."""
     return (x[..., None] >> np.arange(n)[::-1] & 1).astype(np.uint8).reshape(len(x), -1)
 
 
@@ -4209,13 +4207,13 @@ def from_bits(bits: np.ndarray, n: int, m: int) -> np.ndarray:
 
 
 class TeacherCache:
-    """A teacher's top K probabilities of each position of each training block, made the first time a block is read.
+    """A teacher's top K probabilities at each position of each training block, computed when a block is first read.
 
-    Beside the data, in teacher_cache/: answers.bin, (blocks, block_size, bytes), the bits of each position; done.bin, a
-    byte a block; meta.json, which says for which teacher, data, temperature and shape. A position has its K ids in
-    ascending order as Elias and Fano write them, 2 + log2(n_vocab / K) bits each: the low bits, and the high ones in
-    unary. Then 7 bits an id, how far its log-probability lies below the likeliest's, in 127ths of the span; the span (6
-    bits, quarters of a nat); and the log-odds of all other tokens, the tail (8 bits, eighths of a nat from -12 on).
+    Beside the data, in teacher_cache/: answers.bin, (blocks, block_size, bytes), the bits of each position; done.bin,
+    one byte per block; meta.json, with the teacher, data, temperature and shape it is for. A position has its K ids in
+    ascending order in Elias-Fano coding, 2 + log2(n_vocab / K) bits each: the low bits, then the high ones in unary.
+    Then 7 bits per id, how far its log-probability lies below the top one, in 127ths of the span; the span (6 bits,
+    quarters of a nat); and the log-odds of all other tokens, the tail (8 bits, eighths of a nat from -12 on).
     """
 
     def __init__(
@@ -4230,24 +4228,24 @@ class TeacherCache:
             if not isinstance(there, dict):
                 raise UserError(f"{folder} is damaged: {remedy}")
             if wrong := next((k for k in meta if there and there.get(k) != meta[k]), None):
-                other = f"another {wrong.replace('_', ' ')} ({there.get(wrong)}, and this is {meta[wrong]})"
-                raise UserError(f"{folder} was made for {other}: {remedy}")
+                other = f"another {wrong.replace('_', ' ')} ({there.get(wrong)}, now {meta[wrong]})"
+                raise UserError(f"{folder} was made with {other}: {remedy}")
             folder.mkdir(parents=True, exist_ok=True)
             if not there:
-                say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes a token")
+                say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes per token")
                 write_json(folder / "meta.json", meta)
             self.answers, self.done = self.open_array("answers.bin", *shape), self.open_array("done.bin", n_blocks)
 
     def open_array(self, name: str, *shape: int) -> np.memmap:
         path, n_bytes = self.folder / name, math.prod(shape)
-        with open(path, "ab") as f:  # leaves alone what another process has begun
-            if hasattr(os, "posix_fallocate"):  # a full disk shows now: a memory map would be killed by it
+        with open(path, "ab") as f:  # keeps what another process has written
+            if hasattr(os, "posix_fallocate"):  # a full disk raises here; writing a memory map would be fatal
                 os.posix_fallocate(f.fileno(), 0, n_bytes)
             f.truncate(n_bytes)
         return np.memmap(path, "u1", "r+", shape=shape)
 
     def write(self, block: int, ids: Tensor, log_p: Tensor) -> None:
-        """ids and log-probabilities (block_size, K) of a block. The mark that it is done comes last."""
+        """Store ids and log-probabilities (block_size, K) of a block. It is marked done last."""
         ids, log_p = ids.cpu().numpy(), log_p.cpu().numpy().astype(np.float64)
         order, high = ids.argsort(axis=1), np.zeros((len(ids), self.widths[1]), np.uint8)
         ids, log_p = np.take_along_axis(ids, order, 1), np.take_along_axis(log_p, order, 1)
@@ -4262,7 +4260,7 @@ class TeacherCache:
         self.done[block] = 1
 
     def read(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        """Token ids (rows, K) and log-probabilities (rows, K + 1), the last of them the tail's, of whole blocks."""
+        """Token ids (rows, K) and log-probabilities (rows, K + 1), the tail's last, of whole blocks."""
         bits = np.unpackbits(self.answers[blocks].reshape(-1, self.answers.shape[2]), axis=1)
         low, high, below, span, tail, _ = np.split(bits, np.cumsum(self.widths), axis=1)
         if (high.sum(axis=1) != self.K).any():
@@ -4278,8 +4276,8 @@ class TeacherCache:
 def divergence_loss(
     logits: Tensor, teacher: Any, counted: Tensor, temperature: float, kind: str, beta: float
 ) -> Tensor:
-    """The sum of a divergence over the rows that are counted, of a student's logits (rows, n) and what there is of the
-    teacher (see Distillation.chunk_loss). A pure function, of which torch.compile makes few passes."""
+    """The sum over the counted rows of the divergence between a student's logits (rows, n) and the teacher's answers
+    (see Distillation.chunk_loss). A pure function, which torch.compile fuses into few passes."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_q, log_p = (logits.to(wide) / temperature).log_softmax(dim=-1), teacher
     if isinstance(teacher, tuple):
@@ -4293,8 +4291,8 @@ def divergence_loss(
 
 @dataclass(eq=False)
 class Distillation:
-    """The loss function of a student, given its teacher. The teacher's logits are made from its hidden states chunk by
-    chunk, so that neither model's full logits ever exist."""
+    """The loss function of a student, given its teacher. The teacher's logits are computed from its hidden states chunk
+    by chunk, so neither model's full logits ever exist."""
 
     teacher: GPT
     d: DistillConfig
@@ -4308,7 +4306,7 @@ class Distillation:
     def __call__(self, student: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss of a batch; its divergence and cross-entropy, each as (sum, number of targets)."""
         d, n_data = self.d, (batch["targets"] >= 0).sum()
-        # by the step alone (see fit), for each process would wait for one that generates
+        # depends on the step alone (see fit), or processes would wait for one that generates
         if d.on_policy and random.Random(torch.initial_seed() // 4096).random() < d.on_policy:
             batch, d = self.student_writes(student, batch), replace(d, alpha=1.0)
         idx, targets, segments = batch["idx"], batch["targets"], batch.get("segments")
@@ -4324,12 +4322,12 @@ class Distillation:
         return value * share, {"divergence": parts[0], "cross_entropy": parts[1]}
 
     def in_c(self, d: DistillConfig, x: Tensor) -> ctypes.CDLL | None:
-        """What works out the divergence in C, for logits like x."""
+        """The library that computes the divergence in C, for logits like x."""
         return training_library(x) if self.cache is None and skew(d.divergence, d.beta) in (0, 1) else None
 
     def chunk_loss(self, d: DistillConfig, targets: Tensor, teacher: Callable[[slice], Any], sums: Tensor) -> Callable:
-        """See linear_loss. teacher(rows) is its logits divided by the temperature (rows, n_vocab), or what
-        TeacherCache.read gives; sums (2,) receives the divergence and the cross-entropy."""
+        """See linear_loss. teacher(rows) gives its logits divided by the temperature (rows, n_vocab), or what
+        TeacherCache.read returns; sums (2,) receives the divergence and the cross-entropy."""
         counted = targets.flatten() >= 0
 
         def divergence_of(logits: Tensor, rows: slice) -> Tensor:
@@ -4347,7 +4345,7 @@ class Distillation:
 
         parts = [(d.alpha * d.temperature**2, divergence_and_grad)]
         if d.alpha < 1:
-            parts.append((1 - d.alpha, CrossEntropy(targets)))  # last, for it overwrites the logits
+            parts.append((1 - d.alpha, CrossEntropy(targets)))  # last, as it overwrites the logits
 
         def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
             total, total_grad = 0.0, None
@@ -4363,7 +4361,7 @@ class Distillation:
 
     @torch.no_grad()
     def teacher_answers(self, batch: dict[str, Tensor]) -> Callable[[slice], Any]:
-        """What chunk_loss takes of the teacher: live, or through the cache."""
+        """The teacher's answers for chunk_loss, live or through the cache."""
         if self.cache is None:
             return self.live(batch)
         blocks, T = batch["blocks"].tolist(), batch["idx"].size(1)
@@ -4381,7 +4379,7 @@ class Distillation:
 
     @torch.no_grad()
     def student_writes(self, student: GPT, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch whose second half is the student's own continuation of the first (arXiv 2306.13649, algorithm 1)."""
+        """The batch with its second half replaced by the student's continuation (arXiv 2306.13649, algorithm 1)."""
         idx = batch["idx"]
         keep = idx.size(1) // 2 or 1
         generator = torch.Generator(idx.device).manual_seed(int(torch.randint(2**31, ())))
@@ -4395,7 +4393,7 @@ class Distillation:
 
 
 def every_kth_layer(teacher: GPT, student: GPT) -> None:
-    """Start a student as the teacher with only every k-th of its layers (as DistilGPT2 was made, arXiv 1910.01108)."""
+    """Initialise a student with every k-th layer of the teacher (as DistilGPT2 was made, arXiv 1910.01108)."""
     for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_inner"):
         if (ours := getattr(student.config, name)) != (theirs := getattr(teacher.config, name)):
             widths = f"the teacher has {name} {theirs}, the student {ours}"
@@ -4423,7 +4421,7 @@ def weights_digest(model: GPT) -> str:
 
 
 def total_loss(model: GPT, batches: Iterable[dict[str, Tensor]], token_bytes: np.ndarray) -> list[float]:
-    """The summed loss of batches, in nats, their targets, and the bytes of text that these stand for: over all
+    """The summed loss of batches, in nats, their number of targets, and the bytes of text these stand for, over all
     processes, each of which takes its share."""
     total = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), torch.no_grad():
@@ -4461,9 +4459,9 @@ class Evaluator:
 def sliding_windows(
     tokens: np.ndarray, context: int, stride: int, batch_tokens: int = 16384
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches in which each token but the first is a target once. Windows of `context` tokens move on by `stride`; a
-    token is scored in the first window that has it, with all of that window before it. At a stride of `context` a
-    window has one token more, its last target, for a window's first token is not scored in it."""
+    """Batches in which each token but the first is a target once. Windows of `context` tokens advance by `stride`; a
+    token is scored in the first window that holds it, given all of that window before it. At a stride of `context`, a
+    window has one more token, its last target, as a window's first token is not scored in it."""
     width, n = context + (stride == context), len(tokens)
     # (begin, end, first target that is scored)
     jobs = [(i, min(i + width, n), i + width - stride if i else 1) for i in range(0, n - 1, stride)]
@@ -4483,9 +4481,9 @@ def sliding_windows(
 def evaluate_text(
     model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, stride: int, where: str = "the text"
 ) -> dict[str, float]:
-    """loss (nats per token), perplexity, bits_per_byte, word_perplexity (words parted by white space), tokens."""
+    """loss (nats per token), perplexity, bits_per_byte, word_perplexity (words split at white space), tokens."""
     if len(tokens) < 2:
-        raise UserError(f"{where} has {len(tokens)} token(s): need at least 2 tokens, one to follow from the other")
+        raise UserError(f"{where} has {len(tokens)} token(s): at least 2 are needed, one to predict the other from")
     total, n, n_bytes = total_loss(model, sliding_windows(tokens, context, stride), tokenizer.token_bytes())
     documents = np.split(tokens, np.flatnonzero(np.isin(tokens, list(tokenizer.special.values()))))
     words = sum(len(tokenizer.without_special(tokenizer.decode(d.tolist())).split()) for d in documents)
@@ -4497,7 +4495,7 @@ def evaluate_text(
 
 
 def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, Any]]:
-    """Rows of the results of EleutherAI's lm-eval, whose own Hugging Face model opens an export of ours."""
+    """Result rows of EleutherAI's lm-eval, whose own Hugging Face model opens an export of ours."""
     lm_eval = need("lm_eval", "eval --tasks", "lm-eval transformers accelerate")
     from lm_eval.tasks import TaskManager
 
@@ -4512,7 +4510,7 @@ def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, A
     rows = []
     for task, values in results.items():
         values = {k: v for k, v in values.items() if "," in k and "stderr" not in k and isinstance(v, (int, float))}
-        names = [k.split(",")[0] for k in values]  # of metric,filter: the filter where there are several
+        names = [k.split(",")[0] for k in values]  # of metric,filter: with the filter if there are several
         keys = [name if names.count(name) == 1 else key for name, key in zip(names, values, strict=True)]
         rows.append({"model": str(opened.path), "task": task, **dict(zip(keys, values.values(), strict=True))})
     return rows
@@ -4522,8 +4520,8 @@ def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, A
 # Hugging Face in and out
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Our GPT in transformers' words; every table is read in both directions. Settings: ours -> theirs, and after a = what
-# theirs means where config.json does not have it (without one, it must).
+# Our GPT in transformers' terms; every table is used in both directions. Settings: ours -> theirs, and after a = the
+# default where config.json lacks it (without a default, it is required).
 
 HF_ROTARY = dict(
     n_embd="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads", n_inner="intermediate_size",
@@ -4550,7 +4548,7 @@ HF_SETTINGS = {
     "qwen3": HF_LLAMA | dict(head_dim="head_dim=128"),
     "nanochat": HF_LLAMA | dict(activation='hidden_act="relu2"', logit_softcap="final_logit_softcapping=15.0"),
 }  # fmt: skip
-HF_FIXED = {  # settings of theirs that have this value, or the model is refused
+HF_FIXED = {  # their settings that must have this value, or the model is refused
     "gpt2": dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False),
     "gpt_neox": dict(attention_bias=True), "llama": {}, "qwen2": dict(use_sliding_window=False),
     "qwen3": dict(attention_bias=False, use_sliding_window=False), "nanochat": dict(attention_bias=False),
@@ -4568,8 +4566,8 @@ HF_ROPE = {  # rope_type -> its keys, which are our settings without rope_
 
 # Tensors: our name and theirs, in gpt2, gpt_neox, the llama family and nanochat; {} is the block, and a bias goes with
 # its weight. After a colon, how theirs differs. T: stored as (in, out) (GPT-2's Conv1D); heads: q, k and v of a head
-# lie together; neg: rotated by -theta, so that the second half of each head is negated; q, k, v, gate, up: these rows
-# of our fused matrix.
+# are adjacent; neg: rotated by -theta, so the second half of each head is negated; q, k, v, gate, up: these rows of our
+# fused matrix.
 HF_TENSORS = """
 {}              transformer.h     gpt_neox.layers                     model.layers           model.layers
 wte             transformer.wte   gpt_neox.embed_in                   model.embed_tokens     model.embed_tokens
@@ -4591,7 +4589,7 @@ lm_head         lm_head           embed_out                           lm_head   
 
 
 def hf_settings(arch: str) -> Iterator[tuple[str, str, Any]]:
-    """Our name of every setting, transformers', and the value of one that is missing; None if it must be there."""
+    """Our name of every setting, transformers' name, and the default if it is missing; None if it is required."""
     for ours, entry in HF_SETTINGS[arch].items():
         theirs, _, default = entry.partition("=")
         yield ours, theirs, json.loads(default or "null")
@@ -4613,7 +4611,7 @@ def hf_tensors(c: GPTConfig) -> Iterator[tuple[str, str, slice, list[str]]]:
 
 
 def hf_layout(x: Tensor, how: list[str], c: GPTConfig, back: bool = False) -> Tensor:
-    """Our tensor as transformers stores it (see HF_TENSORS), or `back`."""
+    """Our tensor in transformers' layout (see HF_TENSORS), or `back` in ours."""
     if "T" in how:
         return x.t()
     if "heads" in how:  # (3, heads, head_dim, ...) <-> (heads, 3, head_dim, ...)
@@ -4641,17 +4639,17 @@ def hf_rope(c: GPTConfig) -> dict[str, Any]:
 
 
 def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Our RoPE settings of a config.json, whichever version of transformers wrote it, given all but the scaling."""
+    """Our RoPE settings from a config.json of any transformers version; `values` holds all but the scaling."""
     rope = {"rope_theta": values["rope_theta"], "partial_rotary_factor": values.get("rope_pct")}
-    said = j.get("rope_scaling") or j.get("rope_parameters") or {}  # of both, transformers 4 and 5 take the first
+    said = j.get("rope_scaling") or j.get("rope_parameters") or {}  # given both, transformers 4 and 5 use the first
     rope.update({k: v for k, v in said.items() if v is not None})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in list(HF_ROPE) or not rope.get("truncate", True):
-        raise UserError(f"RoPE scaling {kind!r} is not supported; supported are linear, yarn (truncated) and llama3")
+        raise UserError(f"RoPE scaling {kind!r} is not supported: only linear, yarn (truncated) and llama3 are")
     block_size = values["block_size"]
     original = j.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if kind == "yarn":
-        rope.setdefault("factor", block_size / (original or block_size))  # null: as the two lengths say
+        rope.setdefault("factor", block_size / (original or block_size))  # null: the ratio of the two lengths
         if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
             over, under = (0.1 * rope[k] * math.log(rope["factor"]) + 1 for k in ("mscale", "mscale_all_dim"))
             rope.setdefault("attention_factor", over / under)
@@ -4665,7 +4663,7 @@ def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """config.json, for transformers 5 (rope_parameters, dtype) and 4 (rope_theta, rope_scaling, torch_dtype) alike."""
+    """config.json for both transformers 5 (rope_parameters, dtype) and 4 (rope_theta, rope_scaling, torch_dtype)."""
     rope, activation = hf_rope(c), HF_GATED.get(c.activation, c.activation)
     values = vars(c) | dict(block_size=c.context, activation=activation, rope_theta=rope["rope_theta"])
     values["logit_softcap"] = c.logit_softcap or None
@@ -4684,10 +4682,10 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
 
 
 def config_from_hf(j: Any, path: Path) -> GPTConfig:
-    """The GPTConfig of a transformers config.json. Raises UserError for what this GPT cannot be."""
+    """The GPTConfig of a transformers config.json. Raises UserError for what this GPT does not support."""
     arch = j.get("model_type") if isinstance(j, dict) else None
     if arch not in list(ARCHS):
-        raise UserError(f"{path}: model_type {arch!r} is not supported; supported are {', '.join(ARCHS)}")
+        raise UserError(f"{path}: model_type {arch!r} is not supported: only {', '.join(ARCHS)} are")
     with told_as(str(path), Exception, UserError):
         j = {"n_positions": j.get("n_ctx"), **j}
         values = {**ARCHS[arch], "arch": arch, "vocab_size": j.get("vocab_size")}
@@ -4695,7 +4693,7 @@ def config_from_hf(j: Any, path: Path) -> GPTConfig:
             value = j.get(theirs, default)
             if value is None and default is None:
                 raise UserError(f"it has no {theirs}")
-            values[ours] = 0 if value is None else value  # null: by the width, or off
+            values[ours] = 0 if value is None else value  # null: from the width, or off
         for theirs, fixed in HF_FIXED[arch].items():
             if j.get(theirs, fixed) != fixed:
                 raise UserError(f"{theirs} {j[theirs]} is not supported")
@@ -4713,20 +4711,20 @@ def config_from_hf(j: Any, path: Path) -> GPTConfig:
 
 
 def check_exportable(c: GPTConfig, tokenizer: Tokenizer) -> None:
-    """Raise UserError, naming the setting, if transformers' class of this architecture cannot be this model: if its
-    config.json does not come back as the same. Training's settings may differ, and RoPE is compared by its angles."""
+    """Raise UserError, naming the setting, if transformers' class of this architecture cannot represent this model,
+    that is, if its config.json does not round-trip. Training settings may differ; RoPE is compared by its angles."""
     back = config_from_hf(hf_config(c, tokenizer, "float32"), Path(f"a Hugging Face {c.arch}"))
     for name, ours in vars(c).items():
         free = name in ("block_size", "init", *LOOP) or name.startswith("rope_") and name != "rope_pct"
         if not free and ours != (theirs := getattr(back, name)):
-            raise UserError(f"{name} {ours} cannot be exported: a Hugging Face {c.arch} has {name} {theirs}")
+            raise UserError(f"{name} {ours} cannot be exported: Hugging Face's {c.arch} has {name} {theirs}")
     if c.pos_embd == "rope":
         (ours, factor), (theirs, their_factor) = rope_frequencies(c), rope_frequencies(back)
         original = c.rope_original_block_size or c.block_size  # transformers 4 takes YaRN's factor from the two lengths
         same = c.rope_scaling != "yarn" or c.context == original * c.rope_factor
         same = same and (factor, c.context) == (their_factor, back.context)
         if not (same and torch.allclose(ours, theirs, rtol=1e-6, atol=0)):
-            raise UserError(f"rope_scaling {c.rope_scaling} by rope_factor {c.rope_factor} cannot be exported")
+            raise UserError(f"rope_scaling {c.rope_scaling} with rope_factor {c.rope_factor} cannot be exported")
 
 
 HF_ALIASES = {
@@ -4736,24 +4734,24 @@ HF_ALIASES = {
 
 
 def hub_directory(name: str) -> Path:
-    """The local copy of a hub model, `owner/name` or `owner/name@revision`, fetched if it is not there yet."""
+    """The local copy of a Hub model, `owner/name` or `owner/name@revision`, fetched if there is none yet."""
     import huggingface_hub
 
     repo, _, revision = name.partition("@")
     wanted = ["*.json", "*.safetensors", "*.jinja"]
     get = functools.partial(huggingface_hub.snapshot_download, repo, revision=revision or None, allow_patterns=wanted)
-    with suppress(Exception):  # not there, or not whole
+    with suppress(Exception):  # missing, or incomplete
         folder = Path(get(local_files_only=True))
         if all(p.exists() for p in (folder / "config.json", folder / "tokenizer.json", *safetensors_files(folder))):
             return folder
-    with told_as(f"{name} is no local checkpoint, and could not be downloaded from the Hub"):
+    with told_as(f"{name} is not a local checkpoint, and could not be downloaded from the Hub"):
         return Path(get())  # with its own progress bar
 
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face directory: one, or the shards of its index."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():  # as transformers reads it, which leaves the index of earlier shards beside it
+    if whole.exists():  # as in transformers, which leaves an index of earlier shards beside it
         return [whole]
     if index.exists():
         content = read_json(index)
@@ -4775,11 +4773,11 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
     config = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
     digests = export_digests(folder)
     state, shapes, wanted = {}, parameter_shapes(config), {theirs: rest for theirs, *rest in hf_tensors(config)}
-    prefix = next(iter(wanted)).partition(".")[0]  # which checkpoints of the bare transformer lack
+    prefix = next(iter(wanted)).partition(".")[0]  # missing in checkpoints of the bare transformer
     head, heads = None, ("lm_head.weight", "embed_out.weight") if config.tie_word_embeddings else ()
     for file in safetensors_files(folder):
         if digests.get(file.name) and file.exists() and file_digest(file) != digests[file.name]:
-            raise UserError(f"{file} is not as export wrote it: damaged; or remove {EXPORT_LIST} if you changed it")
+            raise UserError(f"{file} is not as export wrote it: damaged, or, if you changed it, remove {EXPORT_LIST}")
         damaged = told_as(f"{file} cannot be read as safetensors", SafetensorError, FileNotFoundError)
         with damaged, safe_open(file, "pt") as f:
             for name in f.keys():
@@ -4790,24 +4788,24 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
                     continue
                 key = name if name in wanted else f"{prefix}.{name}"
                 if key not in wanted:
-                    raise UserError(f"{file}: tensor {name} has no place in a {config.arch} of this config.json")
+                    raise UserError(f"{file}: tensor {name} does not belong in a {config.arch} with this config.json")
                 ours, rows, how = wanted.pop(key)
                 expected = list(hf_layout(torch.empty(shapes[ours], device="meta")[rows], how, config).shape)
                 if expected != (theirs := f.get_slice(name).get_shape()):
-                    raise UserError(f"{file}: tensor {name} has shape {theirs}, config.json says {expected}")
-                if ours not in state:  # memory is taken for what is there; rows of padding stay 0
+                    raise UserError(f"{file}: tensor {name} has shape {theirs}, but config.json says {expected}")
+                if ours not in state:  # allocate only what is present; padding rows stay 0
                     state[ours] = torch.zeros(shapes[ours], device=device)
                 state[ours][rows].copy_(hf_layout(f.get_tensor(name), how, config, back=True))
     if wanted:
-        raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} are)")
+        raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} in all)")
     if head is not None and not torch.equal(head.to(device).float(), state["wte.weight"][: config.vocab_size]):
-        return load_hf_model(folder, device, **{**overrides, "tie_word_embeddings": False})  # transformers 5's way too
+        return load_hf_model(folder, device, **{**overrides, "tie_word_embeddings": False})  # as transformers 5 does
     return build_model(config, state, folder)
 
 
 def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
-    """The tokenizer with <|im_start|> and <|im_end|>, which a base model of the hub may lack, and the ids that are new.
-    Their embeddings, and the head's rows, start near the mean of all others, each a little different."""
+    """The tokenizer with <|im_start|> and <|im_end|>, which a base model from the Hub may lack, and the new ids. Their
+    rows in the embedding and the head start near the mean of all others, each a little different."""
     if chat_template(tokenizer) is not None:
         return tokenizer, []
     backend, new = tokenizer.backend, [t for t in (IM_START, IM_END) if t not in tokenizer.vocab]
@@ -4816,7 +4814,7 @@ def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> tuple[Tokenizer, list[i
     made = Tokenizer({**tokenizer.spec, "json": backend.to_str(), "special": special})
     ids, old = [special[t] for t in new], model.config.vocab_size
     if taken := sorted(t for t, i in tokenizer.vocab.items() if i in ids):
-        raise UserError(f"{tokenizer.name} cannot have chat tokens: its ids have gaps, and {taken[0]!r} has theirs")
+        raise UserError(f"{tokenizer.name} cannot have chat tokens: its ids have gaps, and {taken[0]!r} is in the way")
     model.config = c = replace(model.config, vocab_size=max(old, made.n_vocab))
     for module in filter(None, (model.wte, model.lm_head)):
         known = module.weight.data[:old]
@@ -4828,7 +4826,7 @@ def add_chat_tokens(model: GPT, tokenizer: Tokenizer) -> tuple[Tokenizer, list[i
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """bos, eos and pad as config.json has them."""
+    """bos, eos and pad ids for config.json."""
     s, vocab = tokenizer.fields, tokenizer.vocab
     eos = vocab.get(s.eos_token, tokenizer.special.get(EOT, tokenizer.special.get(IM_END)))
     bos = vocab.get(s.bos_token, tokenizer.bos[0] if tokenizer.bos else eos)
@@ -4836,16 +4834,16 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
-    """tokenizer.json and what goes with it."""
+    """Write tokenizer.json and the files that go with it."""
     ids, s = special_ids(tokenizer), tokenizer.fields
     (folder / "tokenizer.json").write_text(s.json or tokenizer.backend.to_str(), encoding="utf-8", newline="\n")
     bos, eos, pad = (None if i is None else tokenizer.backend.id_to_token(i) for i in ids.values())
     if not (tokenizer.is_ours or s.bos_token or tokenizer.bos):
-        bos = None  # templates ask for it
+        bos = None  # templates test for it
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad,
         "unk_token": s.unk_token or eos, "model_max_length": c.context, "clean_up_tokenization_spaces": False,
-        # transformers 5 opens every qwen2 with Qwen's own split and NFC, unless this has it read the tokenizer.json
+        # without this, transformers 5 opens every qwen2 with Qwen's own split and NFC instead of the tokenizer.json
         **({"trust_remote_code": True} if c.arch == "qwen2" else {}),
     })  # fmt: skip
     ends = dict.fromkeys(i for i in (tokenizer.special.get(IM_END), tokenizer.eot, *s.ends) if i is not None)
@@ -4855,7 +4853,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
 
 
 def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: str, name: str) -> float:
-    """Write a directory that transformers opens by itself, read it back, and return the largest difference between its
+    """Write a directory that transformers opens natively, read it back, and return the largest difference between its
     logits and the model's at that precision."""
     import huggingface_hub
 
@@ -4865,11 +4863,11 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
         theirs: hf_layout(state[ours][rows].to(dtype), how, c).clone(memory_format=torch.contiguous_format)
         for theirs, ours, rows, how in hf_tensors(c)
     }
-    with told_as(f"max_shard_size {max_shard_size!r} is no size: write 5GB, 200MB or a number of bytes", ValueError):
+    with told_as(f"max_shard_size {max_shard_size!r} is not a size: write 5GB, 200MB or a number of bytes", ValueError):
         size = int(max_shard_size) if max_shard_size.isdigit() else max_shard_size
         huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=size)
     write_json(folder / "config.json", hf_config(c, tokenizer, str(dtype).removeprefix("torch.")))
-    for file in folder.glob("*.safetensors"):  # which safetensors lets only their owner read
+    for file in folder.glob("*.safetensors"):  # safetensors makes them readable only by their owner
         shutil.copymode(folder / "config.json", file)
     export_tokenizer(tokenizer, folder, c)
     (folder / "README.md").write_text(model_card(opened, name), encoding="utf-8", newline="\n")
@@ -4886,7 +4884,7 @@ def export_hf(opened: Opened, folder: Path, dtype: torch.dtype, max_shard_size: 
 
 
 def model_card(opened: Opened, name: str) -> str:
-    """The README.md of an export, with the metadata that the hub reads."""
+    """The README.md of an export, with the metadata that the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     c, checkpoint, quoted, trained = opened.model.config, opened.checkpoint, json.dumps(name, ensure_ascii=False), ""
@@ -4895,7 +4893,7 @@ def model_card(opened: Opened, name: str) -> str:
         parts = [part.rpartition(":")[0] for part in checkpoint.data.get("parts", [])]  # of a mixture: PATH:WEIGHT
         paths = [Path(path) for path in parts or [checkpoint.data["path"]]]
         names = [(path.parent if path.suffix == ".bin" else path).name for path in paths]
-        card.datasets = [re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII) for name in names]  # the Hub takes no others
+        card.datasets = [re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII) for name in names]  # all that the Hub accepts
         dataset, metrics = " + ".join(names), checkpoint.metrics.get("last", {})
         trained = f"Trained with `{shlex.join(['python', 'model.py', *checkpoint.arguments])}`"
         if "val_loss" in metrics:
@@ -4930,7 +4928,7 @@ GGUF_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q5_0": 8, "bf16": 32}  
 
 
 def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
-    """Write one GGUF file for llama.cpp, by the gguf package. Matrices are of the kind; vectors stay f32."""
+    """Write one GGUF file for llama.cpp with the gguf package. Matrices are stored as `kind`; vectors stay f32."""
     gguf = need("gguf", "export --format gguf")
     tokenizer, c, state = opened.tokenizer, opened.model.config, opened.model.state_dict()
     check_exportable(c, tokenizer)
@@ -4974,12 +4972,12 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
         w.add_tensor(key, gguf.quants.quantize(x.float().contiguous().numpy(), q), raw_dtype=q)
 
     names = gguf.get_tensor_name_map(arch, c.n_layer)
-    for theirs, ours, rows, how in hf_tensors(c):  # as (out, in), q, k and v apart: as we have them
+    for theirs, ours, rows, how in hf_tensors(c):  # (out, in), with q, k and v apart, as ours
         x = state[ours][rows]
         if c.arch == "llama" and how in (["q"], ["k"]):  # its llama rotates neighbours (2i, 2i + 1)
             x = x.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         put(names.get_name(theirs, try_suffixes=(".weight", ".bias")), x)
-    if c.arch == "gpt_neox" and c.tie_word_embeddings:  # llama.cpp's has no ties
+    if c.arch == "gpt_neox" and c.tie_word_embeddings:  # llama.cpp's is never tied
         put("output.weight", state["wte.weight"][: c.vocab_size])
     if c.rope_scaling == "llama3":  # what each frequency is divided by
         put("rope_freqs.weight", rope_frequencies(replace(c, rope_scaling="none"))[0] / rope_frequencies(c)[0])
@@ -4989,7 +4987,7 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
     w.close()
 
 
-# ChatML in Go's templates, which Ollama fills in.
+# ChatML as a Go template, which Ollama fills in.
 OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -4997,8 +4995,8 @@ OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 
 
 def modelfile(tokenizer: Tokenizer, gguf: str) -> str:
-    """Ollama's description of a GGUF file beside it, for `ollama create NAME -f Modelfile`. A chat template other than
-    ChatML is left for Ollama to find in the GGUF."""
+    """Ollama's Modelfile for a GGUF file beside it, for `ollama create NAME -f Modelfile`. Chat templates other than
+    ChatML are left for Ollama to find in the GGUF."""
     template = f'TEMPLATE """{OLLAMA_CHATML}"""\n' if chat_template(tokenizer) == CHATML else ""
     stops = "".join(f'PARAMETER stop "{token}"\n' for token in (IM_END, EOT) if token in tokenizer.special)
     sampling = "".join(f"PARAMETER {k} {getattr(SamplingSettings, k)}\n" for k in ("temperature", "min_p"))
@@ -5014,13 +5012,13 @@ GGUF_SPLITS = {  # how a text is split before merging -> llama.cpp's name for it
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
-    """The vocabulary, merges, special tokens and chat template, as GGUFWriter's methods add_... take them."""
+    """The vocabulary, merges, special tokens and chat template, as arguments of GGUFWriter's add_... methods."""
     import gguf
 
     j, types = json.loads(tokenizer.backend.to_str()), gguf.TokenType
     if j["model"]["type"] != "BPE" or not tokenizer.byte_level:
-        raise UserError(f"tokenizer {tokenizer.name} is not a byte-level BPE, the only kind that a GGUF can hold here")
-    if (j["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # Qwen's, which llama.cpp does without
+        raise UserError(f"tokenizer {tokenizer.name} is not a byte-level BPE, the only kind that export writes to GGUF")
+    if (j["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # Qwen's, which llama.cpp skips
         raise UserError(f"tokenizer {tokenizer.name} has a normalizer, {j['normalizer']['type']}; llama.cpp has none")
     added = {} if tokenizer.is_ours else tokenizer.added  # found in a text before it is split, and kept as they are
     if odd := next((t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word), None):
@@ -5032,7 +5030,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
         elif p["use_regex"] and not p["add_prefix_space"]:
             steps.append("GPT-2")
     if tuple(steps) not in GGUF_SPLITS or not steps and tokenizer.kind != "byte":
-        raise UserError(f"tokenizer {tokenizer.name} splits text in a way that llama.cpp has no name for: {steps}")
+        raise UserError(f"tokenizer {tokenizer.name} splits text in a way that llama.cpp does not support: {steps}")
     token_of, bos = {i: t for t, i in tokenizer.vocab.items()}, special_ids(tokenizer)["bos_token_id"]
     type_of = dict.fromkeys(token_of, types.NORMAL) | dict.fromkeys(added, types.USER_DEFINED)
     type_of |= dict.fromkeys(tokenizer.control.values(), types.CONTROL)
@@ -5040,7 +5038,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
         tokenizer_model="gpt2", tokenizer_pre=GGUF_SPLITS[tuple(steps)],
         token_list=[token_of.get(i, f"[PAD{i}]") for i in range(c.vocab_size)],
         token_types=[type_of.get(i, types.UNUSED) for i in range(c.vocab_size)],
-        token_merges=[" ".join(pair) for pair in j["model"]["merges"]] or ["☃ ☃"],  # it wants some: of no byte
+        token_merges=[" ".join(pair) for pair in j["model"]["merges"]] or ["☃ ☃"],  # it needs some: not of bytes
         bos_token_id=None if tokenizer.eot is None else bos, eos_token_id=tokenizer.eot,
         eot_token_id=tokenizer.special.get(IM_END), add_bos_token=bool(tokenizer.bos),
         chat_template=chat_template(tokenizer),
@@ -5057,7 +5055,7 @@ COMMANDS: dict[str, types.SimpleNamespace] = {}
 
 def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
     """Make a function a command. Its flags are the fields of its argument's dataclass, grouped by the docstrings of the
-    bases that declare them; recipe is its own defaults of settings declared elsewhere."""
+    bases that declare them; `recipe` holds its own defaults for settings declared elsewhere."""
 
     def register(run: Callable) -> Callable:
         about = dict(args=run.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
@@ -5068,7 +5066,7 @@ def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
 
 
 def optional(cls: type, *only: str, title: str = "") -> type:
-    """Settings as flags that may be left out: None where one is not given, for variants and recipes to fill."""
+    """Settings as optional flags: None if not given, for variants and recipes to fill in."""
     bases = []
     for base in cls.__mro__:
         flags = [(f.name, f.type | None, field(default=None, metadata={**f.metadata, "default": f.default}))
@@ -5089,8 +5087,8 @@ def chosen(a: Any, cls: type) -> dict[str, Any]:
 class TokenizerArgs(Settings):
     """data"""
 
-    tokenizer: str | None = setting(None, "gpt2, bpe, byte, or that of a checkpoint, data or folder (default: gpt2)")
-    vocab_size: int | None = setting(None, "tokens of --tokenizer bpe (default: 8192)", ge=1, le=1 << 24)
+    tokenizer: str | None = setting(None, "gpt2, bpe, byte, or a checkpoint, data or folder with one (default: gpt2)")
+    vocab_size: int | None = setting(None, "vocabulary size for --tokenizer bpe (default: 8192)", ge=1, le=1 << 24)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -5102,7 +5100,7 @@ class TokenizerArgs(Settings):
 class ModelArgs(Settings):
     """model"""
 
-    model_checkpoint: str | None = setting(None, "a checkpoint, Hugging Face directory or hub id (default: the newest)",
+    model_checkpoint: str | None = setting(None, "a checkpoint, Hugging Face directory or Hub id (default: the newest)",
                                            alias="model_path")  # fmt: skip
     variant: str | None = setting(None, "check that the model has this shape", VARIANTS)
 
@@ -5112,7 +5110,7 @@ ContextArgs = optional(GPTConfig, "rope_scaling", "rope_factor", title="beyond t
 
 
 def open_named_model(a: Any, device: torch.device | str = "cpu", spec: str | None = None, **overrides: Any) -> Opened:
-    """The model of the command line, with the longer context that it asks for."""
+    """Open the model that the command line names, with its context extended if asked for."""
     if a.rope_factor and not a.rope_scaling:
         raise UserError("--rope_factor needs --rope_scaling: linear, ntk, yarn or llama3")
     opened = open_model(spec or a.model_checkpoint, device, None if spec else a.variant, **overrides)
@@ -5126,8 +5124,8 @@ class DeviceArgs(Settings):
     """machine"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", "of the computation (auto on a CPU: float16 weights, float32 activations)", DTYPES)
-    quantize: str | None = setting(None, "int8 weights, on a CPU: a little less exact", ("int8",))
+    dtype: str = setting("auto", "precision (auto on a CPU: float16 weights, float32 activations)", DTYPES)
+    quantize: str | None = setting(None, "8-bit weights, CPU only, slightly less accurate", ("int8",))
 
 
 @dataclass
@@ -5144,16 +5142,16 @@ class UseArgs(DeviceArgs):
 class DatasetArgs(TokenizerArgs):
     """data"""
 
-    dataset: str = setting("", "the folder under data/ to make", required=True)
-    overwrite: bool = setting(False, "replace a data folder of this name")
+    dataset: str = setting("", "name of the folder to make under data/", required=True)
+    overwrite: bool = setting(False, "replace an existing data folder of this name")
 
     @property
     def folder(self) -> Path:
         folder = DATA_DIR / self.dataset
         if folder.name != self.dataset or self.dataset.startswith("."):
-            raise UserError(f"--dataset {self.dataset!r} must be a plain name: that of the folder under {DATA_DIR}/")
+            raise UserError(f"--dataset {self.dataset!r} must be a plain name, for a folder under {DATA_DIR}/")
         if (folder / "meta.json").exists() and not self.overwrite:
-            raise UserError(f"{folder} is already there: choose another --dataset or add --overwrite")
+            raise UserError(f"{folder} already exists: choose another --dataset or add --overwrite")
         return folder
 
 
@@ -5162,7 +5160,7 @@ class TokenizeArgs(ChatFormat, DatasetArgs):
     """text"""
 
     txt: list[str] = setting([], "files, folders, http(s) URLs, or - for standard input", required=True)
-    encoding: str = setting("utf-8-sig", "of the text: UTF-8, with or without a byte order mark")
+    encoding: str = setting("utf-8-sig", "encoding of the text (utf-8-sig: with or without a BOM)")
     errors: str = setting("strict", "what to do with bytes outside the encoding", ("strict", "ignore", "replace"))
     val_fraction: float = setting(0.1, "fraction held out for validation, at most 10M tokens", ge=0, lt=1)
 
@@ -5180,7 +5178,7 @@ def tokenize(a: TokenizeArgs) -> None:
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
     if len(a.txt) > 1:
-        raise UserError("one file of records at a time: for several, put them into a folder and use hf_tokenize")
+        raise UserError("only one file of records at a time: put several into a folder and use hf_tokenize")
     if not Path(first).exists():
         raise UserError(f"{first}: no such file")
     records = Records(a.chat_format, a.train_on_all, a.skip_bad, first, val_fraction=a.val_fraction)
@@ -5202,7 +5200,7 @@ class HFTokenizeArgs(Records, DatasetArgs):
 def hf_tokenize(a: HFTokenizeArgs) -> None:
     """turn a Hugging Face data set into a data folder"""
     if not a.hf_dataset:
-        raise UserError("hf_tokenize needs --hf_dataset: a data set of the hub, or a local folder or file")
+        raise UserError("hf_tokenize needs --hf_dataset: a data set on the Hub, or a local folder or file")
     tokenize_records(a.folder, a, a.tokenizer or "gpt2", a.vocab_size, a.overwrite)
 
 
@@ -5217,7 +5215,7 @@ class DataArgs(Settings):
                               "mixture of several: NAME:WEIGHT NAME:WEIGHT ...")  # fmt: skip
 
     def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
-        """The data that the command line names, in a tokenizer's ids; if it names none, some other."""
+        """Open the data that the command line names, with a tokenizer; `otherwise` if it names none."""
         return open_all(self.data or [*otherwise], tokenizer)
 
 
@@ -5225,29 +5223,27 @@ class DataArgs(Settings):
 class RunArgs(DataArgs):
     """run"""
 
-    name: str | None = setting(None, "checkpoints/NAME_model.pt (default: after the variant or model)")
-    resume: str = setting(
-        "false", "go on with the run of this --name (auto: if it is there)", ("false", "true", "auto")
-    )
-    overwrite: bool = setting(False, "replace the run of this name")
+    name: str | None = setting(None, "checkpoints/NAME_model.pt (default: the variant's or model's name)")
+    resume: str = setting("false", "continue the run of this --name (auto: if it exists)", ("false", "true", "auto"))
+    overwrite: bool = setting(False, "replace an existing run of this name")
 
 
 def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
-    """Make a function the beginning of a command that trains, in the processes that torchrun set up, if it did. It gets
-    ready what start_run takes, unless --resume finds that in the run's last state."""
+    """Make a function the start of a training command, in the processes that torchrun set up, if any. It prepares the
+    arguments of start_run, unless --resume finds them in the run's last state."""
 
     @functools.wraps(begin)
     def run(a: RunArgs) -> None:
         with processes():
             device = choose_device(a.device or "auto")
-            reporters_in(a.report_to)  # a mistake shows before data is made
+            reporters_in(a.report_to)  # reports mistakes before data is made
             if a.overwrite and a.resume != "false":
-                raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
+                raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
             lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
             if len(lengths) > 1:
-                raise UserError(f"{' and '.join(lengths)} each say how long to train: give one of them")
+                raise UserError(f"{' and '.join(lengths)} each set how long to train: give only one")
             if distributed() and device.type == "mps":
-                raise UserError("several processes need NVIDIA's GPUs or --device cpu: on a Mac, leave torchrun out")
+                raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
             files = RunFiles(a.name or a.default_name, a.overwrite)
@@ -5265,15 +5261,15 @@ def start_run(
     files: RunFiles, model: GPT, data: Data, t: TrainConfig, block_size: int, teacher_model: GPT | None = None,
     state: Checkpoint | None = None, recipe: str | None = None, **about: Any,
 ) -> None:  # fmt: skip
-    """Train, in the place of an earlier run of this name, or on from its last state. `about` goes into checkpoints."""
+    """Train a new run, replacing one of this name, or resume from `state`. `about` is stored in checkpoints."""
     device, n = choose_device(t.device), world_size()
     micro_batch, rest = divmod(t.batch_size, t.grad_accum * n)
     if rest:
         raise UserError(f"batch_size {t.batch_size} is not divisible by grad_accum {t.grad_accum} times {n} processes")
     if device.type == "mps" and micro_batch * block_size > MPS_LONGEST_SUM:
-        raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens has wrong gradients on some Macs: use a "
-                        "larger --grad_accum")  # fmt: skip
-    if device.type == "cuda":  # cuDNN's attention has gradients that are not finite where masks are (pytorch#196678)
+        raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens gives wrong gradients on some Macs: use "
+                        "a larger --grad_accum")  # fmt: skip
+    if device.type == "cuda":  # cuDNN's attention gives non-finite gradients with masks (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(not data.is_chat)
     set_precision(model.to(device), t.dtype, training=True)
     loss_fn, teacher = language_modelling, (about.get("teacher") or {}).get("digest")
@@ -5285,7 +5281,7 @@ def start_run(
     shard_model(model, t.fsdp)
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
-            files.check_free()  # once more, for that was before the data was made
+            files.check_free()  # once more: the first check was before the data was made
         for left_over in CHECKPOINT_DIR.glob(f".{glob.escape(files.run.name)}_model*.tmp") if rank() == 0 else ():
             left_over.unlink()
         run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
@@ -5303,7 +5299,7 @@ def start_run(
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} min")
             run.fit_into(t.max_minutes, loss_fn)
-        again = f", {run.passes:,.1f} times the data," * (run.passes > 1)
+        again = f", {run.passes:,.1f} passes over the data," * (run.passes > 1)
         say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens{again} with {t.optimizer} on "
             f"{model.device} in {dtype}")  # fmt: skip
         fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "")
@@ -5312,7 +5308,7 @@ def start_run(
         f"--model_checkpoint {shlex.quote(files.model.name)}")  # fmt: skip
 
 
-# What may change when a run is resumed: it does not change what is computed.
+# What may change when a run is resumed, as it does not affect what is computed.
 FREE = {
     "max_iters", "epochs", "device", "compile", "fsdp", "log_interval", "sample_interval", "grad_accum", "save_minutes",
     "keep", "max_bad_steps", "report_to",
@@ -5320,14 +5316,14 @@ FREE = {
 
 
 def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint) -> None:
-    """Go on with a run from its last state, with its own settings."""
+    """Continue a run from its last state, with its own settings."""
     if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
     ours = {**asdict(config), **asdict(t), **(c.distill or {}), "block_size": c.block_size, "lora_rank": c.lora_rank}
     ours |= {"teacher_model_path": teacher.get("path"), "teacher_variant": teacher.get("variant")}
     ours |= {"variant": c.variant, "student_variant": c.variant}
-    # what a checkpoint does not hold is looked for in the command line that began the run, as a word or after --FLAG=
+    # settings not in the checkpoint are looked up in the run's original command line, as a word or after --FLAG=
     said = {"tuned", *c.arguments, *(word.partition("=")[2] for word in c.arguments)}
     began = ("recipe", "model_checkpoint", "student_checkpoint")
     ours |= {k: None for k in began if getattr(a, k, None) not in said}
@@ -5337,7 +5333,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
         raise UserError(f"--{wrong} differs from what {last} was made with: leave it out, or --overwrite the run")
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
     if a.max_minutes:
-        say(f"--max_minutes is left aside: the number of steps was fixed when the run began, {t.max_iters:,}")
+        say(f"--max_minutes is ignored: the run has had a fixed number of steps since its start, {t.max_iters:,}")
     if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
@@ -5352,7 +5348,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
         opened = open_teacher(teacher["path"], teacher["variant"], choose_device(t.device))
         teacher_model, digest = opened.model, weights_digest(opened.model)
         if teacher.setdefault("digest", digest) != digest:
-            raise UserError(f"the teacher {opened.path} has other weights than when {last} was made: bring it back")
+            raise UserError(f"the teacher {opened.path} has other weights than when {last} was made: restore it")
     kept = ("kind", "arguments", "variant", "lora_rank", "new_tokens", "distill", "teacher")
     start_run(files, model, data, t, c.block_size, teacher_model, c, **{k: getattr(c, k) for k in kept})
     if isinstance(a, FinetuneArgs):
@@ -5360,7 +5356,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
 
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
-    """TrainConfig of a variant: the recipe that is asked for, then its architecture's, then the user's settings."""
+    """The TrainConfig of a variant: the chosen recipe, then its architecture's, then the user's settings."""
     names, recipe, given = {f.name for f in fields(TrainConfig)}, {}, chosen(a, TrainConfig)
     if variant:
         recipe = {k: v for k, v in VARIANTS[variant].items() if k in names}
@@ -5370,7 +5366,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
         recipe |= ARCH_RECIPES.get(c.arch, {})
         if c.arch == "nanochat":  # AdamW's rate falls with the square root of the width (nanochat's gpt.py)
             recipe |= dict.fromkeys(("learning_rate", "head_lr"), 0.004 * (c.n_embd / 768) ** -0.5)
-        if "learning_rate" in given:  # a rate that is asked for is for all
+        if "learning_rate" in given:  # a given rate applies to these too
             recipe |= {"embd_lr": 0.0, "head_lr": 0.0}
     return TrainConfig(**{**recipe, **given})
 
@@ -5379,7 +5375,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
 class RecipeArgs(RunArgs):
     """run"""
 
-    recipe: str = setting("tuned", "tuned: learns fastest; published: the variant as its source has it", RECIPES)
+    recipe: str = setting("tuned", "tuned: learns fastest; published: as in the variant's source", RECIPES)
 
 
 @dataclass
@@ -5393,11 +5389,11 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
         return self.variant or "7M"
 
     def data_in(self, tokenizer: str | Tokenizer, otherwise: Iterable[str] = ()) -> Data:
-        """As elsewhere. Raises UserError unless it has the tokenizer that is asked for, if one is."""
+        """As in DataArgs. Raises UserError if a tokenizer is asked for and the data has another."""
         data, asked = open_all(self.data or [*otherwise], tokenizer, self.vocab_size), self.tokenizer
         ours, own = asked in ("gpt2", "byte", "bpe"), data.tokenizer
         if asked and (own.kind != asked if ours else own.digest != load_tokenizer(asked).digest):
-            raise UserError(f"{data.path} was made with tokenizer {own.describe()}, and --tokenizer asks for {asked}: "
+            raise UserError(f"{data.path} was made with tokenizer {own.describe()}, but --tokenizer asks for {asked}: "
                             "leave it out, or tokenize the text under another name")  # fmt: skip
         return data
 
@@ -5411,11 +5407,11 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
 )
 @training
 def train(a: TrainArgs, start: Callable) -> None:
-    """train a model; many GPUs with torchrun --nproc_per_node N model.py train"""
+    """train a model; on several GPUs with torchrun --nproc_per_node N model.py train"""
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
     variant = a.variant or "7M"
-    config = make_config(variant, 50259, chosen(a, GPTConfig), a.recipe)  # a mistake shows before data is made
+    config = make_config(variant, 50259, chosen(a, GPTConfig), a.recipe)  # reports mistakes before data is made
     t = train_config(a, variant, config)
     data = a.data_in(a.tokenizer or "gpt2")
     config = replace(config, vocab_size=data.tokenizer.n_vocab)
@@ -5432,10 +5428,10 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     """finetuning"""
 
     lora_rank: int | None = setting(None, "train only adapters of this rank, merged on save", ge=0, le=65536)
-    block_size: int | None = setting(None, "tokens of a training window (default: the context, at most 512)", ge=1)
-    prompt: str | None = setting(None, "show an answer to this before and after")
-    sample_length: int = setting(100, "tokens of that answer", ge=1)
-    sample_temperature: float = setting(SamplingSettings.temperature, "its temperature", ge=0)
+    block_size: int | None = setting(None, "tokens per training window (default: the context, at most 512)", ge=1)
+    prompt: str | None = setting(None, "show the model's answer to this before and after finetuning")
+    sample_length: int = setting(100, "length of that answer, in tokens", ge=1)
+    sample_temperature: float = setting(SamplingSettings.temperature, "temperature of that answer", ge=0)
 
     @property
     def default_name(self) -> str:
@@ -5445,7 +5441,7 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         return f"finetuned_{find_checkpoint(spec).stem.removesuffix('_model')}"
 
     def show_answer(self, model: GPT, data: Data, when: str) -> None:
-        """Print the answer to --prompt: as a turn of a conversation where the data is conversations."""
+        """Print the answer to --prompt, as a conversation turn if the data holds conversations."""
         if self.prompt is None:
             return
         prompt = data.tokenizer.prompt(self.prompt, model.config.context)
@@ -5468,7 +5464,7 @@ class HFFinetuneArgs(Records, FinetuneArgs):
     def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
-        split = re.sub(r"[^\w.-]", "-", self.hf_split)  # "train[:10%]": no file system has to take it
+        split = re.sub(r"[^\w.-]", "-", self.hf_split)  # "train[:10%]" is not a valid file name everywhere
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}"
 
         def find(folder: Path) -> Data | None:
@@ -5501,7 +5497,7 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     tokenizer, new_tokens = add_chat_tokens(model, opened.tokenizer)
     remedy = f"make the data with tokenize --tokenizer {opened.path}"
     if new_tokens:  # no other command has this tokenizer
-        remedy = "give --data the file itself, for chat tokens have been added to the model's tokenizer"
+        remedy = "give --data the file itself, as chat tokens have been added to the model's tokenizer"
     data = a.data_in(tokenizer)
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, remedy)
     block_size = a.block_size or min(512, model.config.context)
@@ -5538,7 +5534,7 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
 def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
     """finetune a model on a Hugging Face data set"""
     if bool(a.hf_dataset) == bool(a.data):
-        raise UserError("hf_finetune needs --hf_dataset: a data set of the hub, or a local folder or file (or --data)")
+        raise UserError("hf_finetune needs --hf_dataset: a data set on the Hub, or a local folder or file (or --data)")
     finetune.__wrapped__(a, start)
 
 
@@ -5546,11 +5542,11 @@ def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     """teacher and student"""
 
-    teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or hub id, or hf: by --teacher_variant",
+    teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or Hub id, or hf: by --teacher_variant",
                                       required=True)  # fmt: skip
-    teacher_variant: str | None = setting(None, f"its shape; of hf, a GPT-2's ({', '.join(HF_ALIASES)})", VARIANTS)
+    teacher_variant: str | None = setting(None, f"its shape; for hf, a GPT-2's ({', '.join(HF_ALIASES)})", VARIANTS)
     student_variant: str | None = setting(None, "shape of the student", VARIANTS)
-    student_checkpoint: str | None = setting(None, "go on from this model")
+    student_checkpoint: str | None = setting(None, "start from this model")
     init_from_teacher: bool = setting(False, "start with every k-th layer of the teacher (default shape: half as deep)")
 
     @property
@@ -5577,7 +5573,7 @@ def distill(a: DistillArgs, start: Callable) -> None:
     block_size = a.block_size or min(student.config.block_size, 1 << 24 if a.student_variant else 512)
     for who, model in (("student", student), ("teacher", opened.model)):
         if model.config.context < block_size:
-            raise UserError(f"the {who}'s context is {model.config.context} and the block is {block_size}: use a "
+            raise UserError(f"the {who}'s context is {model.config.context} but the block is {block_size}: use a "
                             "smaller --block_size")  # fmt: skip
     n_teacher, n_student = count_parameters(opened.model.config), count_parameters(student.config)
     say(f"teacher {opened.path}: {n_teacher:,} parameters; alpha {d.alpha}, temperature {d.temperature}, "
@@ -5605,7 +5601,7 @@ def check_same_vocabulary(teacher: Tokenizer, data: Data, path: Path) -> None:
         return
     shared = set(range(min(ours.n_vocab, teacher.n_vocab))) - {*ours.special.values(), *teacher.special.values()}
     if abs(ours.n_vocab - teacher.n_vocab) > 64 or any(ours.bytes_of(i) != teacher.bytes_of(i) for i in shared):
-        raise UserError(f"the teacher has tokenizer {teacher.describe()} and {data.path} has {ours.describe()}: make "
+        raise UserError(f"the teacher has tokenizer {teacher.describe()} but {data.path} has {ours.describe()}: make "
                         f"matching data with tokenize --tokenizer {path}")  # fmt: skip
 
 
@@ -5622,7 +5618,7 @@ def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
     if a.student_variant:
         config = make_config(a.student_variant, data.tokenizer.n_vocab, overrides, a.recipe)
     elif a.init_from_teacher:
-        overrides.pop("block_size", None)  # of the windows
+        overrides.pop("block_size", None)  # that of the training windows
         shape = {"n_layer": max(1, teacher.config.n_layer // 2), **overrides}
         # the student has the data's tokenizer, which may have chat tokens that the teacher lacks
         config = replace(teacher.config, vocab_size=max(teacher.config.vocab_size, data.tokenizer.n_vocab), **shape)
@@ -5636,15 +5632,15 @@ def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
 
 
 def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, distill: dict[str, Any]) -> Distillation:
-    """The loss function of a student. digest: of the teacher's weights, as they are stored."""
+    """The loss function of a student. digest: that of the teacher's weights as stored."""
     d = DistillConfig(**distill)
     if d.on_policy and data.is_chat:
-        raise UserError(f"--on_policy is for text, and {data.path} holds conversations: leave it out")
+        raise UserError(f"--on_policy is for text, but {data.path} holds conversations: leave it out")
     n_vocab, K, cache = min(data.tokenizer.n_vocab, teacher.config.vocab_size), d.cache_teacher, None
     if K > n_vocab:
         raise UserError(f"cache_teacher is {K}: the vocabulary has only {n_vocab:,} tokens")
     if K:
-        contents = data.digest if data.parts else data.ids_digest  # with other splits a mixture numbers blocks anew
+        contents = data.digest if data.parts else data.ids_digest  # a mixture's block numbers depend on its splits
         meta = dict(teacher=digest, data=contents, temperature=d.temperature, block_size=block_size, top_k=K)
         n_blocks = len(data.splits["train"].windows(block_size))
         cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K, n_vocab)
@@ -5661,7 +5657,7 @@ class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
     prompt: str | None = setting(None, "the text to continue (default: standard input, if it is not a terminal)")
     length: int = setting(100, "tokens to generate", ge=1)
     num_samples: int = setting(1, "continuations, drawn as one batch", ge=1, le=1 << 16)
-    stop: list[str] = setting([], r"end before any of these (\n is a line end)")
+    stop: list[str] = setting([], r"end before any of these (\n is a line break)")
 
 
 @command(
@@ -5692,8 +5688,8 @@ def sample(a: SampleArgs) -> None:
 class ChatArgs(SamplingSettings, UseArgs, ModelArgs):
     """conversation"""
 
-    system: str | None = setting(None, "the system turn")
-    length: int = setting(512, "tokens of an answer at most", ge=1)
+    system: str | None = setting(None, "the system message")
+    length: int = setting(512, "maximum tokens per answer", ge=1)
 
 
 @command(
@@ -5705,7 +5701,7 @@ def chat(a: ChatArgs) -> None:
     """talk with a model in the terminal"""
     opened = open_model(a.model_checkpoint, choose_device(a.device), a.variant)
     prepare_generation(opened.model, a.dtype, a.quantize)
-    render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # a model without a chat template shows now
+    render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # raises now if the model has no chat template
     session = ChatSession(opened.model, opened.tokenizer, a, a.length, a.seed)
     session.messages = [{"role": "system", "content": a.system}] if a.system else []
     if opened.checkpoint and opened.checkpoint.data.get("is_chat") is False:
@@ -5727,26 +5723,26 @@ def chat(a: ChatArgs) -> None:
                     print(json.dumps({"messages": session.messages}, ensure_ascii=False), file=f)
                 print(f"saved to {target}")
             elif word.startswith("/"):
-                print("there is /reset, /system TEXT, /save FILE and /quit")
+                print("the commands are /reset, /system TEXT, /save FILE and /quit")
             elif line:
                 session.answer(line, functools.partial(print, end="", flush=True))
                 print()
         except (EOFError, KeyboardInterrupt) as e:
             if isinstance(e, EOFError) or not sys.stdin.isatty():
                 break
-            print("\n/quit or Ctrl-D ends the chat")  # the Ctrl-C may have been for an answer that has just ended
-        except UserError as e:  # the conversation goes on without what was wrong
+            print("\n/quit or Ctrl-D ends the chat")  # the Ctrl-C may have been meant for an answer that has just ended
+        except UserError as e:  # the conversation continues without the failed turn
             print(e)
 
 
 class ChatSession:
-    """A conversation whose keys and values stay in the cache from turn to turn: only what is new is read."""
+    """A conversation whose keys and values stay in the cache from turn to turn: only new tokens are read."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SamplingSettings, length: int, seed: int) -> None:
         self.model, self.tokenizer, self.settings, self.length = model, tokenizer, settings, length
         self.messages: list[dict[str, str]] = []
         self.generator = torch.Generator(model.device).manual_seed(seed)
-        self.cache = KVCache(model, 1, min(model.config.context, 8192))  # of memory, whatever the model could take
+        self.cache = KVCache(model, 1, min(model.config.context, 8192))  # to limit memory, whatever the model's context
         self.cached: list[int] = []  # the tokens in the cache
 
     def answer(self, text: str, on_text: Callable[[str], None]) -> str:
@@ -5760,7 +5756,7 @@ class ChatSession:
             if len(ids) + min(self.length, context // 2) <= context:
                 break
         else:
-            raise UserError(f"the message has more tokens than the context of {context} has room for: shorten it")
+            raise UserError(f"the message does not fit into the context of {context} tokens: shorten it")
         self.cache.length = n = min(common_prefix(ids, self.cached), len(ids) - 1)
 
         def tokens() -> Iterator[Tensor]:
@@ -5780,14 +5776,14 @@ class ChatSession:
 class ExportArgs(ContextArgs, ModelArgs):
     """export"""
 
-    output_dir: str = setting("", "the folder to make", required=True)
+    output_dir: str = setting("", "the folder to create", required=True)
     format: str = setting("hf", "hf: for transformers and vLLM; gguf: for llama.cpp", ("hf", "gguf"))
-    dtype: str | None = setting(None, "of --format hf (default: float32)", ("float32", "bfloat16", "float16"))
-    quantize: str | None = setting(None, "of --format gguf (default: f16)", tuple(GGUF_TYPES))
-    max_shard_size: str = setting("5GB", "a larger model becomes several files")
+    dtype: str | None = setting(None, "for --format hf (default: float32)", ("float32", "bfloat16", "float16"))
+    quantize: str | None = setting(None, "for --format gguf (default: f16)", tuple(GGUF_TYPES))
+    max_shard_size: str = setting("5GB", "split larger models into several files")
     overwrite: bool = setting(False, "replace an earlier export")
-    push_to_hub: str | None = setting(None, "OWNER/NAME on the Hugging Face Hub, where it is put too")
-    private: bool = setting(True, "a new --push_to_hub is seen by its owner only")
+    push_to_hub: str | None = setting(None, "also upload to OWNER/NAME on the Hugging Face Hub")
+    private: bool = setting(True, "make a new --push_to_hub repository private")
 
 
 @command(
@@ -5813,7 +5809,7 @@ def export(a: ExportArgs) -> None:
         raise UserError(f"{holds}, which no export wrote: choose another --output_dir (--overwrite only replaces an "
                         "earlier export)")  # fmt: skip
     if there and not a.overwrite:
-        raise UserError(f"{output} is already there: choose another --output_dir or add --overwrite")
+        raise UserError(f"{output} already exists: choose another --output_dir or add --overwrite")
     if a.push_to_hub:
         import huggingface_hub
 
@@ -5837,20 +5833,20 @@ def export(a: ExportArgs) -> None:
         if not output.exists():
             write_json(scratch / EXPORT_LIST, digests)
             replace_file(scratch, output)  # all at once
-        else:  # a kill from here on leaves files that are told by their digests, and may be replaced again
+        else:  # files that a kill leaves from here on are known by their digests, and may be replaced
             write_json(output / EXPORT_LIST, {**dict.fromkeys(earlier, ""), **digests})
             for file in written:
-                shutil.move(scratch / file, output / file)  # to another disk, where the folder is one
+                shutil.move(scratch / file, output / file)  # even to another disk
             for file in earlier - digests.keys():
                 (output / file).unlink(missing_ok=True)
             write_json(output / EXPORT_LIST, digests)
         sync_folder(output.parent)
     say(done)
     if a.push_to_hub:
-        # of an earlier push; quantizations lie side by side there too
+        # files of an earlier push; quantizations lie side by side there too
         stale = None if gguf else ["model.safetensors*", "model-*-of-*.safetensors", "chat_template.jinja"]
         options = dict(folder_path=output, ignore_patterns=[EXPORT_LIST], delete_patterns=stale)
-        with told_as(f"{output} is written, and could not be sent to {a.push_to_hub}"):
+        with told_as(f"{output} is written, but could not be sent to {a.push_to_hub}"):
             hub.upload_folder(repo_id=a.push_to_hub, **options)
         say(f"pushed to https://huggingface.co/{a.push_to_hub}")
 
@@ -5862,16 +5858,16 @@ def export(a: ExportArgs) -> None:
 class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     """evaluation"""
 
-    compare: list[str] = setting([], "more models for the same table")
+    compare: list[str] = setting([], "more models to add to the table")
     data: list[str] = setting([], "data sets, for their validation splits, or text files (default: the newest)")
     block_size: int | None = setting(None, "context of the evaluation (default: the model's)", ge=1, le=1 << 24)
-    stride: int | None = setting(None, "tokens that a window moves on (default: the context; less sees more)", ge=1)
-    tasks: str | None = setting(None, "tasks of lm-eval, by commas: hellaswag,piqa,winogrande,mmlu")
+    stride: int | None = setting(None, "tokens each window advances (default: the context; fewer: more context)", ge=1)
+    tasks: str | None = setting(None, "lm-eval tasks, comma-separated: hellaswag,piqa,winogrande,mmlu")
     include_path: str | None = setting(None, "folder of your own lm-eval tasks")
-    limit: float | None = setting(None, "examples of each task")
-    batch_size: int = setting(16, "of --tasks", ge=1)
+    limit: float | None = setting(None, "examples per task")
+    batch_size: int = setting(16, "batch size of --tasks", ge=1)
     json: bool = setting(False, "print JSON")
-    dtype: str = setting("float32", "of the computation", DTYPES)
+    dtype: str = setting("float32", "dtype of the computation", DTYPES)
 
 
 @command(
@@ -5885,7 +5881,7 @@ def eval(a: EvalArgs) -> None:
     """measure a model: loss, perplexity, bits per byte, lm-eval's tasks"""
     ignored = next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None)
     if ignored:
-        raise UserError(f"--tasks measures an export on data of its own: leave --{ignored} out")
+        raise UserError(f"--tasks measures an export on its own data: leave --{ignored} out")
     rows = []
     for spec in [None, *a.compare]:
         opened = open_named_model(a, choose_device(a.device), spec)
@@ -5902,7 +5898,7 @@ def eval(a: EvalArgs) -> None:
         stride = a.stride or context
         if context > own and model.wpe is not None:
             raise UserError(f"--block_size {context} exceeds the context of {name}, {own}: its positions are learned")
-        if context > own:  # RoPE goes on, untrained
+        if context > own:  # RoPE extrapolates, untrained
             model.extend_context(block_size=context)
         if stride > context:
             raise UserError(f"--stride is {stride}: it must be between 1 and the context, {context}")
@@ -5911,8 +5907,8 @@ def eval(a: EvalArgs) -> None:
             if not isinstance(found, Data):
                 measured = evaluate_text(model, opened.tokenizer, found, context, stride, where)
             elif a.stride:
-                raise UserError(f"--stride is for text, and {where} holds conversations: leave it out")
-            else:  # as training measures them: what the assistant says
+                raise UserError(f"--stride is for text, but {where} holds conversations: leave it out")
+            else:  # as in training: only what the assistant says
                 m = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
                 measured = dict(zip(("loss", "perplexity", "bits_per_byte", "tokens"), m.values(), strict=True))
             rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
@@ -5920,8 +5916,8 @@ def eval(a: EvalArgs) -> None:
 
 
 def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray | Data]:
-    """What eval runs on, and its name: the tokens of a text file or of the validation split of a data set; or, where
-    it holds conversations, the data set."""
+    """The name of what eval runs on, and its content: the tokens of a text file or of a data set's validation split
+    or, if it holds conversations, the data set."""
     path, tokenizer = Path(spec or ""), opened.tokenizer
     if path.is_file() and path.suffix.lower() not in (".bin", *RECORD_FILES):
         ids = tokenizer.encode_array("".join(read_text(path, "utf-8-sig", "strict")))
@@ -5946,12 +5942,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 class PlotArgs(Settings):
     """plot"""
 
-    logs: list[str] = setting([], ".jsonl logs, or names of runs (default: all under checkpoints/)")
+    logs: list[str] = setting([], ".jsonl logs, or run names (default: all under checkpoints/)")
     x: str = setting("step", "horizontal axis", ("step", "tokens", "seconds"))
-    y: str = setting("loss", "what of the log: loss, val_bpb, lr, grad_norm, tokens_per_s, ...")
+    y: str = setting("loss", "value from the log: loss, val_bpb, lr, grad_norm, tokens_per_s, ...")
     log: str = setting("none", "logarithmic axes", ("none", "x", "y", "both"))
-    out: str | None = setting(None, "a picture to write, png or svg (default: a chart in the terminal)", alias="output")
-    follow: bool = setting(False, "draw again every three seconds, until Ctrl-C")
+    out: str | None = setting(None, "image to write, png or svg (default: a chart in the terminal)", alias="output")
+    follow: bool = setting(False, "redraw every three seconds, until Ctrl-C")
 
 
 @command(
@@ -5970,7 +5966,7 @@ def plot(a: PlotArgs) -> None:
 
 
 def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
-    """Of each run its label, and the points (x, y) to draw: of training, and of validation."""
+    """Each run's label, and its points (x, y) to draw: for training, and for validation."""
     paths = []
     for name in a.logs:
         files = [Path(name), CHECKPOINT_DIR / name, CHECKPOINT_DIR / f"{name}_model.jsonl"]
@@ -5991,21 +5987,21 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
         with told_as(f"{path} is not a log"):
             records = read_log(path)
             if not records and path.suffix != ".jsonl":
-                raise ValueError("there is no record in it")
+                raise ValueError("it has no records")
         known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
         names = (None, a.y) if a.y.startswith("val_") else (a.y, f"val_{a.y}")  # training's, validation's
         train, val = ([(r[a.x], r[name]) for r in records if drawable(r, "x", a.x) and drawable(r, "y", name)]
                       for name in names)  # fmt: skip
         about = ([f"best {min(y for _, y in val):.3f}"] if val else []) + settings
         runs.append((path.stem.removesuffix("_model") + f" ({', '.join(about)})" * bool(about), train, val))
-    if known and not any(train or val for _, train, val in runs):  # an empty log is that of a run that has just begun
-        raise UserError(f"nothing to draw of --y {a.y}{nearest(a.y, known)}: the logs have {', '.join(known)}")
+    if known and not any(train or val for _, train, val in runs):  # a run that has just begun has an empty log
+        raise UserError(f"nothing to draw for --y {a.y}{nearest(a.y, known)}: the logs have {', '.join(known)}")
     return runs
 
 
 def differences(logs: list[Path]) -> list[list[str]]:
-    """The settings in which runs differ, at most four of each, those of a command line first; by the checkpoints beside
-    their logs. These are read without PyTorch: only their plain data, and nothing that a pickle names is called."""
+    """The settings in which runs differ, at most four per run, those from the command line first; from the checkpoints
+    beside the logs. These are read without PyTorch: only plain data, and nothing that a pickle names is called."""
 
     class Ignored(dict):
         def __init__(self, *args: Any) -> None: ...
@@ -6033,13 +6029,13 @@ def differences(logs: list[Path]) -> list[list[str]]:
 
 
 def smoothed(y: list[float]) -> list[float]:
-    """The mean over a fortieth of a curve to each side; over less at its ends, so that it does not bend there."""
+    """The mean over a fortieth of a curve on each side; over less near its ends, so that it does not bend there."""
     n, sums = len(y), [0.0, *itertools.accumulate(y)]
     reach = [min(i, n - 1 - i, n // 40) for i in range(n)]
     return [(sums[i + k + 1] - sums[i - k]) / (2 * k + 1) for i, k in enumerate(reach)]
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart; beside them lines and marks differ, for print.
+# Okabe and Ito's colours, which the colour-blind can tell apart; line styles and marks differ too, for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "ox+#*%ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # in a terminal
 
@@ -6082,7 +6078,7 @@ def draw_picture(a: PlotArgs, runs: list) -> None:
 
 
 def draw_text(a: PlotArgs, runs: list) -> None:
-    """A chart that fills the terminal; the marks of its legend are those of validation."""
+    """A chart that fills the terminal; the marks in its legend are those of validation."""
     plotext = need("plotext", "plot without --out", '"plotext>=6"')
     (columns, rows), coloured, figure = shutil.get_terminal_size(), sys.stdout.isatty(), plotext.figure
     figure.clear()
@@ -6112,7 +6108,7 @@ VariantsArgs = optional(Machine, "device")
 
 @command("inspect", "variants")
 def variants(a: VariantsArgs) -> None:
-    """the variants: parameters, memory, and the time that training takes here"""
+    """list the variants: parameters, memory, and training time on this machine"""
     device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
     c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
@@ -6129,20 +6125,20 @@ def variants(a: VariantsArgs) -> None:
         return loss
 
     def rate(flops: float, work: Callable[[], Tensor]) -> float:
-        """FLOP/s of the fastest of four; a GPU is waited for."""
+        """FLOP/s of the fastest of four runs, waiting for a GPU."""
         return flops / min(timeit.repeat(lambda: work().sum().item(), repeat=4, number=1))
 
     peak = rate(2 * n**3, lambda: square @ square)
     real = rate(training_flops_per_token(c) * idx.numel(), step)
     print(variants_table(real))
-    print(f"times: by the {real / 1e9:,.0f} GFLOP/s of training steps of the {name} on this {device}, {idx.shape[0]} x "
-          f"{idx.shape[1]} tokens in {str(model.compute_dtype).removeprefix('torch.')}, measured just now: "
+    print(f"times: at the {real / 1e9:,.0f} GFLOP/s measured just now in training steps of the {name} on this {device} "
+          f"({idx.shape[0]} x {idx.shape[1]} tokens, {str(model.compute_dtype).removeprefix('torch.')}), "
           f"{real / peak:.0%} of the {peak / 1e9:,.0f} that a product of {n} x {n} matrices reaches")  # fmt: skip
 
 
 def variants_table(flops_per_s: float = 0.0) -> str:
-    """The variants with their true parameter counts, training memory and FLOPs per token, GPT-2's vocabulary; and the
-    time that a billion tokens take at a speed."""
+    """The variants with their true parameter counts, training memory and FLOPs per token, with GPT-2's vocabulary; and
+    the time that a billion tokens take, if a speed is given."""
     rows = []
     for name, v in VARIANTS.items():
         c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
@@ -6151,7 +6147,7 @@ def variants_table(flops_per_s: float = 0.0) -> str:
             "variant": name, "arch": c.arch, "layers": c.n_layer, "heads (kv)": f"{c.n_head} ({c.n_kv_head})",
             "width": c.n_embd, "block": c.block_size, "batch": batch,
             "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.2g} GB",
-            "FLOPs a token": f"{flops:.2e}",
+            "FLOPs per token": f"{flops:.2e}",
         })  # fmt: skip
         if flops_per_s:
             hours = flops * 1e9 / flops_per_s / 3600
@@ -6163,7 +6159,7 @@ def variants_table(flops_per_s: float = 0.0) -> str:
 # The parser
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The order of the groups in --help; those of a command's own come first.
+# The order of the flag groups in --help; a command's own groups come first.
 GROUPS = ("model", "data", "run", "optimizer", "schedule", "evaluation and log", "machine", "architecture")
 VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row in table.values() for name in row}
 MAIN_FLAGS = {  # what a word without a flag may be the value of
@@ -6175,12 +6171,12 @@ BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": 
 
 
 def overview() -> str:
-    """The commands by what one wants to do."""
+    """The commands, grouped by purpose."""
     lines = [__doc__.strip()]
     for purpose in dict.fromkeys(c.purpose for c in COMMANDS.values()):
         lines += ["", f"{purpose}:"]
         lines += [f"  {name:<14}{c.run.__doc__}" for name, c in COMMANDS.items() if c.purpose == purpose]
-    return "\n".join([*lines, "", "python model.py COMMAND --help explains a command and ends with examples."])
+    return "\n".join([*lines, "", "python model.py COMMAND --help lists a command's flags and gives examples."])
 
 
 def parse_bool(text: str) -> bool:
@@ -6190,7 +6186,7 @@ def parse_bool(text: str) -> bool:
 
 
 def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
-    """A field of a dataclass as a flag. What is not given is not stored; values are checked by the dataclass."""
+    """Add a dataclass field as a flag. A flag that is not given is not stored; the dataclass checks the values."""
     m, many = f.metadata, typing.get_origin(f.type) is list
     kind = next(k for k in typing.get_args(f.type) or [f.type] if k is not types.NoneType)
     choices = ", ".join(m["choices"])
@@ -6200,10 +6196,10 @@ def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
     help = argparse.SUPPRESS if m["rare"] and not show_all else help.replace("%", "%%")
     options: dict[str, Any] = {"help": help, "default": argparse.SUPPRESS, "type": parse_bool if kind is bool else kind}
     options["metavar"] = {bool: "BOOL", int: "N", float: "X", str: "NAME"}[kind]
-    if f.name == "logs":  # the one that needs no name
+    if f.name == "logs":  # the only positional argument
         group.add_argument(f.name, nargs="*", **options)
         return
-    if kind is bool or "true" in m["choices"]:  # may stand alone
+    if kind is bool or "true" in m["choices"]:  # may be given without a value
         options |= {"nargs": "?", "const": True if kind is bool else "true"}
     group.add_argument(f"--{f.name}", **(options | {"nargs": "+", "action": "extend"} if many else options))
     if m["alias"]:
@@ -6211,7 +6207,7 @@ def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
 
 
 def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
-    """The parser of a command: a group of flags for each of the dataclasses that its own is built of."""
+    """The parser of a command, with a group of flags for each dataclass that its own is built from."""
     c, show_all = COMMANDS[name], "--help_all" in words
     table = f"\n\n{variants_table()}" if name == "train" and {"-h", "--help", "--help_all"} & set(words) else ""
     parser = argparse.ArgumentParser(
@@ -6233,14 +6229,14 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
             default = c.recipe.get(f.name, f.metadata.get("default", f.default))
             add_flag(group, f, None if f in varied else default, show_all)
     group = parser.add_argument_group("help")
-    group.add_argument("-h", "--help", action="help", help="show this")
+    group.add_argument("-h", "--help", action="help", help="show this help")
     group.add_argument("--help_all", action="help", help="show the rarely used flags too")
-    group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
     return parser
 
 
 def parse(argv: list[str]) -> tuple[str, Any]:
-    """The command and the dataclass of its flags."""
+    """The command's name and its flags, as its dataclass."""
     name, *words = [w for w in argv if w != "--debug"] or ["help"]
     if name in ("-h", "--help", "help") and words[:1] and words[0] in COMMANDS:
         name, words = words[0], ["--help"]
@@ -6253,24 +6249,24 @@ def parse(argv: list[str]) -> tuple[str, Any]:
         sys.exit(2)
     cls, parser = COMMANDS[name].args, make_parser(name, words)
     for i, (flag, word) in enumerate(itertools.pairwise(words)):
-        if flag == "--follow" and word.lower() not in BOOLS:  # but the name of a run
+        if flag == "--follow" and word.lower() not in BOOLS:  # but a run's name
             words[i] = "--follow=true"
-    given, unknown = parser.parse_known_intermixed_args(words)  # names of logs may stand between the flags
+    given, unknown = parser.parse_known_intermixed_args(words)  # log names may come between flags
     if unknown:
         word = unknown[0]
         near = nearest(word.partition("=")[0], [f for f in parser._option_string_actions if f != "-h"])
         main = "variant" if name == "train" and word in VARIANTS else MAIN_FLAGS.get(name)
         near = near or f" (did you mean --{main} {shlex.quote(word)}?)" * bool(main)
-        parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} is the value of no flag{near}")
+        parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} does not belong to a flag{near}")
     values = vars(given)
     for f in fields(cls):
         alias = f.metadata.get("alias")
         if alias in values:
             other = values.pop(alias)
             if values.setdefault(f.name, other) != other:
-                parser.error(f"--{f.name} {values[f.name]} and --{alias} {other} are one flag, given twice")
-        if f.metadata.get("required") and f.name not in values and values.get("resume") != "true":  # a run knows it
-            parser.error(f"--{f.name} is needed: {f.metadata['help']}")
+                parser.error(f"--{f.name} {values[f.name]} and --{alias} {other} are the same flag, given twice")
+        if f.metadata.get("required") and f.name not in values and values.get("resume") != "true":  # a run has its own
+            parser.error(f"--{f.name} is required: {f.metadata['help']}")
     try:
         return name, cls(**values)
     except UserError as e:
@@ -6278,9 +6274,9 @@ def parse(argv: list[str]) -> tuple[str, Any]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step. By default it gives those above 32 MB back to the system each
-    time, and the page faults of getting them again took half of a training step with GPT-2's vocabulary. Not for one of
-    many processes: kept blocks and those that fully_shard frees came to more than the weights of a model apart."""
+    """Let glibc keep freed blocks for the next step. By default it returns those above 32 MB to the system each time,
+    and the page faults of getting them back took half of a training step with GPT-2's vocabulary. Not for one of many
+    processes: kept blocks and those that fully_shard frees came to more than the weights of a model apart."""
     with suppress(OSError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -6288,7 +6284,7 @@ def keep_freed_memory() -> None:
 
 
 def others_at_work() -> bool:
-    """Whether other programs keep a processor busy just now; Linux says it."""
+    """Whether other programs are keeping a processor busy right now; known on Linux only."""
     running = []
     with suppress(OSError, IndexError, ValueError):
         for _ in range(5):
@@ -6298,9 +6294,9 @@ def others_at_work() -> bool:
 
 
 def with_torch() -> types.ModuleType:
-    """This file once more, as a module with PyTorch. How long its threads wait for each other awake is counted in turns
-    of a loop (by GNU's OpenMP): 10,000 made small steps a third faster than 2,000, and beside other programs, for which
-    they leave no room, half as fast."""
+    """Import this file again, as a module with PyTorch. GNU OpenMP counts how long waiting threads spin before they
+    sleep: 10,000 turns made small steps a third faster than 2,000, but half as fast beside other programs, to which
+    they leave no room."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000" if others_at_work() else "10000")
     spec = importlib.util.spec_from_file_location("model", __file__)
     sys.modules["model"] = module = importlib.util.module_from_spec(spec)
@@ -6309,11 +6305,11 @@ def with_torch() -> types.ModuleType:
 
 
 def main() -> None:
-    sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
+    sys.stdin = sys.stdin or open(os.devnull)  # if it is closed
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
-            # what is not UTF-8 is read, and a terminal that is not shows it, as ?; pipes are UTF-8 on Windows too
+            # what cannot be decoded, or shown in a terminal, becomes ?; pipes are UTF-8 on Windows too
             ansi = os.name == "nt" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ
             stream.reconfigure(encoding="utf-8" if ansi else None, errors="replace")
     try:
@@ -6322,7 +6318,7 @@ def main() -> None:
             return with_torch().main()
         if os.environ.get("WORLD_SIZE", "1") == "1":
             keep_freed_memory()
-        if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # torchrun's first does it alone
+        if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # only in torchrun's first process
             COMMANDS[name].run(a)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet
@@ -6338,9 +6334,9 @@ def main() -> None:
 # Appendix: the blocks in C
 # ----------------------------------------------------------------------------------------------------------------------
 
-# On a CPU one token is limited by memory, and PyTorch would spend as long between the products as on them: SmolLM2
-# makes 86 tokens/s this way, 27 in plain PyTorch. So it is with the training of small models, where norms, RoPE, SwiGLU
-# and the loss in C save a third of a step. Nobody has to read this; tests hold it equal to the plain operators.
+# On a CPU, generation is limited by memory bandwidth, and PyTorch would spend as long between the products as on them:
+# SmolLM2 makes 86 tokens/s this way, 27 in plain PyTorch. The same goes for training small models, where norms, RoPE,
+# SwiGLU and the loss in C save a third of a step. Nobody has to read this; tests compare it to the plain operators.
 
 C_SOURCE = r"""
 // The blocks of a GPT for a few tokens, each with a cache of the keys and values before it. All threads run `blocks`
@@ -6350,7 +6346,7 @@ C_SOURCE = r"""
 #include <stdlib.h>
 #include <string.h>
 
-int omp_get_thread_num(void);  // of omp.h, which Macs lack
+int omp_get_thread_num(void);  // from omp.h, which Macs lack
 
 typedef struct { const void *weight; const float *scale, *bias; } Matrix;  // (out, in), float16; int8 if scale (out)
 typedef struct { const float *weight, *bias; } Norm;
@@ -6410,8 +6406,8 @@ static vec load_int8(const int8_t *w) { return (vec){w[0], w[1], w[2], w[3]}; }
 static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
 #endif
 
-// w (n) times x (n), in so many running sums: with one, each addition waits for the one before it. But with AVX-512
-// 16-bit weights came up to a quarter slower from memory with two or four; int8 came a tenth faster with two.
+// w (n) times x (n), in SUMS running sums: with one, each addition waits for the one before it. But with AVX-512,
+// 16-bit weights were up to a quarter slower from memory with two or four; int8 was a tenth faster with two.
 #define DOT(NAME, TYPE, LOAD, SUMS)                                                \
     static float NAME(const TYPE *w, const float *x, long n) {                     \
         vec sum[SUMS];                                                             \
@@ -6468,7 +6464,7 @@ static void normalise(Norm norm, long layernorm, float eps, const float *x, long
     }
 }
 
-// RoPE as apply_rope has it, on one head; backward: by the opposite angles.
+// RoPE on one head, as in apply_rope; backward: by the opposite angles.
 static void rotate(float *x, const float *cos, const float *sin, long d, long backward) {
     const float *sin_1 = backward ? sin + d / 2 : sin, *sin_2 = backward ? sin : sin + d / 2;
     for (long i = 0; i < d / 2; i++) {
@@ -6505,7 +6501,7 @@ static float activate(long kind, float x) {  // in the order of ACTIVATIONS
 
 static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
 
-// x (batch, T, n_embd): of tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
+// x (batch, T, n_embd): tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
 // batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
 // rope_cos, rope_sin (context, rope_dim): as in apply_rope; NULL if rope_dim is 0.
 void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, float *kv,
@@ -6528,7 +6524,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
-                long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // as the plain pass, which reads long prompts
+                long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // like the plain pass, which reads long prompts
                 float *y = qkv + i * d;
                 Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
@@ -6572,7 +6568,7 @@ void head(const Matrix *m, long out, long in, const float *x, long rows, float *
     product(*m, out, in, x, rows, y);
 }
 
-// For training: what lies between the products, forward and backward, in the type of the activations.
+// For training: the operators between the products, forward and backward, in the type of the activations.
 #ifdef BFLOAT16
 typedef uint16_t real;
 static inline float get(real x) {
@@ -6592,7 +6588,7 @@ static inline float get(real x) { return x; }
 static inline real put(float x) { return x; }
 #endif
 
-// From the gradient g (n) by what RMSNorm made of x (n) the one by x, in its place; that by the weight is added to dw.
+// Turn the gradient g (n) of RMSNorm's output into that of its input x (n), in place; the weight's is added to dw.
 static void normalise_backward(float *g, const float *x, const float *weight, long n, float eps, float *dw) {
     float scale = 1 / sqrtf(dot(x, x, n) / n + eps);
     #pragma omp simd
@@ -6614,8 +6610,8 @@ static real *place(const Heads *c, long b, long t, long head, real *q, real *k, 
     return (is_k ? k : v) + ((b * c->n_kv + head - c->n_q - (is_k ? 0 : c->n_kv)) * c->T + t) * c->d;
 }
 
-// q, k and v of qkv, with RMSNorm of q and k by their weights w (d) and RoPE as Heads says. backward: dqkv from the
-// gradients by q, k and v; dw (threads, 2, d), each thread's sum apart so that the result is always the same.
+// qkv -> q, k and v, with RMSNorm of q and k by their weights w (d) and RoPE as Heads says. backward: dqkv from the
+// gradients of q, k and v; dw (threads, 2, d), with a sum for each thread, so that results are deterministic.
 void heads(const Heads *c, const float *cos, const float *sin, const float *w_q, const float *w_k, float eps,
            long backward, const real *qkv, real *q, real *k, real *v, real *dqkv, float *dw, int threads) {
     const long n = c->n_q + 2 * c->n_kv, d = c->d;
@@ -6654,7 +6650,7 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
     }
 }
 
-// exp as Cephes has it, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
+// exp as in Cephes, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
 static inline float exponential(float x) {
     float y = x < -87 ? -87 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f), power;
     float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
@@ -6707,7 +6703,7 @@ void cross_entropy(long rows, long n, long with_grad, const int64_t *targets, re
 
 // losses (rows): KL(p || q), or KL(q || p) if reverse, of a teacher's distribution p, the softmax of teacher (rows, n),
 // and a student's q, that of student / T (rows, n), whose rows lie `stride` apart; rows with a target below 0 do not
-// count. grad, unless NULL: the gradient by the student's logits, 0 from n to stride.
+// count. grad, unless NULL: the gradient of the student's logits, 0 from n to stride.
 void kl_divergence(long rows, long n, long stride, long reverse, const int64_t *targets, const float *teacher,
                    const real *student, real *grad, float *losses, float T, int threads) {
     #pragma omp parallel num_threads(threads)
@@ -6775,13 +6771,13 @@ void swiglu(long rows, long n, long backward, const real *x, real *y, real *dx, 
 
 @functools.cache
 def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
-    """C_SOURCE, compiled for this processor and kept in the user's cache folder; None where there is no C compiler
-    with OpenMP."""
+    """C_SOURCE, compiled for this processor and kept in the user's cache folder; None if there is no C compiler with
+    OpenMP."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     on_arm, on_mac = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin"
-    # on x86 vectors as wide as the registers; compilers for Arm understand native by this name only
+    # on x86, vectors as wide as the registers; compilers for Arm accept native only as -mcpu
     target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512"]
-    # Apple's compiler comes without the OpenMP library: PyTorch has it in memory
+    # Apple's compiler comes without the OpenMP library, but PyTorch has loaded it
     openmp = ["-Xclang", "-fopenmp", "-undefined", "dynamic_lookup"] if on_mac else ["-fopenmp"]
     command = [*compiler.split(), *target, *openmp, "-O3", "-fPIC", "-shared", *options]
     processor = platform.processor()
@@ -6802,9 +6798,9 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
                 made.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        advice = {"darwin": "xcode-select --install brings one", "win32": "on Windows it takes WSL"}
+        advice = {"darwin": "xcode-select --install brings one", "win32": "on Windows, use WSL"}
         advised = advice.get(sys.platform, "gcc, with OpenMP")
-        say(f"without a C compiler ({advised}) training on a CPU is slower, generation several times", sys.stderr)
+        say(f"without a C compiler ({advised}), training on a CPU is slower, generation several times", sys.stderr)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
@@ -6822,20 +6818,20 @@ def c_array(kind: type, *values: Any) -> ctypes.Array:
 
 
 def run_in_c(function: Callable, *arguments: Any) -> None:
-    """Call a function of C_SOURCE: of tensors it gets their addresses, and last the number of threads."""
+    """Call a function of C_SOURCE with the addresses of tensors and, last, the number of threads."""
     given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
     function(*given, torch.get_num_threads())
 
 
 def addresses(module: nn.Module | None, *names: str) -> list[int | None]:
-    """Where the tensors of these names lie in memory; None for one that the module lacks."""
+    """The addresses of a module's tensors of these names; None for one that it lacks."""
     tensors = [getattr(module, name, None) for name in names]
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
 class CEngine:
-    """The blocks and the head for a few tokens at a time, by C_SOURCE. It reads the weights where they lie, matrices in
-    float16 or an Int8Linear's, all else in float32. Pre-norm architectures only."""
+    """The blocks and the head for a few tokens at a time, by C_SOURCE. It reads the weights in place, matrices in
+    float16 or as Int8Linear has them, all else in float32. Pre-norm architectures only."""
 
     max_rows = 16  # with 32 tokens the plain pass is as fast
 
@@ -6874,7 +6870,7 @@ class CEngine:
 
 
 def training_library(x: Tensor) -> ctypes.CDLL | None:
-    """The library with what training needs for activations like x; None where the plain operators have to do it."""
+    """The library for training with activations like x; None if the plain operators are needed."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return None
     return c_library("native", *["-DBFLOAT16"] * (x.dtype == torch.bfloat16))
@@ -6882,7 +6878,7 @@ def training_library(x: Tensor) -> ctypes.CDLL | None:
 
 class HeadsInC(torch.autograd.Function):
     """Attention.heads: q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) of qkv (B, T, heads, head_dim).
-    The backward pass works out again what the norms have seen, so that nothing is kept but qkv."""
+    The backward pass recomputes the inputs of the norms, so only qkv is kept."""
 
     @staticmethod
     def forward(

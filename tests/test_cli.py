@@ -245,7 +245,7 @@ WRONG = [
     ("--arch llama --rope_theta 1 --rope_scaling yarn --rope_factor 2", "rope_theta"),
     ("--arch llama --rope_scaling yarn --rope_factor 2 --rope_beta_fast 1e308", "rope_beta_fast"),
     ("--logit_softcap 1e308", "logit_softcap"),
-    ("--batch_size 6 --grad_accum 4", "grad_accum"), ("--device meta", "device meta was asked for"),
+    ("--batch_size 6 --grad_accum 4", "grad_accum"), ("--device meta", "device meta is not available here"),
     ("--device cuda:x", "unknown device 'cuda:x': choose auto, cpu, cuda, cuda:1 or mps"),
     ("--attn_implementation flash_attention_2", "flash-attn"), ("--name a/b", "name"), ("--name ../x", "name"),
      ("--name ..", "name"),
@@ -297,7 +297,7 @@ def test_numbers_out_of_range(cli, command, name, value):
 @pytest.mark.parametrize("flags, words", [
     ("--variant 8M", ["8M", *model.VARIANTS]), ("--arch bert", ["bert"]), ("--pos_embd alibi", ["alibi"]),
     ("--n_layer two", ["two"]), ("--tie_word_embeddings perhaps", ["perhaps"]), ("--dtype int8", ["int8"]),
-    ("--no_such_flag 1", ["no_such_flag"]), ("8M", ["'8M' is the value of no flag (did you mean --data 8M?)"]),
+    ("--no_such_flag 1", ["no_such_flag"]), ("8M", ["'8M' does not belong to a flag (did you mean --data 8M?)"]),
     ("7M", ["(did you mean --variant 7M?)"]), ("-p 7M", ["unknown flag -p"]),
     ("--lr 1", ["--lr (did you mean --learning_rate?)"]),
     ("--n_head=2 --n_layr=2", ["--n_layr=2 (did you mean --n_layer?)"]),

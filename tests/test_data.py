@@ -253,7 +253,7 @@ def test_a_url_is_fetched_whole(tokenize, server, path, requests):
     ("/cut.txt", "", 3),
     ("http://127.0.0.1:1/x.txt", "", 0), ("http://no-such-host.invalid/x", "", 0),
     ("ftp://example.org/x", "only http", 0), ("http://127.0.0.1:port/x", "", 0),
-    ("/endless.txt", "more than 0.0 GB", 1), ("/huge.txt", "more than 0.0 GB", 1),
+    ("/endless.txt", "larger than 0.0 GB", 1), ("/huge.txt", "larger than 0.0 GB", 1),
     ("/dripping.txt", "less than 1 kB", 1), ("/slow.txt", "timed out", 3),
     ("/to_file.txt", "adapters were found for 'file://", 1), ("/to_ftp.txt", "adapters were found for 'ftp://", 1),
 ])  # fmt: skip
@@ -388,7 +388,7 @@ def test_ids_that_the_tokenizer_lacks(cli, gpt2):
     tokens[:9000].tofile("data/nano/train.bin")
     tokens[4_200] = 60_000
     tokens.tofile("data/nano/val.bin")
-    split, lacks = model.Data(Path("data/nano")).splits["val"], "token id 60000 .* ends at 50258"
+    split, lacks = model.Data(Path("data/nano")).splits["val"], "token id 60000, but .* ends at 50258"
     split.batch(range(0, 10**6, 100), [1, 40, 43], 100)
     with pytest.raises(model.UserError, match=lacks):
         split.batch(range(0, 10**6, 100), [1, 41, 43], 100)  # as a target
@@ -397,7 +397,7 @@ def test_ids_that_the_tokenizer_lacks(cli, gpt2):
 
     tokens[4_200], tokens[4_999_000] = 0, 60_000
     tokens.tofile("data/nano/val.bin")
-    words = "the validation split of data/nano has token id 60000 and tokenizer gpt2 .* ends at 50258: .*--tokenizer"
+    words = "the validation split of data/nano has token id 60000, but tokenizer gpt2 .* ends at 50258: .*--tokenizer"
     assert re.fullmatch(words, cli("train", "--data", "nano", *TINY_RUN, "--max_iters", 1).error)
 
 
@@ -409,7 +409,7 @@ def test_text_in_data_is_made_once_and_found_again(workdir, text_file):
         assert again.digest == first.digest and again.folder == Path("data/input")
     assert Path("data/input/meta.json").stat().st_mtime_ns == made_at
     text_file.write_text("something else " * 100)
-    with pytest.raises(model.UserError, match="something else"):
+    with pytest.raises(model.UserError, match="made from other data"):
         model.open_data("input.txt", "byte")
 
 

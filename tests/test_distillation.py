@@ -505,7 +505,7 @@ def test_a_run_that_is_resumed_knows_its_teacher(distill, cli):
     assert checkpoint_of("run")["step"] == 4
     cli("distill", "--resume", "--name", "none").fails_with("nothing to resume")
     for flags in ((), ("--resume", "auto"), ("--resume", "false")):
-        cli("distill", *STUDENT, *flags, "--name", "new").fails_with("--teacher_model_path is needed")
+        cli("distill", *STUDENT, *flags, "--name", "new").fails_with("--teacher_model_path is required")
 
 
 def test_the_students_own_text_is_not_for_conversations(distill):
@@ -576,14 +576,14 @@ def test_a_run_refuses_the_cache_of_another(distill, text_file):
     """By name, with what the cache was made for and what this run is."""
     run = (*STUDENT, "--max_iters", 1, "--cache_teacher", 8, "--name")
     distill(*run, "first").ok()
-    for flags, words in ((("--temperature", 3), "temperature (2.0, and this is 3.0"),
-                         (("--block_size", 8), "block size (16, and this is 8"),
-                         (("--cache_teacher", 4), "top k (8, and this is 4")):  # fmt: skip
+    for flags, words in ((("--temperature", 3), "temperature (2.0, now 3.0"),
+                         (("--block_size", 8), "block size (16, now 8"),
+                         (("--cache_teacher", 4), "top k (8, now 4")):  # fmt: skip
         distill(*run, "second", *flags).fails_with(f"another {words}", "teacher_cache")
     meta = Path("data/text/teacher_cache/meta.json")
     whole = meta.read_text()
     meta.write_text(whole.replace('"format": 3,', ""))  # as before answers were packed
-    assert "another format (None, and this is 3): delete it" in distill(*run, "second").error
+    assert "another format (None, now 3): delete it" in distill(*run, "second").error
     meta.write_text(whole)
     save_model("teacher.pt", mild_gpt(seed=9))
     assert "another teacher" in distill(*run, "second").error

@@ -72,7 +72,7 @@ def test_two_processes_equal_one_and_a_restart_changes_nothing(one, cli):
     run = Torchrun(*RUN, "--name", "killed", "--resume", "auto", flags=(*TWO, "--max_restarts", 1), patch=kill)
     killed = run.result().ok()
     assert "resuming killed at step 3" in killed.out
-    assert killed.err.count("a process has vanished, killed") == killed.err.count("model.py train: error:") == 1
+    assert killed.err.count("a process was lost, killed") == killed.err.count("model.py train: error:") == 1
     assert "Traceback" not in killed.err
     assert log_of("killed") == log_of("two")
     assert_close_weights(checkpoint_of("killed")["model"], checkpoint_of("two")["model"], atol=0)

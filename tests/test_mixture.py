@@ -98,7 +98,7 @@ def test_text_gets_the_tokenizer_of_other_data(cli, workdir):
         Path(f"{name}.txt").write_text(stdlib_source(module)[:20_000])
     cli("tokenize", "--dataset", "a", "--txt", "a.txt", "--tokenizer", "bpe", "--vocab_size", 300).ok()
     cli("tokenize", "--dataset", "bytes", "--txt", "b.txt", "--tokenizer", "byte").ok()
-    cli(*RUN, "--data", "a", "bytes").fails_with("one for all", "tokenize --tokenizer data/a")
+    cli(*RUN, "--data", "a", "bytes").fails_with("needs the same one", "tokenize with --tokenizer data/a")
     cli("tokenize", "--dataset", "b", "--txt", "b.txt", "--tokenizer", "data/a").ok()
     cli(*RUN, "--data", "a", "b", "--name", "mixed").ok()
     for i, name in enumerate(("a", "mixed", "mixed_model.pt")):
@@ -112,7 +112,7 @@ def test_mistakes(cli, texts):
     Path("other.txt").write_text(stdlib_source("textwrap"))
     cli("tokenize", "--dataset", "other", "--txt", "other.txt", "--tokenizer", "bpe", "--vocab_size", 300).ok()
     error = cli(*RUN, "--data", "low:0.5", "other:0.5").error
-    assert "data/low" in error and "data/other" in error and "one for all" in error
+    assert "data/low" in error and "data/other" in error and "needs the same one" in error
     for weight in ("0", "0.000000000001", "20000", "1" + 320 * "0"):
         assert "between 0.0001 and 10000" in cli(*RUN, "--data", f"low:{weight}", "high").error
     assert "no data at hig" in cli(*RUN, "--data", "low", "hig").error

@@ -193,7 +193,7 @@ def test_mistakes(cli, monkeypatch):
     assert "cannot write x.abc" in cli("plot", "--out", "x.abc").error
     assert "wrote x.png" in cli("plot", "--out", "x").ok().out and Path("x.png").exists()
     Path("no_log.pt").write_bytes(b"PK\x03\x04 and so on")
-    assert "no_log.pt is not a log: there is no record in it" in cli("plot", "no_log.pt", "--out", "y.png").error
+    assert "no_log.pt is not a log: it has no records" in cli("plot", "no_log.pt", "--out", "y.png").error
     cli("plot", "aa").fails_with("there is no log of aa: neither aa nor checkpoints/aa_model.jsonl", "did you mean a?")
     write_log("b")
     assert "wrote x.png" in cli("plot", "a", "--out", "x.png", "b").ok().out  # names on both sides of a flag

@@ -174,7 +174,7 @@ def test_a_best_model_alone_is_nothing_to_resume(cli, text_file):
     assert "nothing to resume" in cli(*RUN, "--resume").error
     for resume in ("false", "auto"):
         error = cli(*RUN, "--resume", resume).error
-        assert "go on with" not in error and "--overwrite" in error
+        assert "continue with" not in error and "--overwrite" in error
 
 
 def save_in_the_background(monkeypatch) -> None:

@@ -57,7 +57,7 @@ def test_a_report_that_fails_does_not_stop_the_run(cli, text_file):
     Path("checkpoints").mkdir()
     Path("checkpoints/tensorboard").write_text("in the way")
     run = cli(*RUN, "--report_to", "tensorboard").ok()
-    assert run.err.count("going on without it") == 1 and "done in" in run.out
+    assert run.err.count("continuing without it") == 1 and "done in" in run.out
 
 
 def test_mistakes(cli, text_file, monkeypatch):

@@ -220,7 +220,7 @@ def test_generation_where_nothing_can_be_recorded(monkeypatch, capsys):
     assert objective.divergence_loss is not model.divergence_loss
     monkeypatch.undo()
     assert generated(gpt, [prompt], 5) == recomputed(gpt, [prompt], 5)
-    assert gpt.engine is None and capsys.readouterr().err.count("going on without CUDA graphs") == 1
+    assert gpt.engine is None and capsys.readouterr().err.count("continuing without CUDA graphs") == 1
 
 
 @pytest.mark.parametrize("length", [1, 31, 32])

@@ -234,7 +234,7 @@ def test_a_gpu_for_which_pytorch_was_not_built(monkeypatch, capability, found):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert model.choose_device("auto").type == found
     if found == "cpu":
-        with pytest.raises(model.UserError, match="sees none here that it was built for"):
+        with pytest.raises(model.UserError, match="is not available here, or PyTorch was not built for it"):
             model.choose_device("cuda")
 
 
@@ -718,8 +718,8 @@ def test_weight_decay_by_how_often_the_data_is_seen(cli, text_file):
     def decays() -> set[float]:
         return {g["weight_decay"] for state in checkpoint_of()["optimizer"] for g in state["param_groups"]}
 
-    assert "times the data" not in cli(*short, "--max_iters", 1).ok().out and decays() == {0.0, 0.1}
-    assert ", 4.2 times the data, with normuon" in cli(*short, "--epochs", 4).ok().out
+    assert "over the data" not in cli(*short, "--max_iters", 1).ok().out and decays() == {0.0, 0.1}
+    assert ", 4.2 passes over the data, with normuon" in cli(*short, "--epochs", 4).ok().out
     (chosen,) = decays() - {0.0}
     assert 0.2 < chosen < 0.3
     cli("train", "--resume", "--max_iters", 20, "--weight_decay", -1).ok()
@@ -765,6 +765,6 @@ def test_the_steps_that_are_timed_read_other_blocks(cli, text_file, monkeypatch)
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(model, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(model.UserError, match="there are 2 GPUs here"):
+    with pytest.raises(model.UserError, match="this machine has 2 GPUs"):
         model.choose_device("cuda:7")
     assert model.choose_device("cuda:1") == torch.device("cuda:1")
