@@ -10,12 +10,12 @@
 #   "safetensors==0.8.0",
 # ]
 # ///
-"""Small language models from 7M to 1B parameters, in one file: data, model, training and inference.
+"""Small language models, 7M to 1B parameters, in one file: train them, use them.
 
-python model.py train --variant 7M                                     train (with no data: on Python's own library)
-python model.py sample --prompt "def "                                 generate text from the newest checkpoint
-python model.py tokenize --dataset shakespeare --txt input.txt         text, folders or URLs -> data/shakespeare/
-python model.py train --variant 26M --data shakespeare --max_iters 5000
+python model.py train --variant 7M        train, by default on Python's library
+python model.py sample --prompt "def "    generate with the newest checkpoint
+python model.py tokenize --dataset poems --txt poems.txt  text -> data/poems/
+python model.py train --variant 26M --data poems --max_iters 5000
 """
 
 # Reads from top to bottom: settings, the GPT, tokenizers, data, conversations, generation, checkpoints, processes and
@@ -160,7 +160,7 @@ SYNONYMS = {
     "lr": "learning_rate", "bs": "batch_size", "steps": "max_iters", "iters": "max_iters", "gpu": "device",
     "cpu": "device", "wandb": "report_to", "dropout": "resid_pdrop", "seq_len": "block_size", "context": "block_size",
     "hidden_size": "n_embd", "layers": "n_layer", "heads": "n_head", "max_new_tokens": "length",
-    "ckpt": "model_checkpoint",
+    "ckpt": "model_checkpoint", "max_tokens": "length", "p": "prompt", "output_dir": "name", "out_dir": "name",
 }  # fmt: skip
 
 
@@ -218,6 +218,8 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: the gate's
 }  # fmt: skip
 
+C_ACTIVATIONS = [ACTIVATIONS[name] for name in ("gelu", "gelu_new", "relu", "relu2", "silu")]  # in C_SOURCE's order
+
 # What `--arch` means. The names are Hugging Face model types, so that every export is native.
 # fmt: off
 ARCHS: dict[str, dict[str, Any]] = {
@@ -264,7 +266,9 @@ TUNED: dict[str, Any] = dict(
 
 @dataclass
 class GPTConfig(Settings):
-    """architecture"""
+    """architecture
+
+    `arch` is a name: make_config, or **ARCHS[arch], gives the settings that go with it."""
 
     arch: str = setting("gpt2", "model family, by Hugging Face's name", ARCHS)
     vocab_size: int = setting(50259, "", ge=1, le=1 << 24)  # tokens; the embedding is padded to a multiple of 64 rows
@@ -1100,6 +1104,12 @@ class Tokenizer:
         """The id that ends a document."""
         return self.special.get(EOT)
 
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The ids that end a text: the end of a turn, that of a document, and others of the model's own."""
+        ids = self.special.get(IM_END), self.eot, *self.fields.ends
+        return [*dict.fromkeys(i for i in ids if i is not None)]
+
     @property
     def control(self) -> dict[str, int]:
         """Control tokens, name -> id: some tokenizers do not mark their chat tokens as special."""
@@ -1361,7 +1371,7 @@ def hf_tokenizer(path: Path, name: str = "") -> Tokenizer:
         said = read_json(file.with_name(other), {})
         if (ends := said.get("eos_token_id") if isinstance(said, dict) else None) is not None:
             known, ends = {*made.special.values()}, ends if isinstance(ends, list) else [ends]
-            made.fields.ends = [i for i in made.control.values() if i in ends and i not in known]
+            made.fields.ends = [i for i in made.added if i in ends and i not in known]
             break
     plain, whole = made.encode("a"), made.backend.encode("a").ids  # what its post-processor puts before a text
     made.bos += next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
@@ -1596,17 +1606,20 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             download(source, path)
         elif path.is_dir():
             visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-            found = [p for p in visible if p.is_file() and p.stat().st_size and not looks_binary(p, encoding)]
+            there = [p for p in visible if p.is_file() and p.stat().st_size]
+            records = [p for p in there if p.suffix.lower() in RECORD_FILES]
+            found = [p for p in there if p not in records and not looks_binary(p, encoding)]
+            hint = f"; for its records, use hf_tokenize --hf_dataset {source}" * bool(records)
             if not found:
-                records = any(p.suffix.lower() in RECORD_FILES for p in path.rglob("*"))
-                hint = f": for its records, use hf_tokenize --hf_dataset {source}" * records
                 raise UserError(f"{source} is a directory without text files{hint}")
+            if skipped := len(there) - len(found):
+                say(f"{source}: skipped {skipped:,} of {len(there):,} files, which are not text{hint}", sys.stderr)
             files += in_mixed_order(found, path)
             continue
         elif not path.exists():
             raise UserError(f"{source}: no such file, folder or URL")
         files.append(path)
-    if not any(p.stat().st_size for p in files):
+    if not (files := [p for p in files if p.stat().st_size]):
         raise UserError(f"{', '.join(sources)}: the source is empty, there is no text in it")
     return files
 
@@ -1637,7 +1650,9 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
             for data in f:
                 line += decoder.decode(data).count("\n")
         wrong = f"{path}, line {line}: byte 0x{e.object[e.start]:02x} is not {e.encoding}"
-        raise UserError(f"{wrong}: tokenize it with its --encoding (perhaps latin-1), or --errors replace") from None
+        if looks_binary(path, "latin-1"):
+            raise UserError(f"{wrong}: it is compressed or binary, or needs --encoding utf-16") from None
+        raise UserError(f"{wrong}: tokenize it with its --encoding (perhaps cp1252), or --errors replace") from None
 
 
 def split_point(text: str) -> int:
@@ -2196,7 +2211,8 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
     "alpaca": (("instruction", "output"), lambda r: [
         ("user", "\n\n".join(filter(None, (r["instruction"], r.get("input"))))), ("assistant", r["output"])]),
     "prompt": (("prompt", "completion"), lambda r: [("user", r["prompt"]), ("assistant", r["completion"])]),
-    "question": (("question", "answer"), lambda r: [("user", r["question"]), ("assistant", r["answer"])]),
+    "question": (("question", "answer"), lambda r: [
+        ("user", "\n\n".join(filter(None, (r.get("context"), r["question"])))), ("assistant", r["answer"])]),
 }  # fmt: skip
 
 
@@ -2229,7 +2245,10 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
 
 
 def joined(content: Any) -> Any:
-    """The text of a turn, which may be a list of parts, [{"type": "text", "text": ...}, ...], as in OpenAI's format."""
+    """The text of a turn, which may be a number, or a list of parts, [{"type": "text", "text": ...}, ...], as in
+    OpenAI's format."""
+    if isinstance(content, (int, float)):
+        return str(content)
     if not isinstance(content, list) or not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         return content
     return "".join(str(part.get("text")) for part in content)
@@ -2404,11 +2423,11 @@ class Records(ChatFormat):
             if RECORD_FILES.get(file.suffix.lower()) == "json":
                 check_nesting(file)
         options = {"split": self.hf_split, "streaming": self.streaming}
-        found = {p.suffix.lower() for p in files} & kinds.keys()
-        if found == {".txt"}:
-            options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # a file is a document
-        if found == {".csv"}:
-            options["keep_default_na"] = False  # NA and None are text
+        own: dict[str, dict[str, Any]] = {
+            "text": {"sample_by": "document", "encoding": "utf-8-sig"},  # a file is a document
+            "csv": {"keep_default_na": False},  # NA and None are text
+            "json": {"chunksize": 1 << 28} if path.exists() else {},  # the first chunk decides which fields there are
+        }
         missing = f"{path} is not a local data set, and cannot be read from the Hub"
         # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
         with told_as(f"cannot read {path}" if path.exists() else missing):
@@ -2420,9 +2439,11 @@ class Records(ChatFormat):
                 table = splits[self.hf_split]
                 return table.to_iterable_dataset() if self.streaming else table
             if path.is_file():  # it serves as any split
-                file = {self.hf_split.partition("[")[0]: str(path)}
-                return datasets.load_dataset(kinds[path.suffix.lower()], data_files=file, **options)
-            return datasets.load_dataset(self.hf_dataset, self.hf_config, revision=self.hf_revision, **options)
+                file, kind = {self.hf_split.partition("[")[0]: glob.escape(str(path))}, kinds[path.suffix.lower()]
+                return datasets.load_dataset(kind, data_files=file, **options, **own.get(kind, {}))
+            where = dict(path=self.hf_dataset, name=self.hf_config, revision=self.hf_revision)
+            kind = datasets.load_dataset_builder(**where).name  # of files of several kinds, the most common
+            return datasets.load_dataset(**where, **options, **own.get(kind, {}))
 
     def content(self, record: dict[str, Any]) -> str | list[dict[str, str]]:
         """A record's text, or its conversation."""
@@ -2514,7 +2535,7 @@ def tokenize_records(
     bar = progress_bar(unit=" records", desc="tokenize")
     with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
-        whole = (row for row in map(encode, () if r.streaming else readable(records, r.hf_dataset)) if not row["error"])
+        whole = (row for row in map(encode, () if r.streaming else readable(records, r.hf_dataset)) if len(row["ids"]))
         if next(whole, {"mask": None})["mask"] is not None:
             # conversations are often sorted by subject, so the last tenth, held out, would differ from the rest
             records = records.shuffle(seed=0, keep_in_memory=True)
@@ -2530,7 +2551,8 @@ def tokenize_records(
             rows = map(encode, records)
         for row in readable(rows, r.hf_dataset):
             if row["error"] and not r.skip_bad:
-                raise UserError(f"{row['error']}: fix it, or skip it with tokenize or hf_tokenize --skip_bad")
+                remedy = "fix it, or skip it with --skip_bad of tokenize, hf_tokenize or hf_finetune"
+                raise UserError(f"{row['error']}: {remedy}")
             if row["error"]:
                 n_bad, first_bad = n_bad + 1, first_bad or row["error"]
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
@@ -2639,9 +2661,10 @@ def generate(
     """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
-    context, its last half is read again into an empty cache and generation goes on from there. With the caller's
-    own cache, prompts continue what it holds, and generation ends when it is full. `first` (vocab,) says which tokens
-    may come first; `seen` are the tokens in the caller's cache, which the repetition penalty counts too.
+    context, its last half is read again into an empty cache and generation goes on from there. The model must be in
+    eval mode, see evaluating. With the caller's own cache, prompts continue what it holds, and generation ends when it
+    is full. `first` (vocab,) says which tokens may come first; `seen` are the tokens in the caller's cache, which the
+    repetition penalty counts too.
     """
     context, device = model.config.context, model.device
     idx, pad = left_pad(prompts, device)
@@ -2710,7 +2733,6 @@ def read_tokens(
 ) -> list[str]:  # fmt: skip
     """The texts of generated tokens (num_samples,), read until each reaches the end-of-text token or one of the `stop`
     strings, which are left out. The first text is passed to on_text as it grows."""
-    ends = {*tokenizer.fields.ends, tokenizer.special.get(EOT), tokenizer.special.get(IM_END)}
     stop = [s for s in stop if s]
     # incremental, since a character may be spread over several tokens
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
@@ -2720,7 +2742,7 @@ def read_tokens(
         for i, token in enumerate(column.tolist()):
             if done[i]:
                 continue
-            done[i] = token in ends
+            done[i] = token in tokenizer.ends
             piece = decoders[i].decode(b"" if done[i] else tokenizer.bytes_of(token), final=done[i])
             texts[i] += piece.removeprefix(" ") if skip_space and step == 0 else piece
             if found := [at for at in (texts[i].find(s) for s in stop) if at >= 0]:
@@ -2750,8 +2772,9 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
     if quantize and dtype not in ("auto", "float32"):
         raise UserError(f"--quantize int8 computes in float32: leave --dtype {dtype} out")
-    in_c = on_cpu and dtype == "auto" and c.attn_implementation != "eager"
-    in_c = in_c and c.norm_position == "pre" and c.norm != "none" and c_library() is not None
+    in_c = on_cpu and dtype == "auto" and c.attn_implementation in ("auto", "sdpa", "flash_attention_2")
+    in_c = in_c and c.norm_position == "pre" and c.norm != "none" and ACTIVATIONS[c.activation] in C_ACTIVATIONS
+    in_c = in_c and c_library() is not None
     if not in_c and not quantize:
         set_precision(model, dtype)
         model.engine = CUDAGraphs(model) if model.device.type == "cuda" else None
@@ -2894,7 +2917,8 @@ def find_checkpoint(spec: str | None) -> Path:
     """The path that --model_checkpoint names: a path, or a name under checkpoints/; by default the newest there."""
     if spec is None:
         found = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-        missing = f"there is no checkpoint under {CHECKPOINT_DIR}/ yet: train one, or name one with --model_checkpoint"
+        where = CHECKPOINT_DIR.resolve()
+        missing = f"there is no checkpoint under {where} yet: train one, or name one with --model_checkpoint"
     else:
         found = [p for p in (Path(spec), CHECKPOINT_DIR / spec, CHECKPOINT_DIR / f"{spec}_model.pt") if p.exists()]
         near = nearest(spec, [p.name for p in CHECKPOINT_DIR.glob("*_model.pt")])
@@ -3511,7 +3535,7 @@ def make_optimizers(model: GPT, t: TrainConfig, passes: float = 1.0) -> list[Opt
     own_lr = {"wte.weight": t.embd_lr, "lm_head.weight": t.head_lr}
     for name, p in model.named_parameters():
         in_block = name.startswith("blocks.")
-        if t.optimizer != "adamw" and in_block and p.dim() == 2 and p.requires_grad:
+        if t.optimizer in ("muon", "normuon") and in_block and p.dim() == 2 and p.requires_grad:
             muon[own_shard(p)] = fused.get(name, [p.size(0)])
         elif p.requires_grad:
             decays = p.dim() >= 2 and (in_block or not model.new_tokens)
@@ -3627,7 +3651,7 @@ class RunFiles:
     """The files of a run: the best model, the latest states to resume from, and the log."""
 
     def __init__(self, name: str, overwrite: bool) -> None:
-        if Path(name).name != name or name == ".." or not name.isprintable():
+        if Path(name).name != name or name == ".." or name[:1] == "-" or not name.isprintable():
             raise UserError(f"--name {name!r} must be a plain name, for files under {CHECKPOINT_DIR}/")
         self.overwrite, self.run, ends = overwrite, CHECKPOINT_DIR / name, (".pt", "_last.pt", ".jsonl")
         self.model, self.last, self.log = (CHECKPOINT_DIR / f"{name}_model{end}" for end in ends)
@@ -3653,7 +3677,7 @@ class RunFiles:
             try:
                 content = read_archive(path)
             except UserError as e:
-                if path == self.states()[-1]:
+                if path == self.states()[-1] or isinstance(e.__cause__, OSError):  # which may pass
                     raise
                 aside = path.with_suffix(".damaged")
                 say(f"{e}; renamed it to {aside.name}, using the state before it", sys.stderr)
@@ -3947,7 +3971,7 @@ class Run:
                 "step": self.step, "tokens": self.step * t.batch_size * self.block_size,
                 "seconds": round(self.seconds, 2), **means,
                 "lr": t.learning_rate * self.factor, "grad_norm": self.grad_norm.item(),
-                **({"muon_lr": t.muon_lr * self.factor} if t.optimizer != "adamw" else {}),
+                **({"muon_lr": t.muon_lr * self.factor} if t.optimizer in ("muon", "normuon") else {}),
                 "tokens_per_s": round((self.step - since) * t.batch_size * self.block_size / elapsed),
                 **bad, **(self.results if evaluated else {}),
             }  # fmt: skip
@@ -4240,7 +4264,10 @@ class TeacherCache:
         path, n_bytes = self.folder / name, math.prod(shape)
         with open(path, "ab") as f:  # keeps what another process has written
             if hasattr(os, "posix_fallocate"):  # a full disk raises here; writing a memory map would be fatal
-                os.posix_fallocate(f.fileno(), 0, n_bytes)
+                try:
+                    os.posix_fallocate(f.fileno(), 0, n_bytes)
+                except OSError as e:
+                    raise naming(path, e) from None
             f.truncate(n_bytes)
         return np.memmap(path, "u1", "r+", shape=shape)
 
@@ -4332,10 +4359,11 @@ class Distillation:
 
         def divergence_of(logits: Tensor, rows: slice) -> Tensor:
             how = d.temperature, d.divergence, d.beta
-            return self.divergence_loss(logits[:, : self.n_vocab], teacher(rows), counted[rows], *how)
+            loss = self.divergence_loss(logits[:, : self.n_vocab], teacher(rows), counted[rows], *how)
+            return d.temperature**2 * loss
 
         def divergence_and_grad(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-            if not (library := self.in_c(d, logits)):
+            if not (library := self.in_c(d, logits)):  # the square in the loss, for small gradients vanish in float16
                 return by_autograd(divergence_of)(logits, rows, with_grad)
             losses, grad = torch.empty(len(logits)), torch.empty_like(logits) if with_grad else None
             given = targets.flatten()[rows].long(), teacher(rows).contiguous(), logits, grad, losses
@@ -4343,15 +4371,15 @@ class Distillation:
             run_in_c(library.kl_divergence, *sizes, *given, d.temperature)
             return losses.sum(), grad
 
-        parts = [(d.alpha * d.temperature**2, divergence_and_grad)]
+        parts = [(d.alpha, d.temperature**2, divergence_and_grad)]
         if d.alpha < 1:
-            parts.append((1 - d.alpha, CrossEntropy(targets)))  # last, as it overwrites the logits
+            parts.append((1 - d.alpha, 1.0, CrossEntropy(targets)))  # last, as it overwrites the logits
 
         def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
             total, total_grad = 0.0, None
-            for i, (weight, part) in enumerate(parts):
+            for i, (weight, unit, part) in enumerate(parts):
                 value, grad = part(logits, rows, with_grad)
-                sums[i] += value
+                sums[i] += value / unit
                 total = total + weight * value
                 if with_grad:
                     total_grad = grad.mul_(weight) if total_grad is None else total_grad.add_(grad, alpha=weight)
@@ -4714,6 +4742,8 @@ def check_exportable(c: GPTConfig, tokenizer: Tokenizer) -> None:
     """Raise UserError, naming the setting, if transformers' class of this architecture cannot represent this model,
     that is, if its config.json does not round-trip. Training settings may differ; RoPE is compared by its angles."""
     back = config_from_hf(hf_config(c, tokenizer, "float32"), Path(f"a Hugging Face {c.arch}"))
+    if c.arch == "llama" and c.n_embd % c.n_head:  # transformers' class refuses it
+        raise UserError(f"n_embd {c.n_embd} is not divisible by n_head {c.n_head}, as a Hugging Face llama must be")
     for name, ours in vars(c).items():
         free = name in ("block_size", "init", *LOOP) or name.startswith("rope_") and name != "rope_pct"
         if not free and ours != (theirs := getattr(back, name)):
@@ -4842,12 +4872,12 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, c: GPTConfig) -> None:
         bos = None  # templates test for it
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad,
-        "unk_token": s.unk_token or eos, "model_max_length": c.context, "clean_up_tokenization_spaces": False,
+        "unk_token": s.unk_token or (eos if tokenizer.is_ours else None), "model_max_length": c.context,
+        "clean_up_tokenization_spaces": False,
         # without this, transformers 5 opens every qwen2 with Qwen's own split and NFC instead of the tokenizer.json
         **({"trust_remote_code": True} if c.arch == "qwen2" else {}),
     })  # fmt: skip
-    ends = dict.fromkeys(i for i in (tokenizer.special.get(IM_END), tokenizer.eot, *s.ends) if i is not None)
-    write_json(folder / "generation_config.json", {**ids, "eos_token_id": list(ends)})
+    write_json(folder / "generation_config.json", {**ids, "eos_token_id": tokenizer.ends})
     if template := chat_template(tokenizer):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
@@ -4998,7 +5028,7 @@ def modelfile(tokenizer: Tokenizer, gguf: str) -> str:
     """Ollama's Modelfile for a GGUF file beside it, for `ollama create NAME -f Modelfile`. Chat templates other than
     ChatML are left for Ollama to find in the GGUF."""
     template = f'TEMPLATE """{OLLAMA_CHATML}"""\n' if chat_template(tokenizer) == CHATML else ""
-    stops = "".join(f'PARAMETER stop "{token}"\n' for token in (IM_END, EOT) if token in tokenizer.special)
+    stops = "".join(f'PARAMETER stop "{tokenizer.bytes_of(i).decode()}"\n' for i in tokenizer.ends)
     sampling = "".join(f"PARAMETER {k} {getattr(SamplingSettings, k)}\n" for k in ("temperature", "min_p"))
     return f"FROM ./{gguf}\n{template}{stops}{sampling}"
 
@@ -5040,7 +5070,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
         token_types=[type_of.get(i, types.UNUSED) for i in range(c.vocab_size)],
         token_merges=[" ".join(pair) for pair in j["model"]["merges"]] or ["☃ ☃"],  # it needs some: not of bytes
         bos_token_id=None if tokenizer.eot is None else bos, eos_token_id=tokenizer.eot,
-        eot_token_id=tokenizer.special.get(IM_END), add_bos_token=bool(tokenizer.bos),
+        eot_token_id=next((i for i in tokenizer.ends if i != tokenizer.eot), None), add_bos_token=bool(tokenizer.bos),
         chat_template=chat_template(tokenizer),
     )  # fmt: skip
     return {key: value for key, value in keys.items() if value is not None}
@@ -5177,6 +5207,8 @@ def tokenize(a: TokenizeArgs) -> None:
     if not any(Path(source).suffix.lower() in RECORD_FILES for source in a.txt):
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
+    if (a.encoding, a.errors) != (TokenizeArgs.encoding, TokenizeArgs.errors):
+        raise UserError("--encoding and --errors are for text: records must be UTF-8")
     if len(a.txt) > 1:
         raise UserError("only one file of records at a time: put several into a folder and use hf_tokenize")
     if not Path(first).exists():
@@ -5282,8 +5314,8 @@ def start_run(
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
             files.check_free()  # once more: the first check was before the data was made
-        for left_over in CHECKPOINT_DIR.glob(f".{glob.escape(files.run.name)}_model*.tmp") if rank() == 0 else ():
-            left_over.unlink()
+        for path in (files.model, files.last, files.log) if rank() == 0 else ():  # what a kill left
+            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
         run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
         if state is not None:
             with told_as(f"{files.last} is damaged, or was made by another model.py"):
@@ -5304,8 +5336,8 @@ def start_run(
             f"{model.device} in {dtype}")  # fmt: skip
         fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "")
     use = "chat" if data.is_chat else "sample"
-    say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python model.py {use} "
-        f"--model_checkpoint {shlex.quote(files.model.name)}")  # fmt: skip
+    say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python "
+        f"{shlex.quote(sys.argv[0])} {use} --model_checkpoint {shlex.quote(files.model.name)}")  # fmt: skip
 
 
 # What may change when a run is resumed, as it does not affect what is computed.
@@ -5407,7 +5439,7 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
 )
 @training
 def train(a: TrainArgs, start: Callable) -> None:
-    """train a model; on several GPUs with torchrun --nproc_per_node N model.py train"""
+    """train a model (on several GPUs: under torchrun)"""
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
     variant = a.variant or "7M"
@@ -5465,16 +5497,9 @@ class HFFinetuneArgs(Records, FinetuneArgs):
         if not self.hf_dataset:
             return super().data_in(tokenizer, otherwise)
         split = re.sub(r"[^\w.-]", "-", self.hf_split)  # "train[:10%]" is not a valid file name everywhere
-        folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}"
-
-        def find(folder: Path) -> Data | None:
-            if not (folder / "meta.json").exists():
-                return None
-            made = read_schema(Meta, folder / "meta.json")
-            same = (made.source, made.tokenizer) == (json.loads(json.dumps(self.describe())), tokenizer.spec)
-            return Data(folder) if same else None
-
-        return found_or_made(folder, find, lambda folder: tokenize_records(folder, self, tokenizer, overwrite=True))
+        made_of = digest_of(self.describe(), tokenizer.spec)[:8]
+        folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}_{made_of}"
+        return found_or_made(folder, existing_data, lambda folder: tokenize_records(folder, self, tokenizer))
 
 
 FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_decay=0.01, sample_interval=-1)
@@ -5699,6 +5724,8 @@ class ChatArgs(SamplingSettings, UseArgs, ModelArgs):
 )
 def chat(a: ChatArgs) -> None:
     """talk with a model in the terminal"""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (lines can be edited, and are not cut at 4,095 bytes)
     opened = open_model(a.model_checkpoint, choose_device(a.device), a.variant)
     prepare_generation(opened.model, a.dtype, a.quantize)
     render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # raises now if the model has no chat template
@@ -5878,7 +5905,7 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     "eval --model_checkpoint HuggingFaceTB/SmolLM2-135M --tasks hellaswag,piqa --json",
 )
 def eval(a: EvalArgs) -> None:
-    """measure a model: loss, perplexity, bits per byte, lm-eval's tasks"""
+    """measure a model: loss, perplexity, bits per byte, lm-eval tasks"""
     ignored = next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None)
     if ignored:
         raise UserError(f"--tasks measures an export on its own data: leave --{ignored} out")
@@ -5922,7 +5949,14 @@ def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray |
     if path.is_file() and path.suffix.lower() not in (".bin", *RECORD_FILES):
         ids = tokenizer.encode_array("".join(read_text(path, "utf-8-sig", "strict")))
         return str(path), np.append(np.array(tokenizer.bos, np.int64), ids)
-    data = open_data(spec, tokenizer) if path.suffix.lower() in RECORD_FILES else open_data(spec)
+    if path.is_file() and path.suffix.lower() in RECORD_FILES:  # all of them, as of a text file
+        with tempfile.TemporaryDirectory(prefix="model.py-") as folder:
+            tokenize_records(Path(folder) / path.stem, Records(hf_dataset=spec, val_fraction=0.0), tokenizer)
+            data = Data(Path(folder) / path.stem)
+            split = data.splits["val"] = data.splits["train"]
+            split.tokens, split.mask = np.array(split.tokens), None if split.mask is None else np.array(split.mask)
+        return spec, data if data.is_chat else split.tokens
+    data = open_data(spec)
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, "give eval a text file")
     if not len(tokens := data.splits["val"].tokens):
         raise UserError(f"{data.path} has no validation split: give eval a text file")
@@ -5976,7 +6010,7 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
         paths.append(found[0])
     paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
     if not paths:
-        raise UserError(f"there are no logs under {CHECKPOINT_DIR}/ yet: train something first")
+        raise UserError(f"there are no logs under {CHECKPOINT_DIR.resolve()} yet: train something first")
     runs, known = [], {}
 
     def drawable(record: dict[str, Any], axis: str, name: str | None) -> bool:
@@ -6108,7 +6142,7 @@ VariantsArgs = optional(Machine, "device")
 
 @command("inspect", "variants")
 def variants(a: VariantsArgs) -> None:
-    """list the variants: parameters, memory, and training time on this machine"""
+    """list the variants: parameters, memory, training time here"""
     device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
     c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
@@ -6144,15 +6178,15 @@ def variants_table(flops_per_s: float = 0.0) -> str:
         c, n, batch = make_config(name, 6400 if name == "26M" else 50259, {}), PARAMETERS[name], v["batch_size"]
         flops = training_flops_per_token(c, n)
         rows.append({
-            "variant": name, "arch": c.arch, "layers": c.n_layer, "heads (kv)": f"{c.n_head} ({c.n_kv_head})",
+            "": name, "arch": c.arch, "layers": c.n_layer, "heads": f"{c.n_head} ({c.n_kv_head})",
             "width": c.n_embd, "block": c.block_size, "batch": batch,
-            "parameters": f"{n / 1e6:.1f} M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.2g} GB",
-            "FLOPs per token": f"{flops:.2e}",
+            "params": f"{n / 1e6:.1f}M", "memory": f"{training_memory_bytes(c, batch, n) / 2**30:.2g} GB",
+            "FLOPs": f"{flops:.1e}",
         })  # fmt: skip
         if flops_per_s:
             hours = flops * 1e9 / flops_per_s / 3600
             rows[-1]["1e9 tokens"] = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
-    return table(rows) + "\n(GPT-2's vocabulary, 26M with its own 6,400 tokens; memory of training in bfloat16)"
+    return table(rows) + "\n(GPT-2's vocabulary, 26M its own of 6,400 tokens; bfloat16; FLOPs per token)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6238,14 +6272,15 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> tuple[str, Any]:
     """The command's name and its flags, as its dataclass."""
     name, *words = [w for w in argv if w != "--debug"] or ["help"]
-    if name in ("-h", "--help", "help") and words[:1] and words[0] in COMMANDS:
+    if name in ("-h", "--help", "--help_all", "help") and words[:1] and words[0] in COMMANDS:
         name, words = words[0], ["--help"]
-    if name in ("-h", "--help", "help"):
+    if name in ("-h", "--help", "--help_all", "help"):
         print(overview())
         sys.exit(0)
     if name not in COMMANDS:
         commands = ", ".join(COMMANDS)
-        print(f"model.py: error: there is no command {name!r}{nearest(name, COMMANDS)}: {commands}", file=sys.stderr)
+        near = " (the command comes first)" if name[:1] == "-" else nearest(name, COMMANDS)
+        print(f"model.py: error: there is no command {name!r}{near}: {commands}", file=sys.stderr)
         sys.exit(2)
     cls, parser = COMMANDS[name].args, make_parser(name, words)
     for i, (flag, word) in enumerate(itertools.pairwise(words)):
@@ -6489,7 +6524,7 @@ static void attend(const float *q, const float *k, const float *v, long n, long 
     }
 }
 
-static float activate(long kind, float x) {  // in the order of ACTIVATIONS
+static float activate(long kind, float x) {  // in the order of C_ACTIVATIONS
     switch (kind) {
         case 0: return 0.5f * x * (1 + erff(x * 0.70710678f));
         case 1: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
@@ -6727,14 +6762,14 @@ void kl_divergence(long rows, long n, long stride, long reverse, const int64_t *
                     b[i] = reverse ? w : q;
                 }
             }
-            losses[r] = loss;
+            losses[r] = loss * T * T;
             if (!grad) continue;
             real *g = grad + r * stride;
             memset(g, 0, stride * sizeof *g);
             if (targets[r] < 0) continue;
             #pragma omp simd
             for (long i = 0; i < n; i++)
-                g[i] = put((reverse ? a[i] == 0 ? 0 : a[i] * (b[i] - loss) : b[i] - a[i]) * (1 / T));
+                g[i] = put((reverse ? a[i] == 0 ? 0 : a[i] * (b[i] - loss) : b[i] - a[i]) * T);
         }
         free(a);
     }
@@ -6847,7 +6882,7 @@ class CEngine:
         self.head_matrix = c_array(ctypes.c_void_p, *addresses(model.lm_head or model.wte, "weight", "scale", "bias"))
         sizes = c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.rope_dim, c.n_inner
         kinds = c.norm == "layernorm", c.parallel_residual, c.qk_norm == "before_rope", c.qk_norm == "after_rope"
-        activation = list(ACTIVATIONS.values()).index(ACTIVATIONS[c.activation])
+        activation = C_ACTIVATIONS.index(ACTIVATIONS[c.activation])
         self.shape = c_array(ctypes.c_long, *sizes, *kinds, activation, c.is_glu)
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:

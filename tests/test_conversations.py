@@ -1,5 +1,6 @@
 """Conversations: from the forms people have to tokens, targets, finetuning and a chat in the terminal."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -8,7 +9,9 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -25,6 +28,7 @@ from conftest import (
     byte_level_bpe,
     checkpoint_of,
     contents,
+    model_py,
     random_gpt,
     read_jsonl,
     save_model,
@@ -129,6 +133,7 @@ FORMS = {
     "alpaca, input left out": ({"instruction": "Add.", "output": "4", "text": "x"}, turns("Add.", "4")),
     "prompt and completion": ({"prompt": "Hi!", "completion": "Hello."}, TWO[:2]),
     "question and answer": ({"question": "Hi!", "answer": "Hello.", "id": "q1"}, TWO[:2]),
+    "with a context": ({"context": "Add.", "question": "2 and 2?", "answer": 4}, turns("Add.\n\n2 and 2?", "4")),
     "messages in parts": ({"messages": [
         {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i!"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]},
@@ -183,7 +188,7 @@ WRONG = {
     "unknown role": ("'narrator'", {"messages": [{"role": "narrator", "content": "c"}]}),
     "no role": ("None", {"messages": [{"content": "c"}]}),
     "sharegpt roles": ("turn 1 is 'assistant'", {"conversations": [{"from": "gpt", "value": "a"}]}),
-    "content of a number": ("int", {"messages": [{"role": "user", "content": 3}]}),
+    "content of an object": ("dict", {"messages": [{"role": "user", "content": {"a": 3}}]}),
     "a picture": ("not text", {"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}),
     "answer missing": ("not text", {"prompt": "a", "completion": None}),
     "a number": ("conversations", {"conversations": 7}),
@@ -502,7 +507,7 @@ def test_records_that_cannot_be_used(cli, flags):
 def test_other_tokenizers(cli, tokenizer, gpt2):
     """A bpe is learned from the records themselves, text or conversations."""
     write_jsonl("local/a.jsonl", [{"text": line} for line in stdlib_source("textwrap").splitlines()])
-    flags = ("--tokenizer", tokenizer, "--vocab_size", 400)
+    flags = ("--tokenizer", tokenizer, *(("--vocab_size", 400) if tokenizer == "bpe" else ()))
     cli("hf_tokenize", "--hf_dataset", "local", "--dataset", "x", *flags).ok()
     assert read("x")[0] == "<|endoftext|>".join(filter(None, stdlib_source("textwrap").splitlines()))
     assert opened("x").tokenizer.n_vocab == {"gpt2": 50259, "bpe": 400}[tokenizer]
@@ -524,6 +529,33 @@ def test_conversations_by_subject_are_mixed(cli):
         assert sorted(found) == sorted(f"{fruit} {i}" for i in range(100))
     hub(cli, "text.jsonl", "--overwrite").ok()
     assert read("x")[0] == "<|endoftext|>".join(t["utterances"][1] for t in talks)
+
+
+def test_a_folder_of_texts_and_something_else(cli):
+    """A text is a document still, and not each of its lines."""
+    Path("local").mkdir()
+    for name, text in {"a.txt": "one\n\ntwo\n", "b.txt": "three", "meta.json": '{"a": 1}'}.items():
+        Path("local", name).write_text(text)
+    hub(cli, "local").ok()
+    assert read("x")[0] == "one\n\ntwo\n<|endoftext|>three"
+
+
+def test_records_with_a_field_that_comes_late(cli):
+    """After the 10 MB by which `datasets` decides which fields there are; in a file whose name is no pattern."""
+    long = [{"utterances": ["Why?", "So. " * 30_000]}] * 100
+    write_jsonl("late[1].jsonl", [*long, {"utterances": ["What?", "That."], "extra": "x"}])
+    hub(cli, "late[1].jsonl").ok()
+    assert "What?" in read("x")[0]
+    error = cli("tokenize", "--dataset", "y", "--txt", "late[1].jsonl", "--encoding", "utf-16", *BYTES).error
+    assert "records must be UTF-8" in error
+
+
+def test_conversations_are_mixed_whatever_the_first_record_is(cli):
+    talks = [{"chat": []}, *({"chat": [f"Question {i}?", f"Answer {i}."]} for i in range(30))]
+    write_jsonl("talks.jsonl", talks)
+    hub(cli, "talks.jsonl", "--hf_text_column", "chat").ok()
+    order = [int(n) for n in re.findall(r"Question (\d+)", read("x")[0])]
+    assert sorted(order) == list(range(30)) != order
 
 
 def test_no_data_set(cli):
@@ -806,6 +838,17 @@ def test_hf_finetune_heeds_every_flag_of_its_data(cli, base):
             assert np.array_equal(made.splits[name].mask, split.mask), flags
 
 
+def test_hf_finetune_replaces_no_data(cli, base, monkeypatch):
+    """Another data set of the same name leaves a run that was stopped its own."""
+    for name, n in (("a", 40), ("b", 50)):
+        write_jsonl(f"{name}/talks.jsonl", [{"utterances": [f"What is {name}{i}?", "That."]} for i in range(n)])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert finetune(cli, "--name", "a", data="a/talks.jsonl", command="hf_finetune", iters=2).code == 130
+    finetune(cli, "--name", "b", data="b/talks.jsonl", command="hf_finetune").ok()
+    cli("hf_finetune", "--name", "a", "--resume").ok()
+
+
 def test_hf_finetune_makes_its_data_anew_for_another_tokenizer_of_that_name(cli, base):
     """Two vocabularies of 300 tokens are both called bpe-300."""
     for name, module in (("a", "argparse"), ("b", "tarfile")):
@@ -853,13 +896,17 @@ def test_conversations_longer_than_a_block_are_counted(cli, base):
 
 
 def test_eval_of_conversations_is_trainings(cli, base):
-    """Truth: the loss that finetuning reported of the model it kept; by the data set and by the file."""
+    """Truth: the loss that finetuning reported of the model it kept. A file is measured whole, as a text is."""
     out = finetune(cli, "--eval_tokens", 10**9, "--name", "a run", iters=3).ok().out
     assert "try: python model.py chat --model_checkpoint 'a run_model.pt'" in out
-    for data in ("talks_byte", "talks.jsonl"):
-        line = ("eval", "--model_checkpoint", "a run", "--data", data, "--block_size", 128, "--json")
-        (row,) = json.loads(cli(*line).ok().out.splitlines()[-1])
-        assert row["loss"] == pytest.approx(val_losses(out)[-1], abs=1e-4)
+    line = ("eval", "--model_checkpoint", "a run", "--block_size", 128, "--json", "--data", "talks_byte")
+    (row,) = json.loads(cli(*line).ok().out.splitlines()[-1])
+    assert row["loss"] == pytest.approx(val_losses(out)[-1], abs=1e-4)
+    there = sorted(Path("data").iterdir())
+    (row,) = json.loads(cli(*line[:-1], "talks.jsonl").ok().out.splitlines()[-1])
+    encoded = [model.encode_conversation(model.byte_tokenizer(), model.messages_of(talk), False) for talk in TALKS]
+    assert row["tokens"] == sum(int(mask.sum()) for _, mask in encoded) and row["data"] == "talks.jsonl"
+    assert sorted(Path("data").iterdir()) == there
     assert "--stride is for text" in cli(*line, "--stride", 64).error
     Path("text.txt").write_text("some words " * 50)
     rows = json.loads(cli(*line, "--data", "text.txt").ok().out.splitlines()[-1])  # both, not the last alone
@@ -1027,6 +1074,30 @@ def test_chat_in_the_terminal(cli, chatty, bpe):
     assert not Path("never.jsonl").exists()
     flagged = chat(cli, "Hello", flags=("--system", "Be kind.")).ok()
     assert flagged.out.startswith(second[-1]["content"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_long_line_typed_into_a_terminal(workdir):
+    """The terminal by itself cuts it at 4,095 bytes, and has arrow keys write what they send."""
+    import pty
+
+    owner, terminal = pty.openpty()
+    save_random("m.pt", model.byte_tokenizer(), block_size=8192)
+    words = model_py("chat", "--model_checkpoint", "m.pt", "--length", 4, "--device", "cpu")
+    left, typed = b"\x1b[D", b"word " * 1000 + b"ED"
+    with subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal) as run:
+        os.close(terminal)
+        screen = b""
+        while b"> " not in screen:
+            screen += os.read(owner, 65536)
+        lines = typed + left + b"N\n/save long.jsonl\n/quit\n"
+        threading.Thread(target=os.write, args=(owner, lines), daemon=True).start()
+        with contextlib.suppress(OSError):  # it has ended
+            while os.read(owner, 65536):
+                pass
+        assert run.wait(60) == 0
+    os.close(owner)
+    assert saved("long.jsonl")[0][0]["content"] == "word " * 1000 + "END"
 
 
 def test_chat_goes_on_after_a_mistake(cli, chatty):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gzip
 import http.server
 import itertools
 import json
@@ -74,12 +75,13 @@ def test_several_files_are_separated_by_end_of_text(tokenize):
 
 def test_a_folder_gives_every_text_file_below_it(tokenize):
     contents = {"x/a.txt": b"alpha", "x/deep/er/b.md": b"beta", "x/c": b"gamma", "x/.hidden": b"no", "x/.git/d": b"no",
-                "x/binary.txt": b"\x00\x01", "x/empty.txt": b""}  # fmt: skip
+                "x/binary.txt": b"\x00\x01", "x/empty.txt": b"", "x/talks.jsonl": b'{"a": 1}'}  # fmt: skip
     for name, content in contents.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
-    tokenize("x").ok()
+    said = tokenize("x").ok().err
     assert sorted(made().split(b"|")) == [b"alpha", b"beta", b"gamma"]
+    assert "skipped 2 of 5 files, which are not text; for its records, use hf_tokenize --hf_dataset x" in said
 
 
 def test_data_of_the_name_of_its_text(tokenize):
@@ -139,6 +141,13 @@ def test_an_encoding_that_is_not_the_texts_or_none(tokenize, encoding, content, 
     Path("texts").mkdir()
     shutil.move("in.txt", "texts")
     tokenize("texts", "--encoding", encoding).fails_with(*words)
+
+
+def test_a_compressed_file_is_no_latin_1(tokenize):
+    for content in (gzip.compress(b"some text " * 99), "naïve".encode("utf-16")):
+        error = tokenize(content=content).error
+        assert "compressed" in error and "--encoding utf-16" in error and "cp1252" not in error
+    assert "perhaps cp1252" in tokenize(content="“naïve”".encode("cp1252")).error
 
 
 def test_only_overwrite_replaces_and_a_failed_one_keeps_the_old_data(tokenize):

@@ -110,6 +110,21 @@ def test_loss_and_gradients_equal_autograd(monkeypatch, kind, beta, alpha, tempe
     case.check(DistillConfig(temperature, alpha, kind, beta), case.teacher(temperature))
 
 
+def test_small_gradients_of_float16_are_kept():
+    """At a high temperature each is less than float16 can hold, until it is squared in. Truth: float64."""
+    generator, rows = torch.Generator().manual_seed(0), slice(0, 4)
+    student = torch.randn(4, 20_000, generator=generator).half()
+    teacher = (student.double() + 0.5 * torch.randn(4, 20_000, generator=generator)) / 20
+    objective = Distillation(torch.nn.Identity(), DistillConfig(20.0, 1.0), 20_000)
+
+    def grad(logits: torch.Tensor) -> torch.Tensor:
+        chunk_loss = objective.chunk_loss(objective.d, torch.zeros(4), lambda rows: teacher, torch.zeros(2))
+        return chunk_loss(logits, rows, True)[1].double()
+
+    truth = grad(student.double())
+    assert (grad(student.clone()) - truth).norm() < 0.02 * truth.norm()
+
+
 @pytest.mark.parametrize("kind, beta", DIVERGENCES)
 @pytest.mark.parametrize("variation, K", [
     ({"logit_softcap": 5.0}, 0), ({"tie_word_embeddings": False}, 0),

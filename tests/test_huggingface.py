@@ -315,6 +315,7 @@ def test_a_setting_that_no_architecture_has_is_refused_by_name(cli, arch, settin
     ("gpt_neox", dict(activation="relu"), GGUF, ["llama.cpp", "relu"]),
     ("llama", {}, ("--model_checkpoint", "b_model.pt"), ["a_model.pt", "b_model.pt"]),  # one flag by two names
     ("llama", {}, ("--quantize", "q8_0"), ["--quantize is for --format gguf"]),
+    ("llama", dict(n_embd=33, head_dim=8), (), ["n_embd 33 is not divisible by n_head"]),  # transformers' own rule
     ("llama", {}, (*GGUF, "--dtype", "float32"), ["--dtype is for --format hf"]),
 ])  # fmt: skip
 def test_what_is_not_exported(cli, arch, overrides, flags, words):
@@ -559,7 +560,9 @@ def test_gguf_says_which_tokens_are_found_before_a_text_is_split(corpus, tmp_pat
     backend.add_tokens(["<tool_call>", "    "])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = model.hf_tokenizer(tmp_path)
+    tokenizer.fields.ends = [tokenizer.vocab["<tool_call>"]]
     keys = model.gguf_tokenizer(tokenizer, small(tokenizer=tokenizer).config)
+    assert keys["eot_token_id"] == tokenizer.fields.ends[0]
     types = dict(zip(keys["token_list"], keys["token_types"], strict=True))
     assert types["<tool_call>"] == types["    "] == gguf.TokenType.USER_DEFINED
     assert types["<|endoftext|>"] == gguf.TokenType.CONTROL and types["a"] == gguf.TokenType.NORMAL

@@ -114,6 +114,18 @@ def test_what_is_damaged_is_made_again(cli, text_file, file, position, words):
     assert_same_run("whole", "parts")
 
 
+def test_a_state_that_cannot_be_read_just_now_is_not_damaged(cli, text_file, monkeypatch):
+    """As from a network's disk: it keeps its name."""
+    cli(*RUN).ok()
+    before = contents("checkpoints")
+
+    def fail(*args) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(model, "seal_of", fail)
+    assert "Input/output error" in cli("train", "--resume", "auto").error and contents("checkpoints") == before
+
+
 def test_a_kill_while_a_run_is_overwritten_does_not_leave_its_best_model(cli, text_file, monkeypatch):
     """Both runs are best at one step: the new state is there, and the old model still."""
     cli(*RUN, "--max_iters", 3).ok()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -389,11 +390,17 @@ def test_what_else_ends_a_text(tmp_path):
     """Llama 3's eos_token ends a text, and another a turn; words that are listed by mistake end nothing."""
     backend = sentencepiece()
     backend.add_special_tokens(["<|eot_id|>"])
+    backend.add_tokens(["<|turn|>"])  # which should be special, and is not said to be
     turn, word = backend.token_to_id("<|eot_id|>"), backend.token_to_id("e")
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
     assert saved(backend, tmp_path, eos_token="</s>").fields.ends == []
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, turn, word, [0], "</s>"]}))
+    ends = [2, turn, word, [0], "</s>", turn + 1]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     tokenizer = saved(backend, tmp_path, eos_token="</s>")
     assert streamed(tokenizer, [word, turn, word]) == "e" == streamed(tokenizer, [word, 2, word])
-    model.export_tokenizer(tokenizer, tmp_path, model.GPTConfig(arch="llama", vocab_size=turn + 1))
-    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, turn]
+    assert streamed(tokenizer, [word, turn + 1, word]) == "e"
+    stops = re.findall('stop "(.*)"', model.modelfile(tokenizer, "x.gguf"))
+    assert stops == ["</s>", "<|eot_id|>", "<|turn|>"]
+    model.export_tokenizer(tokenizer, tmp_path, model.GPTConfig(arch="llama", vocab_size=turn + 2))
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [2, turn, turn + 1]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["unk_token"] is None  # it has none
