@@ -1589,9 +1589,9 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
 
 
 def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
-    """The files that --txt names: files, folders (every text file below, in an order that mixes the subfolders, so that
-    the last tenth is a fair validation split), URLs, pipes, and - for standard input (all three fetched into scratch
-    first)."""
+    """The files that --txt names: files, folders (every text file below, but no records, in an order that mixes the
+    subfolders, so that the last tenth is a fair validation split), URLs, pipes, and - for standard input (all three
+    fetched into scratch first)."""
     files = []
     for i, source in enumerate(sources):
         path = Path(source)
@@ -1957,8 +1957,8 @@ class Split:
 
 
 class Data:
-    """A data folder or a nanoGPT .bin file, opened for reading: splits["train"] and splits["val"]. Nothing is read
-    before it is needed. digest identifies all of it, ids_digest only the ids, as the first checkpoints stored it."""
+    """A data folder, whose digests are checked, or a nanoGPT .bin file: splits["train"] and splits["val"], both memory
+    maps. digest identifies all of it, ids_digest only the ids, as the first checkpoints stored it."""
 
     source: Any = None  # of a data folder, from its meta.json
     parts: tuple = ()  # of a Mixture
@@ -2731,8 +2731,8 @@ def read_tokens(
     tokens: Iterable[Tensor], tokenizer: Tokenizer, num_samples: int, stop: Iterable[str],
     on_text: Callable[[str], None], skip_space: bool = False,
 ) -> list[str]:  # fmt: skip
-    """The texts of generated tokens (num_samples,), read until each reaches the end-of-text token or one of the `stop`
-    strings, which are left out. The first text is passed to on_text as it grows."""
+    """The texts of generated tokens (num_samples,), read until each reaches a token that ends a text or one of the
+    `stop` strings, which are left out. The first text is passed to on_text as it grows."""
     stop = [s for s in stop if s]
     # incremental, since a character may be spread over several tokens
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
@@ -2935,7 +2935,7 @@ class Opened:
     model: GPT
     tokenizer: Tokenizer
     path: Path
-    name: str  # runs that start from it are named after this
+    name: str  # its variant, or that of its file or folder
     checkpoint: Checkpoint | None  # None for a Hugging Face model
 
 
@@ -5189,7 +5189,7 @@ class DatasetArgs(TokenizerArgs):
 class TokenizeArgs(ChatFormat, DatasetArgs):
     """text"""
 
-    txt: list[str] = setting([], "files, folders, http(s) URLs, or - for standard input", required=True)
+    txt: list[str] = setting([], "files, folders, http(s) URLs, - for stdin, or one file of records", required=True)
     encoding: str = setting("utf-8-sig", "encoding of the text (utf-8-sig: with or without a BOM)")
     errors: str = setting("strict", "what to do with bytes outside the encoding", ("strict", "ignore", "replace"))
     val_fraction: float = setting(0.1, "fraction held out for validation, at most 10M tokens", ge=0, lt=1)
@@ -5255,7 +5255,7 @@ class DataArgs(Settings):
 class RunArgs(DataArgs):
     """run"""
 
-    name: str | None = setting(None, "checkpoints/NAME_model.pt (default: the variant's or model's name)")
+    name: str | None = setting(None, "checkpoints/NAME_model.pt (default: named after the variant or model)")
     resume: str = setting("false", "continue the run of this --name (auto: if it exists)", ("false", "true", "auto"))
     overwrite: bool = setting(False, "replace an existing run of this name")
 
@@ -5886,7 +5886,7 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     """evaluation"""
 
     compare: list[str] = setting([], "more models to add to the table")
-    data: list[str] = setting([], "data sets, for their validation splits, or text files (default: the newest)")
+    data: list[str] = setting([], "data sets (their validation split) or files of text or records (default: newest)")
     block_size: int | None = setting(None, "context of the evaluation (default: the model's)", ge=1, le=1 << 24)
     stride: int | None = setting(None, "tokens each window advances (default: the context; fewer: more context)", ge=1)
     tasks: str | None = setting(None, "lm-eval tasks, comma-separated: hellaswag,piqa,winogrande,mmlu")
@@ -5943,8 +5943,8 @@ def eval(a: EvalArgs) -> None:
 
 
 def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray | Data]:
-    """The name of what eval runs on, and its content: the tokens of a text file or of a data set's validation split
-    or, if it holds conversations, the data set."""
+    """The name of what eval runs on, and its content: the tokens of a file of text or records, or of a data set's
+    validation split; for conversations, data with these as its validation split."""
     path, tokenizer = Path(spec or ""), opened.tokenizer
     if path.is_file() and path.suffix.lower() not in (".bin", *RECORD_FILES):
         ids = tokenizer.encode_array("".join(read_text(path, "utf-8-sig", "strict")))
