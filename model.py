@@ -5459,7 +5459,7 @@ LoopArgs = optional(GPTConfig, *LOOP, title="dropout and memory")
 class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     """finetuning"""
 
-    lora_rank: int | None = setting(None, "train only adapters of this rank, merged on save", ge=0, le=65536)
+    lora_rank: int | None = setting(None, "train adapters of this rank (rate 1e-3), merged on save", ge=0, le=65536)
     block_size: int | None = setting(None, "tokens per training window (default: the context, at most 512)", ge=1)
     prompt: str | None = setting(None, "show the model's answer to this before and after finetuning")
     sample_length: int = setting(100, "length of that answer, in tokens", ge=1)
