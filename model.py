@@ -4182,6 +4182,11 @@ class DistillConfig(Settings):
         if self.cache_teacher and self.on_policy:
             raise UserError("cache_teacher and on_policy exclude each other: the student's own text is always new")
 
+    @property
+    def skew(self) -> float:
+        """The beta of the divergence: forward and reverse KL are the ends of jsd."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(self.divergence, self.beta)
+
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) (rows,) of log-probabilities (rows, n); where a is 0 the term is 0, whatever b is."""
@@ -4189,19 +4194,11 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
-def skew(kind: str, beta: float) -> float:
-    """The beta of a divergence (see there): forward and reverse KL are the ends of jsd."""
-    return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
-
-
-def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
-    """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature.
-
-    forward_kl: KL(p || q) (arXiv 1503.02531). reverse_kl: KL(q || p) (arXiv 2306.08543). jsd: the generalised
-    Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv 2306.13649,
-    equation 1), which at beta 0 is the forward and at beta 1 the reverse KL, as in TRL.
-    """
-    beta = skew(kind, beta)
+def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature:
+    the generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q
+    (arXiv 2306.13649, equation 1), and its limits: at beta 0 the forward KL(p || q) (arXiv 1503.02531), at beta 1 the
+    reverse KL(q || p) (arXiv 2306.08543), as in TRL."""
     if beta in (0, 1):
         return kl(log_q, log_p) if beta else kl(log_p, log_q)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
@@ -4296,9 +4293,7 @@ class TeacherCache:
         return torch.from_numpy(ids), torch.cat((top, F.logsigmoid(tail)), dim=1)
 
 
-def divergence_loss(
-    logits: Tensor, teacher: Any, counted: Tensor, temperature: float, kind: str, beta: float
-) -> Tensor:
+def divergence_loss(logits: Tensor, teacher: Any, counted: Tensor, temperature: float, beta: float) -> Tensor:
     """The sum over the counted rows of the divergence between a student's logits (rows, n) and the teacher's answers
     (see Distillation.chunk_loss). A pure function, which torch.compile fuses into few passes."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -4309,7 +4304,7 @@ def divergence_loss(
             log_q, log_p = log_q.gather(1, index), log_p[:, :-1]
         else:
             log_q = lump_tail(log_q, index)
-    return (divergence(log_p.log_softmax(dim=-1), log_q, kind, beta) * counted).sum()
+    return (divergence(log_p.log_softmax(dim=-1), log_q, beta) * counted).sum()
 
 
 @dataclass(eq=False)
@@ -4346,7 +4341,7 @@ class Distillation:
 
     def in_c(self, d: DistillConfig, x: Tensor) -> ctypes.CDLL | None:
         """The library that computes the divergence in C, for logits like x."""
-        return training_library(x) if self.cache is None and skew(d.divergence, d.beta) in (0, 1) else None
+        return training_library(x) if self.cache is None and d.skew in (0, 1) else None
 
     def chunk_loss(self, d: DistillConfig, targets: Tensor, teacher: Callable[[slice], Any], sums: Tensor) -> Callable:
         """See linear_loss. teacher(rows) gives its logits divided by the temperature (rows, n_vocab), or what
@@ -4355,14 +4350,13 @@ class Distillation:
 
         def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
             def divergence_of(logits: Tensor) -> Tensor:
-                how = d.temperature, d.divergence, d.beta
-                loss = self.divergence_loss(logits[:, : self.n_vocab], teacher(rows), counted[rows], *how)
-                return d.temperature**2 * loss  # squared here, for small gradients vanish in float16
+                given = logits[:, : self.n_vocab], teacher(rows), counted[rows], d.temperature, d.skew
+                return d.temperature**2 * self.divergence_loss(*given)  # not later: small gradients vanish in float16
 
             if library := self.in_c(d, logits):
                 losses, grad = torch.empty(len(logits)), torch.empty_like(logits) if with_grad else None
                 given = targets.flatten()[rows].long(), teacher(rows).contiguous(), logits, grad, losses
-                sizes = len(logits), self.n_vocab, logits.size(1), skew(d.divergence, d.beta) == 1
+                sizes = len(logits), self.n_vocab, logits.size(1), d.skew == 1
                 run_in_c(library.kl_divergence, *sizes, *given, d.temperature)
                 loss = losses.sum()
             else:
