@@ -6821,14 +6821,9 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
         advised = advice.get(sys.platform, "gcc, with OpenMP")
         say(f"without a C compiler ({advised}), training on a CPU is slower, generation several times", sys.stderr)
         return None
-    pointer, long = ctypes.c_void_p, ctypes.c_long
-    library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
-    library.head.argtypes = [pointer, long, long, pointer, long, pointer, ctypes.c_int]
-    library.heads.argtypes = [pointer] * 5 + [ctypes.c_float, long] + [pointer] * 6 + [ctypes.c_int]
-    library.cross_entropy.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
-    library.kl_divergence.argtypes = [long] * 4 + [pointer] * 5 + [ctypes.c_float, ctypes.c_int]
-    library.accumulate.argtypes = [long, pointer, pointer, ctypes.c_int]
-    library.swiglu.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
+    for name, declared in re.findall(r"^void (\w+)\((.*?)\) {", C_SOURCE, re.MULTILINE | re.DOTALL):
+        kinds = [ctypes.c_void_p if "*" in p else getattr(ctypes, f"c_{p.split()[0]}") for p in declared.split(",")]
+        getattr(library, name).argtypes = kinds
     return library
 
 
