@@ -60,7 +60,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -1715,7 +1715,7 @@ class Meta(Settings):
 DATA_FILES = ("data.bin", "mask.bin", "starts.bin")
 
 
-class DataWriter:
+class DataWriter(AbstractContextManager):
     """Writes a data folder. data.bin: token ids, little-endian uint16 or uint32, no header. For conversations also
     mask.bin (one byte per token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
     token). All is written beside the folder, under its lock; meta.json comes last, so a folder with one is complete.
@@ -1740,9 +1740,6 @@ class DataWriter:
         for name, f in self.files.items():
             f.truncate(saved.get(name, 0))
             f.seek(0, os.SEEK_END)  # else tell() is where the file ended before
-
-    def __enter__(self) -> "DataWriter":
-        return self
 
     def close(self) -> None:
         for f in self.files.values():
