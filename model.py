@@ -839,14 +839,13 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) through all blocks."""
-        on_mps = x.device.type == "mps"
-        recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
+        contexts = {"context_fn": same_dropout_on_mps} if x.device.type == "mps" else {}
         for block in self.blocks:
             # bypasses the sharding or compilation of a block: lengths change from call to call
             if not self.training and (self.sharded or "forward" in vars(block)):
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, **recompute)
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False, **contexts)
             else:
                 x = block(x, rope, mask, cache)
         return x
@@ -4146,8 +4145,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             run.ask(stop)
             run.update(sums)
             bar.update()
-            due = run.due()
-            if due:
+            if due := run.due():
                 run.report(due, bar, prompt)
             if "stop" in due and run.step < t.max_iters:  # else it is finished
                 bar.close()
