@@ -2705,7 +2705,8 @@ def generate_text(
     num_samples: int = 1, seed: int = 1337, stop: Iterable[str] = (),
     on_text: Callable[[str], None] = lambda text: None, heal: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens.
+    """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens. Only in
+    the first process: the others help gather the model, and get no text.
 
     heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one,
     since that is how the model saw words in training ("def" and " name")."""
@@ -2715,6 +2716,8 @@ def generate_text(
         first = F.pad(first, (0, model.config.vocab_size - len(first))).to(model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
     with evaluating(model):
+        if rank() > 0:
+            return [""] * num_samples
         tokens = generate(model, [prompt] * num_samples, length, settings, generator, first=first)
         return read_tokens(tokens, tokenizer, num_samples, stop, on_text, skip_space=first is not None)
 
@@ -2747,12 +2750,6 @@ def read_tokens(
     texts = [text if done[i] else text + decoders[i].decode(b"", final=True) for i, text in enumerate(texts)]
     on_text(texts[0][shown:])
     return texts
-
-
-def shown_text(model: GPT, *arguments: Any, **options: Any) -> str:
-    """The first text of generate_text, in the first process; the others only help gather the model."""
-    with evaluating(model):
-        return generate_text(model, *arguments, **options)[0] if rank() == 0 else ""
 
 
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
@@ -3995,7 +3992,7 @@ class Run:
             held_out = e.split.batch(e.windows, e.blocks[:1], self.block_size)
             ids = held_out["idx"][0, : 1 + int((held_out["targets"][0] >= 0).int().argmax())].tolist()
             prompt = tokenizer.decode(ids)
-        text = shown_text(self.model, tokenizer, ids, length, SamplingSettings(), heal=True)
+        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(), heal=True)
         say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
         self.publish({"sample": prompt + text})
 
@@ -5460,7 +5457,7 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         if data.is_chat:
             turns = [{"role": "user", "content": self.prompt}]
             prompt = data.tokenizer.encode_rendered(render_chat(data.tokenizer, turns, add_generation_prompt=True))
-        text = shown_text(model, data.tokenizer, prompt, self.sample_length, settings)
+        (text,) = generate_text(model, data.tokenizer, prompt, self.sample_length, settings)
         say(f"--- {when} finetuning ---\n{self.prompt}\n{text}\n---")
 
 
