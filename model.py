@@ -1784,9 +1784,8 @@ class DataWriter(AbstractContextManager):
         starts = np.fromfile(self.part / "starts.bin", "<u8")
         if len(starts) and val_fraction:  # validation begins at a conversation
             val_start = int(starts[min(np.searchsorted(starts, val_start), len(starts) - 1)])
-        written = [name for name, f in self.files.items() if f.tell()]
+        digests = {name: file_digest(self.part / name) for name, f in self.files.items() if f.tell()}
         self.close()
-        digests = {name: file_digest(self.part / name) for name in written}
         spec = self.tokenizer.spec
         meta = Meta(self.dtype.name, self.n_tokens, val_start, digests["data.bin"], source, spec, digests)
         write_json(self.part / "meta.json", asdict(meta))
@@ -4474,8 +4473,8 @@ def sliding_windows(
     with progress_bar(total=n - 1, unit=" tokens", desc="eval") as bar:
         for group in (jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)):
             rows = [torch.from_numpy(tokens[begin:end].astype(np.int64)) for begin, end, _ in group]
-            idx = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
-            targets = nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-1)
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+            idx, targets = padded[:, :-1].clamp(min=0), padded[:, 1:]
             for row, (begin, _, first) in zip(targets, group, strict=True):
                 row[: first - begin - 1] = -1
             yield {"idx": idx, "targets": targets}
