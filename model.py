@@ -186,8 +186,12 @@ def check(f: Field, value: Any) -> None:
         raise UserError(f"{f.name} is {value}: it must be a finite number")
 
 
+@typing.dataclass_transform(field_specifiers=(setting, field))
 class Settings:
-    """Base of dataclasses that check their fields on creation."""
+    """Base class that makes its subclasses dataclasses, which check their fields on creation."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -264,7 +268,6 @@ TUNED: dict[str, Any] = dict(
 )
 
 
-@dataclass
 class GPTConfig(Settings):
     """architecture
 
@@ -1041,7 +1044,6 @@ BYTE_TO_UNICODE = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in 
 UNICODE_TO_BYTE = {c: b for b, c in BYTE_TO_UNICODE.items()}
 
 
-@dataclass
 class TokenizerSpec(Settings):
     """A whole tokenizer in plain values, as data folders and checkpoints store it."""
 
@@ -1330,7 +1332,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
 
 
-@dataclass
 class TokenizerConfig(Settings):
     """What is read from a tokenizer_config.json, and from the special_tokens_map.json beside an old one."""
 
@@ -1697,7 +1698,6 @@ def token_dtype(n_vocab: int) -> np.dtype:
     return np.dtype("<u2" if n_vocab <= 65536 else "<u4")
 
 
-@dataclass
 class Meta(Settings):
     """meta.json of a data folder."""
 
@@ -2368,7 +2368,6 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@dataclass
 class ChatFormat(Settings):
     """conversations"""
 
@@ -2377,7 +2376,6 @@ class ChatFormat(Settings):
     skip_bad: bool = setting(False, "skip unusable records, and report how many")
 
 
-@dataclass
 class Records(ChatFormat):
     """Hugging Face data set"""
 
@@ -2578,7 +2576,6 @@ def readable(records: Iterable, source: str) -> Iterator[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class SamplingSettings(Settings):
     """sampling"""
 
@@ -2799,7 +2796,6 @@ class Int8Linear(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Source(Settings):
     """The data or the teacher of a run, and what identifies it."""
 
@@ -2810,7 +2806,6 @@ class Source(Settings):
     is_chat: bool | None = None  # whether the data is conversations
 
 
-@dataclass
 class Checkpoint(Settings):
     """What a checkpoint holds: plain containers and tensors, which torch.load(..., weights_only=True) opens."""
 
@@ -3296,7 +3291,6 @@ def set_precision(model: GPT, name: str, training: bool = False) -> GPT:
 OPTIMIZERS = ("adamw", "muon", "normuon")
 
 
-@dataclass
 class Optimization(Settings):
     """optimizer"""
 
@@ -3313,7 +3307,6 @@ class Optimization(Settings):
     grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
 
 
-@dataclass
 class Schedule(Settings):
     """schedule"""
 
@@ -3328,7 +3321,6 @@ class Schedule(Settings):
     )
 
 
-@dataclass
 class Reporting(Settings):
     """evaluation and log"""
 
@@ -3342,7 +3334,6 @@ class Reporting(Settings):
     max_bad_steps: int = setting(10, "stop after this many steps in a row with a non-finite loss (skipped)", ge=1)
 
 
-@dataclass
 class Machine(Settings):
     """machine"""
 
@@ -3353,7 +3344,6 @@ class Machine(Settings):
     seed: int = setting(1337, "random seed for weights, data order and dropout", ge=0, le=2**31)
 
 
-@dataclass
 class TrainConfig(Optimization, Schedule, Reporting, Machine):
     """How a model is trained. A batch is what one optimizer step sees: over all micro-batches and processes."""
 
@@ -4157,7 +4147,6 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class DistillConfig(Settings):
     """distillation: alpha T^2 divergence + (1 - alpha) cross-entropy (arXiv 1503.02531)"""
 
@@ -5078,9 +5067,8 @@ def optional(cls: type, *only: str, title: str = "") -> type:
                  for f in fields(cls) if f.name in inspect.get_annotations(base)
                  and f.metadata["help"] and (not only or f.name in only)]  # fmt: skip
         if flags:
-            namespace = {"__doc__": title or base.__doc__}
-            bases.append(make_dataclass(f"{base.__name__}Flags", flags, bases=(Settings,), namespace=namespace))
-    return type("Flags", tuple(bases), {})
+            bases.append(make_dataclass(f"{base.__name__}Flags", flags, namespace={"__doc__": title or base.__doc__}))
+    return type("Flags", (*bases, Settings), {"__doc__": cls.__doc__})
 
 
 def chosen(a: Any, cls: type) -> dict[str, Any]:
@@ -5088,7 +5076,6 @@ def chosen(a: Any, cls: type) -> dict[str, Any]:
     return {f.name: v for f in fields(cls) if (v := getattr(a, f.name, None)) is not None}
 
 
-@dataclass
 class TokenizerArgs(Settings):
     """data"""
 
@@ -5101,7 +5088,6 @@ class TokenizerArgs(Settings):
             raise UserError("--vocab_size is for --tokenizer bpe: add that, or leave --vocab_size out")
 
 
-@dataclass
 class ModelArgs(Settings):
     """model"""
 
@@ -5124,7 +5110,6 @@ def open_named_model(a: Any, device: torch.device | str = "cpu", spec: str | Non
     return opened
 
 
-@dataclass
 class DeviceArgs(Settings):
     """machine"""
 
@@ -5133,7 +5118,6 @@ class DeviceArgs(Settings):
     quantize: str | None = setting(None, "8-bit weights, CPU only, slightly less accurate", ("int8",))
 
 
-@dataclass
 class UseArgs(DeviceArgs):
     """machine"""
 
@@ -5143,7 +5127,6 @@ class UseArgs(DeviceArgs):
 # --- make data
 
 
-@dataclass
 class DatasetArgs(TokenizerArgs):
     """data"""
 
@@ -5160,7 +5143,6 @@ class DatasetArgs(TokenizerArgs):
         return folder
 
 
-@dataclass
 class TokenizeArgs(ChatFormat, DatasetArgs):
     """text"""
 
@@ -5192,7 +5174,6 @@ def tokenize(a: TokenizeArgs) -> None:
     tokenize_records(folder, records, tokenizer, a.vocab_size, a.overwrite)
 
 
-@dataclass
 class HFTokenizeArgs(Records, DatasetArgs):
     """Hugging Face data set"""
 
@@ -5214,7 +5195,6 @@ def hf_tokenize(a: HFTokenizeArgs) -> None:
 # --- train
 
 
-@dataclass
 class DataArgs(Settings):
     """data"""
 
@@ -5226,7 +5206,6 @@ class DataArgs(Settings):
         return open_all(self.data or [*otherwise], tokenizer)
 
 
-@dataclass
 class RunArgs(DataArgs):
     """run"""
 
@@ -5378,14 +5357,12 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
     return TrainConfig(**{**recipe, **given})
 
 
-@dataclass
 class RecipeArgs(RunArgs):
     """run"""
 
     recipe: str = setting("tuned", "tuned: learns fastest; published: as in the variant's source", RECIPES)
 
 
-@dataclass
 class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
     """run"""
 
@@ -5430,7 +5407,6 @@ LOOP = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradi
 LoopArgs = optional(GPTConfig, *LOOP, title="dropout and memory")
 
 
-@dataclass
 class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     """finetuning"""
 
@@ -5460,7 +5436,6 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         say(f"--- {when} finetuning ---\n{self.prompt}\n{text}\n---")
 
 
-@dataclass
 class HFFinetuneArgs(Records, FinetuneArgs):
     """finetuning"""
 
@@ -5538,7 +5513,6 @@ def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
     finetune.__wrapped__(a, start)
 
 
-@dataclass
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     """teacher and student"""
 
@@ -5650,7 +5624,6 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
 # --- use
 
 
-@dataclass
 class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
     """text"""
 
@@ -5684,7 +5657,6 @@ def sample(a: SampleArgs) -> None:
         out(f"---\n{prompt}{text}\n")
 
 
-@dataclass
 class ChatArgs(SamplingSettings, UseArgs, ModelArgs):
     """conversation"""
 
@@ -5774,7 +5746,6 @@ class ChatSession:
         return "".join(parts)
 
 
-@dataclass
 class ExportArgs(ContextArgs, ModelArgs):
     """export"""
 
@@ -5856,7 +5827,6 @@ def export(a: ExportArgs) -> None:
 # --- inspect
 
 
-@dataclass
 class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     """evaluation"""
 
@@ -5947,7 +5917,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
-@dataclass
 class PlotArgs(Settings):
     """plot"""
 
