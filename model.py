@@ -5049,12 +5049,14 @@ COMMANDS: dict[str, types.SimpleNamespace] = {}
 
 def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
     """Make a function a command. Its flags are the fields of its argument's dataclass, grouped by the docstrings of the
-    bases that declare them; `recipe` holds its own defaults for settings declared elsewhere."""
+    bases that declare them; `recipe` holds its own defaults for settings declared elsewhere. Those of the purpose
+    "train" begin a training, see there."""
 
-    def register(run: Callable) -> Callable:
-        about = dict(args=run.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
-        COMMANDS[run.__name__] = types.SimpleNamespace(run=run, **about)
-        return run
+    def register(function: Callable) -> Callable:
+        about = dict(args=function.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
+        run = training(function) if purpose == "train" else function
+        COMMANDS[function.__name__] = types.SimpleNamespace(run=run, **about)
+        return function
 
     return register
 
@@ -5215,8 +5217,8 @@ class RunArgs(DataArgs):
 
 
 def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
-    """Make a function the start of a training command, in the processes that torchrun set up, if any. It prepares the
-    arguments of start_run, unless --resume finds them in the run's last state."""
+    """A training command, in the processes that torchrun set up, if any, from the function that begins it: this
+    prepares the arguments of start_run, unless --resume finds them in the run's last state."""
 
     @functools.wraps(begin)
     def run(a: RunArgs) -> None:
@@ -5389,7 +5391,6 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
     "train --variant 26M --data shakespeare --epochs 3 --name shakespeare_26M",
     "train --variant 7M --resume",
 )
-@training
 def train(a: TrainArgs, start: Callable) -> None:
     """train a model (on several GPUs: under torchrun)"""
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
@@ -5461,7 +5462,6 @@ FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_
     "finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16",
     **FINETUNE_RECIPE,
 )
-@training
 def finetune(a: FinetuneArgs, start: Callable) -> None:
     """finetune a model on conversations or text"""
     recipe = FINETUNE_RECIPE | (dict(learning_rate=1e-3) if a.lora_rank else {})
@@ -5505,12 +5505,11 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     '--hf_text_column utterances --finetune_iters 1000 --prompt "Hello, how are you?"',
     **FINETUNE_RECIPE,
 )
-@training
 def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
     """finetune a model on a Hugging Face data set"""
     if bool(a.hf_dataset) == bool(a.data):
         raise UserError("hf_finetune needs --hf_dataset: a data set on the Hub, or a local folder or file (or --data)")
-    finetune.__wrapped__(a, start)
+    finetune(a, start)
 
 
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
@@ -5535,7 +5534,6 @@ class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     "distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare --cache_teacher 64",
     "distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data corpus.txt",
 )
-@training
 def distill(a: DistillArgs, start: Callable) -> None:
     """train a small model with the help of a large one"""
     d = DistillConfig(**chosen(a, DistillConfig))
