@@ -131,10 +131,7 @@ def setting(default: Any, help: str, choices: Iterable = (), *, rare=False, alia
     return field(default=default, metadata=metadata)
 
 
-BOUNDS = {
-    "ge": (operator.ge, "at least"), "gt": (operator.gt, "above"), "le": (operator.le, "at most"),
-    "lt": (operator.lt, "below"),
-}  # fmt: skip
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as the module operator names them
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
 
 
@@ -179,8 +176,8 @@ def check(f: Field, value: Any) -> None:
     choices, bounds = f.metadata.get("choices"), f.metadata.get("bounds", {})
     if value is not None and choices and value not in choices:
         raise UserError(f"{f.name} is {value!r}: choose one of {', '.join(choices)}{nearest(value, choices)}")
-    if value is not None and not all(BOUNDS[kind][0](value, bound) for kind, bound in bounds.items()):
-        rule = " and ".join(f"{BOUNDS[kind][1]} {bound}" for kind, bound in bounds.items())
+    if value is not None and not all(getattr(operator, kind)(value, bound) for kind, bound in bounds.items()):
+        rule = " and ".join(f"{BOUNDS[kind]} {bound}" for kind, bound in bounds.items())
         raise UserError(f"{f.name} is {value}: it must be {rule}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{f.name} is {value}: it must be a finite number")
