@@ -2115,8 +2115,7 @@ def tokenize_python_stdlib(folder: Path) -> None:
     left_out = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other people's; tables, not programs
     files = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size]
     in_utf8 = [p for p in files if (text := p.read_bytes()).decode(errors="ignore").encode() == text]
-    files = in_mixed_order(in_utf8, root)
-    if not files:
+    if not (files := in_mixed_order(in_utf8, root)):
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
     # a model with a small vocabulary learns more in minutes: its head takes less of a step (tests/benchmarks/README.md)
     tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=2048, source=str(root))
@@ -2404,9 +2403,8 @@ class Records(ChatFormat):
             raise UserError(f"{path}: no such file")
         if path.is_file() and path.suffix.lower() not in kinds:
             raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        for file in files:
-            if RECORD_FILES.get(file.suffix.lower()) == "json":
+        for file in (path, *path.rglob("*")):
+            if file.is_file() and RECORD_FILES.get(file.suffix.lower()) == "json":
                 check_nesting(file)
         options = {"split": self.hf_split, "streaming": self.streaming}
         own: dict[str, dict[str, Any]] = {
@@ -5224,8 +5222,7 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
             reporters_in(a.report_to)  # reports mistakes before data is made
             if a.overwrite and a.resume != "false":
                 raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
-            lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
-            if len(lengths) > 1:
+            if len(lengths := [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]) > 1:
                 raise UserError(f"{' and '.join(lengths)} each set how long to train: give only one")
             if distributed() and device.type == "mps":
                 raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
@@ -5846,8 +5843,7 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
 )
 def eval(a: EvalArgs) -> None:
     """measure a model: loss, perplexity, bits per byte, lm-eval tasks"""
-    ignored = next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None)
-    if ignored:
+    if ignored := next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None):
         raise UserError(f"--tasks measures an export on its own data: leave --{ignored} out")
     rows = []
     for spec in [None, *a.compare]:
@@ -5947,8 +5943,7 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
             runs = [p.name.removesuffix("_model.jsonl") for p in CHECKPOINT_DIR.glob("*_model.jsonl")]
             raise UserError(f"there is no log of {name}: neither {files[0]} nor {files[2]}{nearest(name, runs)}")
         paths.append(found[0])
-    paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
-    if not paths:
+    if not (paths := paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))):
         raise UserError(f"there are no logs under {CHECKPOINT_DIR.resolve()} yet: train something first")
     runs, known = [], {}
 
