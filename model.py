@@ -559,8 +559,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim)
-        q, k, v = self.heads(qkv, rope)
+        q, k, v = self.heads(self.qkv(x).view(B, T, -1, self.head_dim), rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = self.kernel(q, k, v, mask, self.attn_pdrop if self.training else 0.0)
@@ -684,8 +683,7 @@ class OneToken:
         return self.model.run_blocks(x, rope or None, seen, self)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        kv = self.kv[layer].index_copy_(2, self.position, torch.cat((k, v), dim=1))
-        return kv.chunk(2, dim=1)
+        return self.kv[layer].index_copy_(2, self.position, torch.cat((k, v), dim=1)).chunk(2, dim=1)
 
     def __call__(self, x: Tensor, rope: Any, position: int) -> Tensor:
         for own, new in zip(self.inputs, (x, *(rope or ())), strict=True):
@@ -1938,8 +1936,7 @@ class Split:
                 ids[i, : end - s], wanted[i, : end - s] = self.tokens[s:end], self.mask[s:end] == 1
                 segments[i] = np.searchsorted(ends, s + np.arange(T + 1), side="right")
             wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # nothing precedes a conversation's first token
-            targets = np.where(wanted, ids, -1)
-            arrays = {"idx": ids[:, :-1], "targets": targets[:, 1:], "segments": segments[:, :-1]}
+            arrays = {"idx": ids[:, :-1], "targets": np.where(wanted, ids, -1)[:, 1:], "segments": segments[:, :-1]}
         self.check(ids)
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {**arrays, "blocks": blocks}.items()}
 
@@ -3539,8 +3536,7 @@ class LoRALinear(Linear):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, lora_rank, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        low_rank = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return super().forward(x) + LORA_SCALE * low_rank
+        return super().forward(x) + LORA_SCALE * linear(linear(x, self.lora_a), self.lora_b)
 
 
 def add_lora(model: GPT, lora_rank: int) -> GPT:
@@ -3918,8 +3914,7 @@ class Run:
         late = rank() == 0 and 0 < 60 * self.t.save_minutes < time.monotonic() - self.saved_at
         self.asked, self.answer = None, torch.tensor([stop[0] if stop else 0, int(late)])
         if world_size() > 1:
-            MAX = torch.distributed.ReduceOp.MAX
-            self.asked = torch.distributed.all_reduce(self.answer, MAX, async_op=True)
+            self.asked = torch.distributed.all_reduce(self.answer, torch.distributed.ReduceOp.MAX, async_op=True)
 
     def due(self) -> set[str]:
         """What to do after this step: any of record, evaluate, sample, save and stop."""
@@ -5307,8 +5302,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     ours |= {"variant": c.variant, "student_variant": c.variant}
     # settings not in the checkpoint are looked up in the run's original command line, as a word or after --FLAG=
     said = {"tuned", *c.arguments, *(word.partition("=")[2] for word in c.arguments)}
-    began = ("recipe", "model_checkpoint", "student_checkpoint")
-    ours |= {k: None for k in began if getattr(a, k, None) not in said}
+    ours |= {k: None for k in ("recipe", "model_checkpoint", "student_checkpoint") if getattr(a, k, None) not in said}
     theirs = {k: v for k, v in vars(a).items() if v not in (None, "") and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
