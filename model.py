@@ -1091,6 +1091,9 @@ class Tokenizer:
     def spec(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self.fields).items() if v}
 
+    def __reduce__(self) -> tuple:  # to pickle it for another process
+        return Tokenizer, (self.spec,)
+
     @property
     def eot(self) -> int | None:
         """The id that ends a document."""
@@ -2479,11 +2482,11 @@ def workers_end_with_program() -> None:
         os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
-def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, Any]:
+def encode_record(r: Records, tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
     """Token ids of a record, its target mask if it is a conversation, or its error: `datasets` may run this in another
     process, from which a UserError would come back as another class."""
     try:
-        tokenizer, content, mask = tokenizer_of(spec), r.content(record), None
+        content, mask = r.content(record), None
         if isinstance(content, str):
             ids = tokenizer.encode_array(content)
         else:
@@ -2495,11 +2498,6 @@ def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, An
         return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} ({where})"}
 
 
-@functools.lru_cache(maxsize=1)
-def tokenizer_of(spec: str) -> Tokenizer:
-    return Tokenizer(json.loads(spec))
-
-
 def tokenize_records(
     folder: Path, r: Records, tokenizer: str | Tokenizer, vocab_size: int | None = None, overwrite: bool = False
 ) -> Meta:
@@ -2509,7 +2507,7 @@ def tokenize_records(
     if r.streaming and r.num_proc > 1:
         raise UserError("--num_proc is for records on disk: leave it out, or leave --streaming out")
     tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
-    source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
+    source, encode = r.describe(), functools.partial(encode_record, r, tokenizer)
     key = json.dumps([source, digest_of(tokenizer.spec)]) if r.streaming else None
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int64)
     saved_at, n_bad, first_bad, n_empty = time.monotonic(), 0, "", 0
