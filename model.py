@@ -60,7 +60,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,7 @@ def setting(default: Any, help: str, choices: Iterable = (), *, rare=False, alia
     return field(default=default, metadata=metadata)
 
 
-BOUNDS = {
-    "ge": (operator.ge, "at least"), "gt": (operator.gt, "above"), "le": (operator.le, "at most"),
-    "lt": (operator.lt, "below"),
-}  # fmt: skip
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as the module operator names them
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
 
 
@@ -179,15 +176,19 @@ def check(f: Field, value: Any) -> None:
     choices, bounds = f.metadata.get("choices"), f.metadata.get("bounds", {})
     if value is not None and choices and value not in choices:
         raise UserError(f"{f.name} is {value!r}: choose one of {', '.join(choices)}{nearest(value, choices)}")
-    if value is not None and not all(BOUNDS[kind][0](value, bound) for kind, bound in bounds.items()):
-        rule = " and ".join(f"{BOUNDS[kind][1]} {bound}" for kind, bound in bounds.items())
+    if value is not None and not all(getattr(operator, kind)(value, bound) for kind, bound in bounds.items()):
+        rule = " and ".join(f"{BOUNDS[kind]} {bound}" for kind, bound in bounds.items())
         raise UserError(f"{f.name} is {value}: it must be {rule}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{f.name} is {value}: it must be a finite number")
 
 
+@typing.dataclass_transform(field_specifiers=(setting, field))
 class Settings:
-    """Base of dataclasses that check their fields on creation."""
+    """Base class that makes its subclasses dataclasses, which check their fields on creation."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -264,7 +265,6 @@ TUNED: dict[str, Any] = dict(
 )
 
 
-@dataclass
 class GPTConfig(Settings):
     """architecture
 
@@ -559,8 +559,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim)
-        q, k, v = self.heads(qkv, rope)
+        q, k, v = self.heads(self.qkv(x).view(B, T, -1, self.head_dim), rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = self.kernel(q, k, v, mask, self.attn_pdrop if self.training else 0.0)
@@ -684,8 +683,7 @@ class OneToken:
         return self.model.run_blocks(x, rope or None, seen, self)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        kv = self.kv[layer].index_copy_(2, self.position, torch.cat((k, v), dim=1))
-        return kv.chunk(2, dim=1)
+        return self.kv[layer].index_copy_(2, self.position, torch.cat((k, v), dim=1)).chunk(2, dim=1)
 
     def __call__(self, x: Tensor, rope: Any, position: int) -> Tensor:
         for own, new in zip(self.inputs, (x, *(rope or ())), strict=True):
@@ -839,14 +837,13 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) through all blocks."""
-        on_mps = x.device.type == "mps"
-        recompute = {"use_reentrant": False, **({"context_fn": same_dropout_on_mps} if on_mps else {})}
+        contexts = {"context_fn": same_dropout_on_mps} if x.device.type == "mps" else {}
         for block in self.blocks:
             # bypasses the sharding or compilation of a block: lengths change from call to call
             if not self.training and (self.sharded or "forward" in vars(block)):
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, **recompute)
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False, **contexts)
             else:
                 x = block(x, rope, mask, cache)
         return x
@@ -950,17 +947,13 @@ def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap
     return (loss * counted).sum(), (grad * (1 - tanh.square()) if softcap else grad).to(logits.dtype)
 
 
-def by_autograd(loss_of: Callable[[Tensor, slice], Tensor]) -> Callable:
-    """A chunk loss from a differentiable function of (logits, rows). For plain cross-entropy a hand-written one is 1.4
-    to 1.9 times faster; for a divergence between two distributions it is not."""
-
-    def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-        with torch.set_grad_enabled(with_grad):
-            logits = logits.detach().requires_grad_(with_grad)
-            loss = loss_of(logits, rows)
-        return loss.detach(), torch.autograd.grad(loss, logits)[0] if with_grad else None
-
-    return chunk_loss
+def by_autograd(loss_of: Callable[[Tensor], Tensor], logits: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The value of a differentiable function at logits, and its gradient if with_grad. For plain cross-entropy a
+    hand-written one is 1.4 to 1.9 times faster; for a divergence between two distributions it is not."""
+    with torch.set_grad_enabled(with_grad):
+        logits = logits.detach().requires_grad_(with_grad)
+        loss = loss_of(logits)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0] if with_grad else None
 
 
 class FusedLinearLoss(torch.autograd.Function):
@@ -1046,7 +1039,6 @@ BYTE_TO_UNICODE = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in 
 UNICODE_TO_BYTE = {c: b for b, c in BYTE_TO_UNICODE.items()}
 
 
-@dataclass
 class TokenizerSpec(Settings):
     """A whole tokenizer in plain values, as data folders and checkpoints store it."""
 
@@ -1098,6 +1090,9 @@ class Tokenizer:
     @property
     def spec(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self.fields).items() if v}
+
+    def __reduce__(self) -> tuple:  # to pickle it for another process
+        return Tokenizer, (self.spec,)
 
     @property
     def eot(self) -> int | None:
@@ -1335,7 +1330,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
 
 
-@dataclass
 class TokenizerConfig(Settings):
     """What is read from a tokenizer_config.json, and from the special_tokens_map.json beside an old one."""
 
@@ -1702,7 +1696,6 @@ def token_dtype(n_vocab: int) -> np.dtype:
     return np.dtype("<u2" if n_vocab <= 65536 else "<u4")
 
 
-@dataclass
 class Meta(Settings):
     """meta.json of a data folder."""
 
@@ -1719,7 +1712,7 @@ class Meta(Settings):
 DATA_FILES = ("data.bin", "mask.bin", "starts.bin")
 
 
-class DataWriter:
+class DataWriter(AbstractContextManager):
     """Writes a data folder. data.bin: token ids, little-endian uint16 or uint32, no header. For conversations also
     mask.bin (one byte per token: 1 where it is a target) and starts.bin (uint64 index of each conversation's first
     token). All is written beside the folder, under its lock; meta.json comes last, so a folder with one is complete.
@@ -1744,9 +1737,6 @@ class DataWriter:
         for name, f in self.files.items():
             f.truncate(saved.get(name, 0))
             f.seek(0, os.SEEK_END)  # else tell() is where the file ended before
-
-    def __enter__(self) -> "DataWriter":
-        return self
 
     def close(self) -> None:
         for f in self.files.values():
@@ -1792,9 +1782,8 @@ class DataWriter:
         starts = np.fromfile(self.part / "starts.bin", "<u8")
         if len(starts) and val_fraction:  # validation begins at a conversation
             val_start = int(starts[min(np.searchsorted(starts, val_start), len(starts) - 1)])
-        written = [name for name, f in self.files.items() if f.tell()]
+        digests = {name: file_digest(self.part / name) for name, f in self.files.items() if f.tell()}
         self.close()
-        digests = {name: file_digest(self.part / name) for name in written}
         spec = self.tokenizer.spec
         meta = Meta(self.dtype.name, self.n_tokens, val_start, digests["data.bin"], source, spec, digests)
         write_json(self.part / "meta.json", asdict(meta))
@@ -1950,8 +1939,7 @@ class Split:
                 ids[i, : end - s], wanted[i, : end - s] = self.tokens[s:end], self.mask[s:end] == 1
                 segments[i] = np.searchsorted(ends, s + np.arange(T + 1), side="right")
             wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # nothing precedes a conversation's first token
-            targets = np.where(wanted, ids, -1)
-            arrays = {"idx": ids[:, :-1], "targets": targets[:, 1:], "segments": segments[:, :-1]}
+            arrays = {"idx": ids[:, :-1], "targets": np.where(wanted, ids, -1)[:, 1:], "segments": segments[:, :-1]}
         self.check(ids)
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {**arrays, "blocks": blocks}.items()}
 
@@ -2127,8 +2115,7 @@ def tokenize_python_stdlib(folder: Path) -> None:
     left_out = {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # other people's; tables, not programs
     files = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size]
     in_utf8 = [p for p in files if (text := p.read_bytes()).decode(errors="ignore").encode() == text]
-    files = in_mixed_order(in_utf8, root)
-    if not files:
+    if not (files := in_mixed_order(in_utf8, root)):
         raise UserError(f"there are no Python sources in {root}: name a text with --data FILE")
     # a model with a small vocabulary learns more in minutes: its head takes less of a step (tests/benchmarks/README.md)
     tokenize_text(folder, [str(p) for p in files], tokenizer="bpe", vocab_size=2048, source=str(root))
@@ -2377,7 +2364,6 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@dataclass
 class ChatFormat(Settings):
     """conversations"""
 
@@ -2386,7 +2372,6 @@ class ChatFormat(Settings):
     skip_bad: bool = setting(False, "skip unusable records, and report how many")
 
 
-@dataclass
 class Records(ChatFormat):
     """Hugging Face data set"""
 
@@ -2418,9 +2403,8 @@ class Records(ChatFormat):
             raise UserError(f"{path}: no such file")
         if path.is_file() and path.suffix.lower() not in kinds:
             raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        for file in files:
-            if RECORD_FILES.get(file.suffix.lower()) == "json":
+        for file in (path, *path.rglob("*")):
+            if file.is_file() and RECORD_FILES.get(file.suffix.lower()) == "json":
                 check_nesting(file)
         options = {"split": self.hf_split, "streaming": self.streaming}
         own: dict[str, dict[str, Any]] = {
@@ -2498,11 +2482,11 @@ def workers_end_with_program() -> None:
         os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
-def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, Any]:
+def encode_record(r: Records, tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
     """Token ids of a record, its target mask if it is a conversation, or its error: `datasets` may run this in another
     process, from which a UserError would come back as another class."""
     try:
-        tokenizer, content, mask = tokenizer_of(spec), r.content(record), None
+        content, mask = r.content(record), None
         if isinstance(content, str):
             ids = tokenizer.encode_array(content)
         else:
@@ -2514,11 +2498,6 @@ def encode_record(r: Records, spec: str, record: dict[str, Any]) -> dict[str, An
         return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} ({where})"}
 
 
-@functools.lru_cache(maxsize=1)
-def tokenizer_of(spec: str) -> Tokenizer:
-    return Tokenizer(json.loads(spec))
-
-
 def tokenize_records(
     folder: Path, r: Records, tokenizer: str | Tokenizer, vocab_size: int | None = None, overwrite: bool = False
 ) -> Meta:
@@ -2528,7 +2507,7 @@ def tokenize_records(
     if r.streaming and r.num_proc > 1:
         raise UserError("--num_proc is for records on disk: leave it out, or leave --streaming out")
     tokenizer = train_bpe(r.texts(), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
-    source, encode = r.describe(), functools.partial(encode_record, r, json.dumps(tokenizer.spec))
+    source, encode = r.describe(), functools.partial(encode_record, r, tokenizer)
     key = json.dumps([source, digest_of(tokenizer.spec)]) if r.streaming else None
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int64)
     saved_at, n_bad, first_bad, n_empty = time.monotonic(), 0, "", 0
@@ -2587,7 +2566,6 @@ def readable(records: Iterable, source: str) -> Iterator[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class SamplingSettings(Settings):
     """sampling"""
 
@@ -2713,7 +2691,8 @@ def generate_text(
     num_samples: int = 1, seed: int = 1337, stop: Iterable[str] = (),
     on_text: Callable[[str], None] = lambda text: None, heal: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens.
+    """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens. Only in
+    the first process: the others help gather the model, and get no text.
 
     heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one,
     since that is how the model saw words in training ("def" and " name")."""
@@ -2723,6 +2702,8 @@ def generate_text(
         first = F.pad(first, (0, model.config.vocab_size - len(first))).to(model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
     with evaluating(model):
+        if rank() > 0:
+            return [""] * num_samples
         tokens = generate(model, [prompt] * num_samples, length, settings, generator, first=first)
         return read_tokens(tokens, tokenizer, num_samples, stop, on_text, skip_space=first is not None)
 
@@ -2755,12 +2736,6 @@ def read_tokens(
     texts = [text if done[i] else text + decoders[i].decode(b"", final=True) for i, text in enumerate(texts)]
     on_text(texts[0][shown:])
     return texts
-
-
-def shown_text(model: GPT, *arguments: Any, **options: Any) -> str:
-    """The first text of generate_text, in the first process; the others only help gather the model."""
-    with evaluating(model):
-        return generate_text(model, *arguments, **options)[0] if rank() == 0 else ""
 
 
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
@@ -2811,7 +2786,6 @@ class Int8Linear(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Source(Settings):
     """The data or the teacher of a run, and what identifies it."""
 
@@ -2822,7 +2796,6 @@ class Source(Settings):
     is_chat: bool | None = None  # whether the data is conversations
 
 
-@dataclass
 class Checkpoint(Settings):
     """What a checkpoint holds: plain containers and tensors, which torch.load(..., weights_only=True) opens."""
 
@@ -3308,7 +3281,6 @@ def set_precision(model: GPT, name: str, training: bool = False) -> GPT:
 OPTIMIZERS = ("adamw", "muon", "normuon")
 
 
-@dataclass
 class Optimization(Settings):
     """optimizer"""
 
@@ -3325,7 +3297,6 @@ class Optimization(Settings):
     grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
 
 
-@dataclass
 class Schedule(Settings):
     """schedule"""
 
@@ -3340,7 +3311,6 @@ class Schedule(Settings):
     )
 
 
-@dataclass
 class Reporting(Settings):
     """evaluation and log"""
 
@@ -3354,7 +3324,6 @@ class Reporting(Settings):
     max_bad_steps: int = setting(10, "stop after this many steps in a row with a non-finite loss (skipped)", ge=1)
 
 
-@dataclass
 class Machine(Settings):
     """machine"""
 
@@ -3365,7 +3334,6 @@ class Machine(Settings):
     seed: int = setting(1337, "random seed for weights, data order and dropout", ge=0, le=2**31)
 
 
-@dataclass
 class TrainConfig(Optimization, Schedule, Reporting, Machine):
     """How a model is trained. A batch is what one optimizer step sees: over all micro-batches and processes."""
 
@@ -3566,8 +3534,7 @@ class LoRALinear(Linear):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, lora_rank, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        low_rank = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return super().forward(x) + LORA_SCALE * low_rank
+        return super().forward(x) + LORA_SCALE * linear(linear(x, self.lora_a), self.lora_b)
 
 
 def add_lora(model: GPT, lora_rank: int) -> GPT:
@@ -3945,8 +3912,7 @@ class Run:
         late = rank() == 0 and 0 < 60 * self.t.save_minutes < time.monotonic() - self.saved_at
         self.asked, self.answer = None, torch.tensor([stop[0] if stop else 0, int(late)])
         if world_size() > 1:
-            MAX = torch.distributed.ReduceOp.MAX
-            self.asked = torch.distributed.all_reduce(self.answer, MAX, async_op=True)
+            self.asked = torch.distributed.all_reduce(self.answer, torch.distributed.ReduceOp.MAX, async_op=True)
 
     def due(self) -> set[str]:
         """What to do after this step: any of record, evaluate, sample, save and stop."""
@@ -4003,7 +3969,7 @@ class Run:
             held_out = e.split.batch(e.windows, e.blocks[:1], self.block_size)
             ids = held_out["idx"][0, : 1 + int((held_out["targets"][0] >= 0).int().argmax())].tolist()
             prompt = tokenizer.decode(ids)
-        text = shown_text(self.model, tokenizer, ids, length, SamplingSettings(), heal=True)
+        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(), heal=True)
         say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
         self.publish({"sample": prompt + text})
 
@@ -4153,8 +4119,7 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
             run.ask(stop)
             run.update(sums)
             bar.update()
-            due = run.due()
-            if due:
+            if due := run.due():
                 run.report(due, bar, prompt)
             if "stop" in due and run.step < t.max_iters:  # else it is finished
                 bar.close()
@@ -4170,7 +4135,6 @@ def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class DistillConfig(Settings):
     """distillation: alpha T^2 divergence + (1 - alpha) cross-entropy (arXiv 1503.02531)"""
 
@@ -4186,6 +4150,11 @@ class DistillConfig(Settings):
         if self.cache_teacher and self.on_policy:
             raise UserError("cache_teacher and on_policy exclude each other: the student's own text is always new")
 
+    @property
+    def skew(self) -> float:
+        """The beta of the divergence: forward and reverse KL are the ends of jsd."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(self.divergence, self.beta)
+
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) (rows,) of log-probabilities (rows, n); where a is 0 the term is 0, whatever b is."""
@@ -4193,19 +4162,11 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
-def skew(kind: str, beta: float) -> float:
-    """The beta of a divergence (see there): forward and reverse KL are the ends of jsd."""
-    return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(kind, beta)
-
-
-def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
-    """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature.
-
-    forward_kl: KL(p || q) (arXiv 1503.02531). reverse_kl: KL(q || p) (arXiv 2306.08543). jsd: the generalised
-    Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv 2306.13649,
-    equation 1), which at beta 0 is the forward and at beta 1 the reverse KL, as in TRL.
-    """
-    beta = skew(kind, beta)
+def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The divergence (rows,) between a teacher's log p and a student's log q, both (rows, n) and at the temperature:
+    the generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q
+    (arXiv 2306.13649, equation 1), and its limits: at beta 0 the forward KL(p || q) (arXiv 1503.02531), at beta 1 the
+    reverse KL(q || p) (arXiv 2306.08543), as in TRL."""
     if beta in (0, 1):
         return kl(log_q, log_p) if beta else kl(log_p, log_q)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
@@ -4300,9 +4261,7 @@ class TeacherCache:
         return torch.from_numpy(ids), torch.cat((top, F.logsigmoid(tail)), dim=1)
 
 
-def divergence_loss(
-    logits: Tensor, teacher: Any, counted: Tensor, temperature: float, kind: str, beta: float
-) -> Tensor:
+def divergence_loss(logits: Tensor, teacher: Any, counted: Tensor, temperature: float, beta: float) -> Tensor:
     """The sum over the counted rows of the divergence between a student's logits (rows, n) and the teacher's answers
     (see Distillation.chunk_loss). A pure function, which torch.compile fuses into few passes."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -4313,7 +4272,7 @@ def divergence_loss(
             log_q, log_p = log_q.gather(1, index), log_p[:, :-1]
         else:
             log_q = lump_tail(log_q, index)
-    return (divergence(log_p.log_softmax(dim=-1), log_q, kind, beta) * counted).sum()
+    return (divergence(log_p.log_softmax(dim=-1), log_q, beta) * counted).sum()
 
 
 @dataclass(eq=False)
@@ -4350,40 +4309,33 @@ class Distillation:
 
     def in_c(self, d: DistillConfig, x: Tensor) -> ctypes.CDLL | None:
         """The library that computes the divergence in C, for logits like x."""
-        return training_library(x) if self.cache is None and skew(d.divergence, d.beta) in (0, 1) else None
+        return training_library(x) if self.cache is None and d.skew in (0, 1) else None
 
     def chunk_loss(self, d: DistillConfig, targets: Tensor, teacher: Callable[[slice], Any], sums: Tensor) -> Callable:
         """See linear_loss. teacher(rows) gives its logits divided by the temperature (rows, n_vocab), or what
         TeacherCache.read returns; sums (2,) receives the divergence and the cross-entropy."""
-        counted = targets.flatten() >= 0
-
-        def divergence_of(logits: Tensor, rows: slice) -> Tensor:
-            how = d.temperature, d.divergence, d.beta
-            loss = self.divergence_loss(logits[:, : self.n_vocab], teacher(rows), counted[rows], *how)
-            return d.temperature**2 * loss
-
-        def divergence_and_grad(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-            if not (library := self.in_c(d, logits)):  # the square in the loss, for small gradients vanish in float16
-                return by_autograd(divergence_of)(logits, rows, with_grad)
-            losses, grad = torch.empty(len(logits)), torch.empty_like(logits) if with_grad else None
-            given = targets.flatten()[rows].long(), teacher(rows).contiguous(), logits, grad, losses
-            sizes = len(logits), self.n_vocab, logits.size(1), skew(d.divergence, d.beta) == 1
-            run_in_c(library.kl_divergence, *sizes, *given, d.temperature)
-            return losses.sum(), grad
-
-        parts = [(d.alpha, d.temperature**2, divergence_and_grad)]
-        if d.alpha < 1:
-            parts.append((1 - d.alpha, 1.0, CrossEntropy(targets)))  # last, as it overwrites the logits
+        counted, cross_entropy = targets.flatten() >= 0, CrossEntropy(targets)
 
         def chunk_loss(logits: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-            total, total_grad = 0.0, None
-            for i, (weight, unit, part) in enumerate(parts):
-                value, grad = part(logits, rows, with_grad)
-                sums[i] += value / unit
-                total = total + weight * value
-                if with_grad:
-                    total_grad = grad.mul_(weight) if total_grad is None else total_grad.add_(grad, alpha=weight)
-            return total, total_grad
+            def divergence_of(logits: Tensor) -> Tensor:
+                given = logits[:, : self.n_vocab], teacher(rows), counted[rows], d.temperature, d.skew
+                return d.temperature**2 * self.divergence_loss(*given)  # not later: small gradients vanish in float16
+
+            if library := self.in_c(d, logits):
+                losses, grad = torch.empty(len(logits)), torch.empty_like(logits) if with_grad else None
+                given = targets.flatten()[rows].long(), teacher(rows).contiguous(), logits, grad, losses
+                sizes = len(logits), self.n_vocab, logits.size(1), d.skew == 1
+                run_in_c(library.kl_divergence, *sizes, *given, d.temperature)
+                loss = losses.sum()
+            else:
+                loss, grad = by_autograd(divergence_of, logits, with_grad)
+            sums[0] += loss / d.temperature**2
+            total, grad = d.alpha * loss, grad.mul_(d.alpha) if with_grad else None
+            if d.alpha < 1:
+                loss, more = cross_entropy(logits, rows, with_grad)  # last, as it overwrites the logits
+                sums[1] += loss
+                total, grad = total + (1 - d.alpha) * loss, grad.add_(more, alpha=1 - d.alpha) if with_grad else None
+            return total, grad
 
         return chunk_loss
 
@@ -4498,8 +4450,8 @@ def sliding_windows(
     with progress_bar(total=n - 1, unit=" tokens", desc="eval") as bar:
         for group in (jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)):
             rows = [torch.from_numpy(tokens[begin:end].astype(np.int64)) for begin, end, _ in group]
-            idx = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
-            targets = nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-1)
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+            idx, targets = padded[:, :-1].clamp(min=0), padded[:, 1:]
             for row, (begin, _, first) in zip(targets, group, strict=True):
                 row[: first - begin - 1] = -1
             yield {"idx": idx, "targets": targets}
@@ -5085,12 +5037,14 @@ COMMANDS: dict[str, types.SimpleNamespace] = {}
 
 def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
     """Make a function a command. Its flags are the fields of its argument's dataclass, grouped by the docstrings of the
-    bases that declare them; `recipe` holds its own defaults for settings declared elsewhere."""
+    bases that declare them; `recipe` holds its own defaults for settings declared elsewhere. Those of the purpose
+    "train" begin a training, see there."""
 
-    def register(run: Callable) -> Callable:
-        about = dict(args=run.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
-        COMMANDS[run.__name__] = types.SimpleNamespace(run=run, **about)
-        return run
+    def register(function: Callable) -> Callable:
+        about = dict(args=function.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
+        run = training(function) if purpose == "train" else function
+        COMMANDS[function.__name__] = types.SimpleNamespace(run=run, **about)
+        return function
 
     return register
 
@@ -5103,9 +5057,8 @@ def optional(cls: type, *only: str, title: str = "") -> type:
                  for f in fields(cls) if f.name in inspect.get_annotations(base)
                  and f.metadata["help"] and (not only or f.name in only)]  # fmt: skip
         if flags:
-            namespace = {"__doc__": title or base.__doc__}
-            bases.append(make_dataclass(f"{base.__name__}Flags", flags, bases=(Settings,), namespace=namespace))
-    return type("Flags", tuple(bases), {})
+            bases.append(make_dataclass(f"{base.__name__}Flags", flags, namespace={"__doc__": title or base.__doc__}))
+    return type("Flags", (*bases, Settings), {"__doc__": cls.__doc__})
 
 
 def chosen(a: Any, cls: type) -> dict[str, Any]:
@@ -5113,7 +5066,6 @@ def chosen(a: Any, cls: type) -> dict[str, Any]:
     return {f.name: v for f in fields(cls) if (v := getattr(a, f.name, None)) is not None}
 
 
-@dataclass
 class TokenizerArgs(Settings):
     """data"""
 
@@ -5126,7 +5078,6 @@ class TokenizerArgs(Settings):
             raise UserError("--vocab_size is for --tokenizer bpe: add that, or leave --vocab_size out")
 
 
-@dataclass
 class ModelArgs(Settings):
     """model"""
 
@@ -5149,7 +5100,6 @@ def open_named_model(a: Any, device: torch.device | str = "cpu", spec: str | Non
     return opened
 
 
-@dataclass
 class DeviceArgs(Settings):
     """machine"""
 
@@ -5158,7 +5108,6 @@ class DeviceArgs(Settings):
     quantize: str | None = setting(None, "8-bit weights, CPU only, slightly less accurate", ("int8",))
 
 
-@dataclass
 class UseArgs(DeviceArgs):
     """machine"""
 
@@ -5168,7 +5117,6 @@ class UseArgs(DeviceArgs):
 # --- make data
 
 
-@dataclass
 class DatasetArgs(TokenizerArgs):
     """data"""
 
@@ -5185,7 +5133,6 @@ class DatasetArgs(TokenizerArgs):
         return folder
 
 
-@dataclass
 class TokenizeArgs(ChatFormat, DatasetArgs):
     """text"""
 
@@ -5217,7 +5164,6 @@ def tokenize(a: TokenizeArgs) -> None:
     tokenize_records(folder, records, tokenizer, a.vocab_size, a.overwrite)
 
 
-@dataclass
 class HFTokenizeArgs(Records, DatasetArgs):
     """Hugging Face data set"""
 
@@ -5239,7 +5185,6 @@ def hf_tokenize(a: HFTokenizeArgs) -> None:
 # --- train
 
 
-@dataclass
 class DataArgs(Settings):
     """data"""
 
@@ -5251,7 +5196,6 @@ class DataArgs(Settings):
         return open_all(self.data or [*otherwise], tokenizer)
 
 
-@dataclass
 class RunArgs(DataArgs):
     """run"""
 
@@ -5261,8 +5205,8 @@ class RunArgs(DataArgs):
 
 
 def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
-    """Make a function the start of a training command, in the processes that torchrun set up, if any. It prepares the
-    arguments of start_run, unless --resume finds them in the run's last state."""
+    """A training command, in the processes that torchrun set up, if any, from the function that begins it: this
+    prepares the arguments of start_run, unless --resume finds them in the run's last state."""
 
     @functools.wraps(begin)
     def run(a: RunArgs) -> None:
@@ -5271,8 +5215,7 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
             reporters_in(a.report_to)  # reports mistakes before data is made
             if a.overwrite and a.resume != "false":
                 raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
-            lengths = [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]
-            if len(lengths) > 1:
+            if len(lengths := [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]) > 1:
                 raise UserError(f"{' and '.join(lengths)} each set how long to train: give only one")
             if distributed() and device.type == "mps":
                 raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
@@ -5357,8 +5300,7 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     ours |= {"variant": c.variant, "student_variant": c.variant}
     # settings not in the checkpoint are looked up in the run's original command line, as a word or after --FLAG=
     said = {"tuned", *c.arguments, *(word.partition("=")[2] for word in c.arguments)}
-    began = ("recipe", "model_checkpoint", "student_checkpoint")
-    ours |= {k: None for k in began if getattr(a, k, None) not in said}
+    ours |= {k: None for k in ("recipe", "model_checkpoint", "student_checkpoint") if getattr(a, k, None) not in said}
     theirs = {k: v for k, v in vars(a).items() if v not in (None, "") and k not in {*FREE, "vocab_size", "max_minutes"}}
     theirs |= {k: v for k, v in asdict(replace(config, **chosen(a, GPTConfig))).items() if k in theirs}  # 0: derived
     if wrong := next((k for k, v in theirs.items() if v not in (ours.get(k, v), "auto")), None):
@@ -5403,14 +5345,12 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
     return TrainConfig(**{**recipe, **given})
 
 
-@dataclass
 class RecipeArgs(RunArgs):
     """run"""
 
     recipe: str = setting("tuned", "tuned: learns fastest; published: as in the variant's source", RECIPES)
 
 
-@dataclass
 class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
     """run"""
 
@@ -5437,7 +5377,6 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
     "train --variant 26M --data shakespeare --epochs 3 --name shakespeare_26M",
     "train --variant 7M --resume",
 )
-@training
 def train(a: TrainArgs, start: Callable) -> None:
     """train a model (on several GPUs: under torchrun)"""
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
@@ -5455,7 +5394,6 @@ LOOP = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradi
 LoopArgs = optional(GPTConfig, *LOOP, title="dropout and memory")
 
 
-@dataclass
 class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     """finetuning"""
 
@@ -5481,11 +5419,10 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         if data.is_chat:
             turns = [{"role": "user", "content": self.prompt}]
             prompt = data.tokenizer.encode_rendered(render_chat(data.tokenizer, turns, add_generation_prompt=True))
-        text = shown_text(model, data.tokenizer, prompt, self.sample_length, settings)
+        (text,) = generate_text(model, data.tokenizer, prompt, self.sample_length, settings)
         say(f"--- {when} finetuning ---\n{self.prompt}\n{text}\n---")
 
 
-@dataclass
 class HFFinetuneArgs(Records, FinetuneArgs):
     """finetuning"""
 
@@ -5511,7 +5448,6 @@ FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_
     "finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16",
     **FINETUNE_RECIPE,
 )
-@training
 def finetune(a: FinetuneArgs, start: Callable) -> None:
     """finetune a model on conversations or text"""
     recipe = FINETUNE_RECIPE | (dict(learning_rate=1e-3) if a.lora_rank else {})
@@ -5555,15 +5491,13 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     '--hf_text_column utterances --finetune_iters 1000 --prompt "Hello, how are you?"',
     **FINETUNE_RECIPE,
 )
-@training
 def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
     """finetune a model on a Hugging Face data set"""
     if bool(a.hf_dataset) == bool(a.data):
         raise UserError("hf_finetune needs --hf_dataset: a data set on the Hub, or a local folder or file (or --data)")
-    finetune.__wrapped__(a, start)
+    finetune(a, start)
 
 
-@dataclass
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     """teacher and student"""
 
@@ -5586,7 +5520,6 @@ class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     "distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare --cache_teacher 64",
     "distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data corpus.txt",
 )
-@training
 def distill(a: DistillArgs, start: Callable) -> None:
     """train a small model with the help of a large one"""
     d = DistillConfig(**chosen(a, DistillConfig))
@@ -5675,7 +5608,6 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
 # --- use
 
 
-@dataclass
 class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
     """text"""
 
@@ -5709,7 +5641,6 @@ def sample(a: SampleArgs) -> None:
         out(f"---\n{prompt}{text}\n")
 
 
-@dataclass
 class ChatArgs(SamplingSettings, UseArgs, ModelArgs):
     """conversation"""
 
@@ -5799,7 +5730,6 @@ class ChatSession:
         return "".join(parts)
 
 
-@dataclass
 class ExportArgs(ContextArgs, ModelArgs):
     """export"""
 
@@ -5881,7 +5811,6 @@ def export(a: ExportArgs) -> None:
 # --- inspect
 
 
-@dataclass
 class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     """evaluation"""
 
@@ -5906,8 +5835,7 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
 )
 def eval(a: EvalArgs) -> None:
     """measure a model: loss, perplexity, bits per byte, lm-eval tasks"""
-    ignored = next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None)
-    if ignored:
+    if ignored := next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None):
         raise UserError(f"--tasks measures an export on its own data: leave --{ignored} out")
     rows = []
     for spec in [None, *a.compare]:
@@ -5972,7 +5900,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
-@dataclass
 class PlotArgs(Settings):
     """plot"""
 
@@ -6008,8 +5935,7 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
             runs = [p.name.removesuffix("_model.jsonl") for p in CHECKPOINT_DIR.glob("*_model.jsonl")]
             raise UserError(f"there is no log of {name}: neither {files[0]} nor {files[2]}{nearest(name, runs)}")
         paths.append(found[0])
-    paths = paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))
-    if not paths:
+    if not (paths := paths or sorted(CHECKPOINT_DIR.glob("*_model.jsonl"))):
         raise UserError(f"there are no logs under {CHECKPOINT_DIR.resolve()} yet: train something first")
     runs, known = [], {}
 
@@ -6837,14 +6763,9 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
         advised = advice.get(sys.platform, "gcc, with OpenMP")
         say(f"without a C compiler ({advised}), training on a CPU is slower, generation several times", sys.stderr)
         return None
-    pointer, long = ctypes.c_void_p, ctypes.c_long
-    library.blocks.argtypes = [pointer] * 7 + [long] * 4 + [ctypes.c_float, ctypes.c_int]
-    library.head.argtypes = [pointer, long, long, pointer, long, pointer, ctypes.c_int]
-    library.heads.argtypes = [pointer] * 5 + [ctypes.c_float, long] + [pointer] * 6 + [ctypes.c_int]
-    library.cross_entropy.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
-    library.kl_divergence.argtypes = [long] * 4 + [pointer] * 5 + [ctypes.c_float, ctypes.c_int]
-    library.accumulate.argtypes = [long, pointer, pointer, ctypes.c_int]
-    library.swiglu.argtypes = [long] * 3 + [pointer] * 3 + [ctypes.c_int]
+    for name, declared in re.findall(r"^void (\w+)\((.*?)\) {", C_SOURCE, re.MULTILINE | re.DOTALL):
+        kinds = [ctypes.c_void_p if "*" in p else getattr(ctypes, f"c_{p.split()[0]}") for p in declared.split(",")]
+        getattr(library, name).argtypes = kinds
     return library
 
 

@@ -170,7 +170,7 @@ def test_the_divergence_is_one_graph(monkeypatch, kind, K):
 def test_divergence_of_coins_with_one_side(p, q, kind, beta, expected):
     """Truth: numbers worked out by hand. What cannot happen makes neither them nor their gradient infinite."""
     log_p, log_q = (torch.tensor([x], dtype=torch.float64).log() for x in (p, q))
-    value = model.divergence(log_p, log_q.requires_grad_(), kind, beta)
+    value = model.divergence(log_p, log_q.requires_grad_(), DistillConfig(divergence=kind, beta=beta).skew)
     assert value.item() == pytest.approx(expected, abs=1e-7)
     assert torch.autograd.grad(value, log_q)[0].isfinite().all()
 
