@@ -5040,11 +5040,11 @@ def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
     bases that declare them; `recipe` holds its own defaults for settings declared elsewhere. Those of the purpose
     "train" begin a training, see there."""
 
-    def register(function: Callable) -> Callable:
-        about = dict(args=function.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
-        run = training(function) if purpose == "train" else function
-        COMMANDS[function.__name__] = types.SimpleNamespace(run=run, **about)
-        return function
+    def register(run: Callable) -> Callable:
+        about = dict(args=run.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
+        run = training(run) if purpose == "train" else run
+        COMMANDS[run.__name__] = types.SimpleNamespace(run=run, **about)
+        return run
 
     return register
 
@@ -5495,7 +5495,7 @@ def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
     """finetune a model on a Hugging Face data set"""
     if bool(a.hf_dataset) == bool(a.data):
         raise UserError("hf_finetune needs --hf_dataset: a data set on the Hub, or a local folder or file (or --data)")
-    finetune(a, start)
+    finetune.__wrapped__(a, start)
 
 
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
