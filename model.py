@@ -60,7 +60,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -1325,11 +1325,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     options = dict(initial_alphabet=bpe.pre_tokenizer.alphabet(), show_progress=False)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 3, **options)
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait until all is learned
+    at_once = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if at_once := at_once and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait until all is learned
     try:
         bpe.train_from_iterator(bounded_words(texts), trainer)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     vocab = bpe.get_vocab()
     tokens = [bytes(UNICODE_TO_BYTE[c] for c in token) for token in sorted(vocab, key=vocab.get)]
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
@@ -1607,12 +1610,13 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
         elif path.is_dir():
             visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
             there = [p for p in visible if p.is_file() and p.stat().st_size]
-            records = [p for p in there if p.suffix.lower() in RECORD_FILES]
-            found = [p for p in there if p not in records and not looks_binary(p, encoding)]
-            hint = f"; for its records, use hf_tokenize --hf_dataset {source}" * bool(records)
+            found = [p for p in there if p.suffix.lower() not in RECORD_FILES and not looks_binary(p, encoding)]
+            records = any(p.suffix.lower() in RECORD_FILES for p in there)
             if not found:
+                hint = f"; for its records, use hf_tokenize --hf_dataset {source}" * records
                 raise UserError(f"{source} is a directory without text files{hint}")
-            if skipped := len(there) - len(found):
+            if skipped := len(there) - len(found):  # where there is text, datasets reads the most common kind alone
+                hint = "; records need hf_tokenize and a folder of their own" * records
                 say(f"{source}: skipped {skipped:,} of {len(there):,} files, which are not text{hint}", sys.stderr)
             files += in_mixed_order(found, path)
             continue
@@ -2209,10 +2213,11 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
                                                 for t in r["conversations"] or []]),
     "utterances": (("utterances",), lambda r: list(zip(itertools.cycle(("user", "assistant")), r["utterances"] or []))),
     "alpaca": (("instruction", "output"), lambda r: [
-        ("user", "\n\n".join(filter(None, (r["instruction"], r.get("input"))))), ("assistant", r["output"])]),
+        ("user", paragraphs(r["instruction"], r.get("input"))), ("assistant", r["output"])]),
     "prompt": (("prompt", "completion"), lambda r: [("user", r["prompt"]), ("assistant", r["completion"])]),
     "question": (("question", "answer"), lambda r: [
-        ("user", "\n\n".join(filter(None, (r.get("context"), r["question"])))), ("assistant", r["answer"])]),
+        ("user", paragraphs(r["context"] if isinstance(r.get("context"), str) else None, r["question"])),
+        ("assistant", r["answer"])]),
 }  # fmt: skip
 
 
@@ -2247,11 +2252,15 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
 def joined(content: Any) -> Any:
     """The text of a turn, which may be a number, or a list of parts, [{"type": "text", "text": ...}, ...], as in
     OpenAI's format."""
-    if isinstance(content, (int, float)):
+    if isinstance(content, (int, float)) and content == content:  # not NaN, which stands for a missing one
         return str(content)
-    if not isinstance(content, list) or not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+    if not is_a(content, list[dict[str, Any]]) or any(p.get("type") != "text" for p in content):
         return content
-    return "".join(str(part.get("text")) for part in content)
+    return "".join(part.get("text") for part in content)
+
+
+def paragraphs(*parts: Any) -> str:
+    return "\n\n".join(filter(None, map(joined, parts)))
 
 
 CHATML = (
@@ -5207,7 +5216,7 @@ def tokenize(a: TokenizeArgs) -> None:
     if not any(Path(source).suffix.lower() in RECORD_FILES for source in a.txt):
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
-    if (a.encoding, a.errors) != (TokenizeArgs.encoding, TokenizeArgs.errors):
+    if a.encoding.lower() not in ("utf-8", "utf8", "utf-8-sig") or a.errors != "strict":
         raise UserError("--encoding and --errors are for text: records must be UTF-8")
     if len(a.txt) > 1:
         raise UserError("only one file of records at a time: put several into a folder and use hf_tokenize")
@@ -5470,7 +5479,10 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         spec = self.model_checkpoint
         if self.variant or spec and not spec.endswith(".pt"):
             return f"finetuned_{self.variant or Path(spec.partition('@')[0]).absolute().name}"
-        return f"finetuned_{find_checkpoint(spec).stem.removesuffix('_model')}"
+        stem = find_checkpoint(spec).stem.removesuffix("_model")
+        if not spec and self.resume != "false":  # the newest may be what the run itself has saved
+            stem = re.sub("^(hf_)?finetuned_", "", stem)
+        return f"finetuned_{stem}"
 
     def show_answer(self, model: GPT, data: Data, when: str) -> None:
         """Print the answer to --prompt, as a conversation turn if the data holds conversations."""
@@ -5951,7 +5963,8 @@ def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray |
         return str(path), np.append(np.array(tokenizer.bos, np.int64), ids)
     if path.is_file() and path.suffix.lower() in RECORD_FILES:  # all of them, as of a text file
         with tempfile.TemporaryDirectory(prefix="model.py-") as folder:
-            tokenize_records(Path(folder) / path.stem, Records(hf_dataset=spec, val_fraction=0.0), tokenizer)
+            with redirect_stdout(io.StringIO()):  # with --json, only that is printed
+                tokenize_records(Path(folder) / path.stem, Records(hf_dataset=spec, val_fraction=0.0), tokenizer)
             data = Data(Path(folder) / path.stem)
             split = data.splits["val"] = data.splits["train"]
             split.tokens, split.mask = np.array(split.tokens), None if split.mask is None else np.array(split.mask)
@@ -6291,7 +6304,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
         word = unknown[0]
         near = nearest(word.partition("=")[0], [f for f in parser._option_string_actions if f != "-h"])
         main = "variant" if name == "train" and word in VARIANTS else MAIN_FLAGS.get(name)
-        near = near or f" (did you mean --{main} {shlex.quote(word)}?)" * bool(main)
+        near = near or f" (did you mean --{main} {shlex.quote(word)}?)" * bool(main and word[:1] != "-")
         parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} does not belong to a flag{near}")
     values = vars(given)
     for f in fields(cls):

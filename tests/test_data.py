@@ -81,7 +81,7 @@ def test_a_folder_gives_every_text_file_below_it(tokenize):
         Path(name).write_bytes(content)
     said = tokenize("x").ok().err
     assert sorted(made().split(b"|")) == [b"alpha", b"beta", b"gamma"]
-    assert "skipped 2 of 5 files, which are not text; for its records, use hf_tokenize --hf_dataset x" in said
+    assert "skipped 2 of 5 files, which are not text; records need hf_tokenize and a folder of their own" in said
 
 
 def test_data_of_the_name_of_its_text(tokenize):
