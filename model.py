@@ -1650,7 +1650,7 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
         if not isinstance(e, UnicodeDecodeError):  # UTF-16 or UTF-32 without a BOM, before Python 3.13
             raise UserError(f"{path}: {e}: name the right --encoding (perhaps utf-16-le)") from None
         line, decoder = 1, codecs.getincrementaldecoder(encoding)()
-        with open(path, "rb") as f, suppress(UnicodeDecodeError):
+        with open(path, "rb") as f, suppress(UnicodeError):
             for data in f:
                 line += decoder.decode(data).count("\n")
         wrong = f"{path}, line {line}: byte 0x{e.object[e.start]:02x} is not {e.encoding}"

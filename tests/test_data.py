@@ -134,6 +134,7 @@ def test_the_line_of_a_byte_that_is_no_text(tokenize, before, bad, flags):
 
 @pytest.mark.parametrize("encoding, content, words", [
     ("utf-16", "naïve".encode("utf-16-le"), ["in.txt", "--encoding"]),  # without its mark
+    ("utf-16", b"no mark, either\n" + b"\xd8" * 9, ["in.txt, line 1: byte 0xd8 is not utf-16", "--encoding"]),
     ("no-such", b"text", ["no-such"]), ("hex", b"text", ["hex"]), ("rot13", b"text", ["rot13"]),
 ])  # fmt: skip
 def test_an_encoding_that_is_not_the_texts_or_none(tokenize, encoding, content, words):
