@@ -2544,8 +2544,9 @@ def tokenize_records(
     bar = progress_bar(unit=" records", desc="tokenize")
     with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
-        whole = (row for row in map(encode, () if r.streaming else readable(records, r.hf_dataset)) if len(row["ids"]))
-        if next(whole, {"mask": None})["mask"] is not None:
+        rows = map(encode, () if r.streaming else readable(records, r.hf_dataset))
+        telling = (row for row in rows if len(row["ids"]) or row["error"] and not r.skip_bad)
+        if next(telling, {"mask": None})["mask"] is not None:
             # conversations are often sorted by subject, so the last tenth, held out, would differ from the rest
             records = records.shuffle(seed=0, keep_in_memory=True)
         if writer.state is not None:

@@ -557,6 +557,14 @@ def test_records_with_a_field_that_comes_late(cli):
     cli("tokenize", "--dataset", "y", "--txt", "late[1].jsonl", "--encoding", "utf-8", *BYTES).ok()
 
 
+def test_the_first_record_that_cannot_be_used_is_told_at_once(cli, monkeypatch):
+    """A wrong --hf_text_column of millions of records."""
+    write_jsonl("many.jsonl", [{"text": "a"}] * 1000)
+    encode, calls = model.encode_record, []
+    monkeypatch.setattr(model, "encode_record", lambda *args: calls.append(args) or encode(*args))
+    assert "no column 'txt'" in hub(cli, "many.jsonl", "--hf_text_column", "txt").error and len(calls) < 10
+
+
 def test_conversations_are_mixed_whatever_the_first_record_is(cli):
     talks = [{"chat": []}, *({"chat": [f"Question {i}?", f"Answer {i}."]} for i in range(30))]
     write_jsonl("talks.jsonl", talks)
