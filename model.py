@@ -6287,7 +6287,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
     """The command's name and its flags, as its dataclass."""
     name, *words = [w for w in argv if w != "--debug"] or ["help"]
     if name in ("-h", "--help", "--help_all", "help") and words[:1] and words[0] in COMMANDS:
-        name, words = words[0], ["--help"]
+        name, words = words[0], ["--help_all" if name == "--help_all" else "--help"]
     if name in ("-h", "--help", "--help_all", "help"):
         print(overview())
         sys.exit(0)

@@ -115,6 +115,7 @@ def test_requirements_are_the_script_metadata():
 def test_help_ends_with_an_example(cli, command):
     result = cli(command, "--help").ok()
     assert cli("help", command).ok().out == result.out
+    assert cli("--help_all", command).ok().out == cli(command, "--help_all").ok().out
     last = result.out.rstrip().splitlines()[-1]
     examples = result.out.split("examples:\n")[1].replace("\\\n", " ")
     assert last.strip() in examples and f"model.py {command}" in examples
