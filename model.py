@@ -60,7 +60,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -1320,11 +1320,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     options = dict(initial_alphabet=bpe.pre_tokenizer.alphabet(), show_progress=False)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 3, **options)
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait until all is learned
+    at_once = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if at_once := at_once and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait until all is learned
     try:
         bpe.train_from_iterator(bounded_words(texts), trainer)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     vocab = bpe.get_vocab()
     tokens = [bytes(UNICODE_TO_BYTE[c] for c in token) for token in sorted(vocab, key=vocab.get)]
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
@@ -1563,13 +1566,16 @@ def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> N
             length = int(response.headers.get("Content-Length") or 0)
             limit, begun = min(MAX_DOWNLOAD, shutil.disk_usage(path.parent).free), time.monotonic()
             with progress_bar(total=length or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
-                while max(length, f.tell()) <= limit and (block := response.raw.read1(1 << 20)):
+                read = getattr(response.raw, "read1", response.raw.read)  # urllib3 before 2.1 has no read1
+                while max(length, f.tell()) <= limit and (block := read(1 << 20)):
                     f.write(block)
                     bar.update(len(block))
                     if (seconds := time.monotonic() - begun) > 2 * timeout and f.tell() < 1000 * seconds:
                         raise ValueError(f"the server sends less than 1 kB/s: gave up after {seconds:.0f} s")
             if max(length, f.tell()) > limit:
                 raise ValueError(f"it is larger than {limit / 1e9:,.1f} GB, the limit or the free disk space")
+            if f.tell() < length:
+                raise urllib3.exceptions.ProtocolError(f"got only {f.tell()} of {length} bytes")
 
     for attempt in range(retries):
         try:
@@ -1601,12 +1607,13 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
         elif path.is_dir():
             visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
             there = [p for p in visible if p.is_file() and p.stat().st_size]
-            records = [p for p in there if p.suffix.lower() in RECORD_FILES]
-            found = [p for p in there if p not in records and not looks_binary(p, encoding)]
-            hint = f"; for its records, use hf_tokenize --hf_dataset {source}" * bool(records)
+            found = [p for p in there if p.suffix.lower() not in RECORD_FILES and not looks_binary(p, encoding)]
+            records = any(p.suffix.lower() in RECORD_FILES for p in there)
             if not found:
+                hint = f"; for its records, use hf_tokenize --hf_dataset {source}" * records
                 raise UserError(f"{source} is a directory without text files{hint}")
-            if skipped := len(there) - len(found):
+            if skipped := len(there) - len(found):  # where there is text, datasets reads the most common kind alone
+                hint = "; records need hf_tokenize and a folder of their own" * records
                 say(f"{source}: skipped {skipped:,} of {len(there):,} files, which are not text{hint}", sys.stderr)
             files += in_mixed_order(found, path)
             continue
@@ -1640,7 +1647,7 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
         if not isinstance(e, UnicodeDecodeError):  # UTF-16 or UTF-32 without a BOM, before Python 3.13
             raise UserError(f"{path}: {e}: name the right --encoding (perhaps utf-16-le)") from None
         line, decoder = 1, codecs.getincrementaldecoder(encoding)()
-        with open(path, "rb") as f, suppress(UnicodeDecodeError):
+        with open(path, "rb") as f, suppress(UnicodeError):
             for data in f:
                 line += decoder.decode(data).count("\n")
         wrong = f"{path}, line {line}: byte 0x{e.object[e.start]:02x} is not {e.encoding}"
@@ -2196,10 +2203,11 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the 
                                                 for t in r["conversations"] or []]),
     "utterances": (("utterances",), lambda r: list(zip(itertools.cycle(("user", "assistant")), r["utterances"] or []))),
     "alpaca": (("instruction", "output"), lambda r: [
-        ("user", "\n\n".join(filter(None, (r["instruction"], r.get("input"))))), ("assistant", r["output"])]),
+        ("user", paragraphs(r["instruction"], r.get("input"))), ("assistant", r["output"])]),
     "prompt": (("prompt", "completion"), lambda r: [("user", r["prompt"]), ("assistant", r["completion"])]),
     "question": (("question", "answer"), lambda r: [
-        ("user", "\n\n".join(filter(None, (r.get("context"), r["question"])))), ("assistant", r["answer"])]),
+        ("user", paragraphs(r["context"] if isinstance(r.get("context"), str) else None, r["question"])),
+        ("assistant", r["answer"])]),
 }  # fmt: skip
 
 
@@ -2234,11 +2242,15 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
 def joined(content: Any) -> Any:
     """The text of a turn, which may be a number, or a list of parts, [{"type": "text", "text": ...}, ...], as in
     OpenAI's format."""
-    if isinstance(content, (int, float)):
+    if isinstance(content, (int, float)) and content == content:  # not NaN, which stands for a missing one
         return str(content)
-    if not isinstance(content, list) or not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+    if not is_a(content, list[dict[str, Any]]) or any(p.get("type") != "text" for p in content):
         return content
-    return "".join(str(part.get("text")) for part in content)
+    return "".join(part.get("text") for part in content)
+
+
+def paragraphs(*parts: Any) -> str:
+    return "\n\n".join(filter(None, map(joined, parts)))
 
 
 CHATML = (
@@ -2410,7 +2422,7 @@ class Records(ChatFormat):
         own: dict[str, dict[str, Any]] = {
             "text": {"sample_by": "document", "encoding": "utf-8-sig"},  # a file is a document
             "csv": {"keep_default_na": False},  # NA and None are text
-            "json": {"chunksize": 1 << 28} if path.exists() else {},  # the first chunk decides which fields there are
+            "json": {"chunksize": 1 << 26},  # the first chunk decides which fields there are
         }
         missing = f"{path} is not a local data set, and cannot be read from the Hub"
         # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
@@ -2427,7 +2439,7 @@ class Records(ChatFormat):
                 return datasets.load_dataset(kind, data_files=file, **options, **own.get(kind, {}))
             where = dict(path=self.hf_dataset, name=self.hf_config, revision=self.hf_revision)
             kind = datasets.load_dataset_builder(**where).name  # of files of several kinds, the most common
-            return datasets.load_dataset(**where, **options, **own.get(kind, {}))
+            return datasets.load_dataset(**where, **options, **(own.get(kind, {}) if path.exists() else {}))
 
     def content(self, record: dict[str, Any]) -> str | list[dict[str, str]]:
         """A record's text, or its conversation."""
@@ -2514,8 +2526,9 @@ def tokenize_records(
     bar = progress_bar(unit=" records", desc="tokenize")
     with locked(folder), DataWriter(folder, tokenizer, overwrite, key) as writer, bar:
         records = r.open()
-        whole = (row for row in map(encode, () if r.streaming else readable(records, r.hf_dataset)) if len(row["ids"]))
-        if next(whole, {"mask": None})["mask"] is not None:
+        rows = map(encode, () if r.streaming else readable(records, r.hf_dataset))
+        telling = (row for row in rows if len(row["ids"]) or row["error"] and not r.skip_bad)
+        if next(telling, {"mask": None})["mask"] is not None:
             # conversations are often sorted by subject, so the last tenth, held out, would differ from the rest
             records = records.shuffle(seed=0, keep_in_memory=True)
         if writer.state is not None:
@@ -5154,7 +5167,7 @@ def tokenize(a: TokenizeArgs) -> None:
     if not any(Path(source).suffix.lower() in RECORD_FILES for source in a.txt):
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
-    if (a.encoding, a.errors) != (TokenizeArgs.encoding, TokenizeArgs.errors):
+    if a.encoding.lower() not in ("utf-8", "utf8", "utf-8-sig") or a.errors != "strict":
         raise UserError("--encoding and --errors are for text: records must be UTF-8")
     if len(a.txt) > 1:
         raise UserError("only one file of records at a time: put several into a folder and use hf_tokenize")
@@ -5408,7 +5421,10 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
         spec = self.model_checkpoint
         if self.variant or spec and not spec.endswith(".pt"):
             return f"finetuned_{self.variant or Path(spec.partition('@')[0]).absolute().name}"
-        return f"finetuned_{find_checkpoint(spec).stem.removesuffix('_model')}"
+        stem = find_checkpoint(spec).stem.removesuffix("_model")
+        if not spec and self.resume != "false":  # the newest may be what the run itself has saved
+            stem = re.sub("^(hf_)?finetuned_", "", stem)
+        return f"finetuned_{stem}"
 
     def show_answer(self, model: GPT, data: Data, when: str) -> None:
         """Print the answer to --prompt, as a conversation turn if the data holds conversations."""
@@ -5879,7 +5895,8 @@ def evaluation_data(spec: str | None, opened: Opened) -> tuple[str, np.ndarray |
         return str(path), np.append(np.array(tokenizer.bos, np.int64), ids)
     if path.is_file() and path.suffix.lower() in RECORD_FILES:  # all of them, as of a text file
         with tempfile.TemporaryDirectory(prefix="model.py-") as folder:
-            tokenize_records(Path(folder) / path.stem, Records(hf_dataset=spec, val_fraction=0.0), tokenizer)
+            with redirect_stdout(io.StringIO()):  # with --json, only that is printed
+                tokenize_records(Path(folder) / path.stem, Records(hf_dataset=spec, val_fraction=0.0), tokenizer)
             data = Data(Path(folder) / path.stem)
             split = data.splits["val"] = data.splits["train"]
             split.tokens, split.mask = np.array(split.tokens), None if split.mask is None else np.array(split.mask)
@@ -6199,7 +6216,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
     """The command's name and its flags, as its dataclass."""
     name, *words = [w for w in argv if w != "--debug"] or ["help"]
     if name in ("-h", "--help", "--help_all", "help") and words[:1] and words[0] in COMMANDS:
-        name, words = words[0], ["--help"]
+        name, words = words[0], ["--help_all" if name == "--help_all" else "--help"]
     if name in ("-h", "--help", "--help_all", "help"):
         print(overview())
         sys.exit(0)
@@ -6217,7 +6234,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
         word = unknown[0]
         near = nearest(word.partition("=")[0], [f for f in parser._option_string_actions if f != "-h"])
         main = "variant" if name == "train" and word in VARIANTS else MAIN_FLAGS.get(name)
-        near = near or f" (did you mean --{main} {shlex.quote(word)}?)" * bool(main)
+        near = near or f" (did you mean --{main} {shlex.quote(word)}?)" * bool(main and word[:1] != "-")
         parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} does not belong to a flag{near}")
     values = vars(given)
     for f in fields(cls):

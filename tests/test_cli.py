@@ -115,6 +115,7 @@ def test_requirements_are_the_script_metadata():
 def test_help_ends_with_an_example(cli, command):
     result = cli(command, "--help").ok()
     assert cli("help", command).ok().out == result.out
+    assert cli("--help_all", command).ok().out == cli(command, "--help_all").ok().out
     last = result.out.rstrip().splitlines()[-1]
     examples = result.out.split("examples:\n")[1].replace("\\\n", " ")
     assert last.strip() in examples and f"model.py {command}" in examples
@@ -305,6 +306,7 @@ def test_numbers_out_of_range(cli, command, name, value):
 def test_wrong_usage_is_exit_status_2(cli, flags, words):
     assert "(the command comes first)" in cli("--variant", "7M", "train").err
     assert "-p (did you mean --prompt?)" in cli("sample", "-p", "Hello").error
+    assert cli("train", "--zzzqqq", "3").error == "unknown flag --zzzqqq"
     result = cli("train", *flags.split())
     assert all(word in result.error for word in words) and result.code == 2
 

@@ -4,10 +4,12 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +136,8 @@ FORMS = {
     "prompt and completion": ({"prompt": "Hi!", "completion": "Hello."}, TWO[:2]),
     "question and answer": ({"question": "Hi!", "answer": "Hello.", "id": "q1"}, TWO[:2]),
     "with a context": ({"context": "Add.", "question": "2 and 2?", "answer": 4}, turns("Add.\n\n2 and 2?", "4")),
+    "with a table of contexts": ({"context": {"title": ["a"]}, "question": 3, "answer": "b"}, turns("3", "b")),
+    "alpaca of numbers": ({"instruction": 3, "input": 4, "output": 5.5}, turns("3\n\n4", "5.5")),
     "messages in parts": ({"messages": [
         {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i!"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]},
@@ -190,6 +194,8 @@ WRONG = {
     "sharegpt roles": ("turn 1 is 'assistant'", {"conversations": [{"from": "gpt", "value": "a"}]}),
     "content of an object": ("dict", {"messages": [{"role": "user", "content": {"a": 3}}]}),
     "a picture": ("not text", {"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}),
+    "no text in a part": ("list of turns", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+    "a number missing": ("float, not text: nan", {"prompt": "a", "completion": math.nan}),
     "answer missing": ("not text", {"prompt": "a", "completion": None}),
     "a number": ("conversations", {"conversations": 7}),
     "turns that are none": ("messages", {"messages": ["hello", "there"]}),
@@ -548,6 +554,15 @@ def test_records_with_a_field_that_comes_late(cli):
     assert "What?" in read("x")[0]
     error = cli("tokenize", "--dataset", "y", "--txt", "late[1].jsonl", "--encoding", "utf-16", *BYTES).error
     assert "records must be UTF-8" in error
+    cli("tokenize", "--dataset", "y", "--txt", "late[1].jsonl", "--encoding", "utf-8", *BYTES).ok()
+
+
+def test_the_first_record_that_cannot_be_used_is_told_at_once(cli, monkeypatch):
+    """A wrong --hf_text_column of millions of records."""
+    write_jsonl("many.jsonl", [{"text": "a"}] * 1000)
+    encode, calls = model.encode_record, []
+    monkeypatch.setattr(model, "encode_record", lambda *args: calls.append(args) or encode(*args))
+    assert "no column 'txt'" in hub(cli, "many.jsonl", "--hf_text_column", "txt").error and len(calls) < 10
 
 
 def test_conversations_are_mixed_whatever_the_first_record_is(cli):
@@ -779,6 +794,18 @@ def test_a_stopped_finetune_is_resumed(cli, base, monkeypatch, command, start, l
     assert_same_weights("whole", parts)
 
 
+@pytest.mark.parametrize("command", ["finetune", "hf_finetune"])
+@pytest.mark.parametrize("resume", ["true", "auto"])
+def test_a_finetune_of_the_newest_model_is_resumed(cli, base, command, resume):
+    """By the same command, though the newest is then the one that it has made."""
+    Path("checkpoints").mkdir(exist_ok=True)
+    shutil.copy("base.pt", "checkpoints/small_model.pt")
+    source = ("--data" if command == "finetune" else "--hf_dataset", "talks.jsonl")
+    for step, more in (2, ()), (3, ("--resume", resume)):
+        cli(command, *source, *FINETUNE, "--finetune_iters", step, *more).ok()
+        assert checkpoint_of(f"{command}d_small")["step"] == step
+
+
 def test_a_resumed_finetune_is_that_of_another_model(cli, base, monkeypatch):
     """Which has the same name, as models of the hub may have."""
     for owner in ("mine=1", "theirs"):
@@ -903,7 +930,7 @@ def test_eval_of_conversations_is_trainings(cli, base):
     (row,) = json.loads(cli(*line).ok().out.splitlines()[-1])
     assert row["loss"] == pytest.approx(val_losses(out)[-1], abs=1e-4)
     there = sorted(Path("data").iterdir())
-    (row,) = json.loads(cli(*line[:-1], "talks.jsonl").ok().out.splitlines()[-1])
+    (row,) = json.loads(cli(*line[:-1], "talks.jsonl").ok().out)
     encoded = [model.encode_conversation(model.byte_tokenizer(), model.messages_of(talk), False) for talk in TALKS]
     assert row["tokens"] == sum(int(mask.sum()) for _, mask in encoded) and row["data"] == "talks.jsonl"
     assert sorted(Path("data").iterdir()) == there

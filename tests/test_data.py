@@ -81,7 +81,7 @@ def test_a_folder_gives_every_text_file_below_it(tokenize):
         Path(name).write_bytes(content)
     said = tokenize("x").ok().err
     assert sorted(made().split(b"|")) == [b"alpha", b"beta", b"gamma"]
-    assert "skipped 2 of 5 files, which are not text; for its records, use hf_tokenize --hf_dataset x" in said
+    assert "skipped 2 of 5 files, which are not text; records need hf_tokenize and a folder of their own" in said
 
 
 def test_data_of_the_name_of_its_text(tokenize):
@@ -134,6 +134,7 @@ def test_the_line_of_a_byte_that_is_no_text(tokenize, before, bad, flags):
 
 @pytest.mark.parametrize("encoding, content, words", [
     ("utf-16", "naïve".encode("utf-16-le"), ["in.txt", "--encoding"]),  # without its mark
+    ("utf-16", b"no mark, either\n" + b"\xd8" * 9, ["in.txt, line 1: byte 0xd8 is not utf-16", "--encoding"]),
     ("no-such", b"text", ["no-such"]), ("hex", b"text", ["hex"]), ("rot13", b"text", ["rot13"]),
 ])  # fmt: skip
 def test_an_encoding_that_is_not_the_texts_or_none(tokenize, encoding, content, words):

@@ -3,6 +3,9 @@
 import functools
 import json
 import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,27 @@ def test_the_smallest_vocabularies():
     assert model.train_bpe(["some text"], 259).n_vocab == 259
     with pytest.raises(model.UserError, match="259"):
         model.train_bpe(["some text"], 258)
+
+
+def test_a_vocabulary_is_learned_by_any_thread():
+    """Where no signal handler can be set; Ctrl-C is only changed where it would raise KeyboardInterrupt."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(model.train_bpe, ["some text"], 259).result().n_vocab == 259
+    handlers, own = [], lambda *args: None
+
+    def texts() -> Iterator[str]:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        yield "some text"
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.default_int_handler, signal.SIG_IGN, own):
+            signal.signal(signal.SIGINT, handler)
+            model.train_bpe(texts(), 259)
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.SIG_DFL, signal.SIG_IGN, own]
 
 
 def test_special_tokens_padding_and_stray_bytes(tokenizer):
