@@ -3982,7 +3982,7 @@ class Run:
             held_out = e.split.batch(e.windows, e.blocks[:1], self.block_size)
             ids = held_out["idx"][0, : 1 + int((held_out["targets"][0] >= 0).int().argmax())].tolist()
             prompt = tokenizer.decode(ids)
-        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(), heal=True)
+        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(), seed=self.step, heal=True)
         say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
         self.publish({"sample": prompt + text})
 
