@@ -67,6 +67,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main is ready, Ctrl-C just ends the program
+
 
 class Later(type):
     """Metaclass of a placeholder for modules: any attribute is the placeholder, its instances are no-op decorators."""
@@ -6294,6 +6297,8 @@ def main() -> None:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
             return with_torch().main()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if os.environ.get("WORLD_SIZE", "1") == "1":
             keep_freed_memory()
         if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # only in torchrun's first process

@@ -5,6 +5,7 @@ import pickle
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import timeit
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import BYTES, ROOT, TINY_RUN, TRAIN, Cli, checkpoint_of, contents, text_of
+from conftest import BYTES, ROOT, TINY_RUN, TRAIN, Cli, checkpoint_of, contents, program, text_of
 
 import model
 
@@ -155,6 +156,15 @@ def test_a_run_whose_words_nobody_can_read_goes_on(run_files, nowhere):
     run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
     assert checkpoint_of("new")["step"] == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_ctrl_c_while_the_program_starts(workdir):
+    """It ends at once, without a traceback."""
+    interrupt = "import dataclasses, os\ndataclasses.dataclass = lambda cls: os.kill(os.getpid(), 2)"
+    Path("sitecustomize.py").write_text(interrupt)
+    run = program("train", cwd=workdir, env={**os.environ, "PYTHONPATH": str(workdir)}, text=True)
+    assert run.returncode == -signal.SIGINT and run.stderr == ""
 
 
 def test_debug_shows_the_traceback(cli):
