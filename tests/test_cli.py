@@ -161,7 +161,7 @@ def test_a_run_whose_words_nobody_can_read_goes_on(run_files, nowhere):
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_ctrl_c_while_the_program_starts(workdir):
     """It ends at once, without a traceback."""
-    interrupt = "import dataclasses, os\ndataclasses.dataclass = lambda cls: os.kill(os.getpid(), 2)"
+    interrupt = "import os, typing\ntyping.dataclass_transform = lambda **options: os.kill(os.getpid(), 2)"
     Path("sitecustomize.py").write_text(interrupt)
     run = program("train", cwd=workdir, env={**os.environ, "PYTHONPATH": str(workdir)}, text=True)
     assert run.returncode == -signal.SIGINT and run.stderr == ""
