@@ -3819,7 +3819,10 @@ class Run:
         self.bad = torch.zeros(4, dtype=torch.int64, device=model.device)
         # an evaluation costs a third of a step on as many tokens: a twelfth of the run, unless it is short
         n = min(10, max(4, t.max_iters * t.batch_size // (4 * len(self.evaluate.blocks))))
-        evaluate = t.eval_interval or math.ceil(t.max_iters / n)
+        every = math.ceil(t.max_iters / n)
+        if every > 5 * t.log_interval:  # at a whole record of the log: its loss is the mean since the one before
+            every = round_up(every, t.log_interval)
+        evaluate = t.eval_interval or every
         sample = t.sample_interval or evaluate * max(1, round(t.max_iters / evaluate / 4))
         self.intervals = {"record": t.log_interval, "evaluate": evaluate, "sample": sample}
         self.saved_at, self.replaces = time.monotonic(), self.files.model.exists() or bool(self.files.states())
@@ -3892,7 +3895,7 @@ class Run:
         step = (ends[-1] - ends[1]) / (len(ends) - 2)
         total, evaluation = 0.96 * 60 * minutes / step, len(self.evaluate.blocks) / (3 * self.t.batch_size)  # in steps
         steps = from_first(lambda: min(total / (1 + 1 / 12), total - 4 * evaluation))
-        self.t, self.step, self.sums = replace(self.t, max_iters=max(10, int(steps)), max_minutes=0.0), 0, {}
+        self.t, self.step, self.sums = replace(self.t, max_iters=max(10, int(steps) // 10 * 10), max_minutes=0.0), 0, {}
         self.__post_init__()  # with fresh optimizers
 
     def update(self, sums: dict[str, Tensor]) -> None:

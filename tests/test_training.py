@@ -602,6 +602,14 @@ def test_a_save_by_the_clock_waits_for_a_finite_step(cli, text_file, monkeypatch
     assert saved == {*range(1, 13)} - {7, 8, 9}
 
 
+def test_evaluations_fall_on_whole_records(cli, text_file):
+    """So that the loss shown beside them is a mean of ten steps, too; but for that of the last step."""
+    cli(*TRAIN, "--max_iters", 503, "--sample_interval", -1).ok()
+    steps = [r["step"] for r in log_of() if "val_loss" in r]
+    assert [r["step"] for r in log_of()] == [*range(10, 501, 10), 503] and steps[-1] == 503
+    assert len(steps) >= 4 and not any(step % 10 for step in steps[:-1])
+
+
 def test_a_record_of_skipped_steps_alone_has_no_loss(cli, text_file, monkeypatch):
     """It would be 0, better than any."""
     spoil(monkeypatch, 2, 2, math.nan)
