@@ -161,8 +161,9 @@ def test_a_run_whose_words_nobody_can_read_goes_on(run_files, nowhere):
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_ctrl_c_while_the_program_starts(workdir):
     """It ends at once, without a traceback."""
-    interrupt = "import os, typing\ntyping.dataclass_transform = lambda **options: os.kill(os.getpid(), 2)"
-    Path("sitecustomize.py").write_text(interrupt)
+    foreground = "import os, signal, typing\nsignal.signal(2, signal.default_int_handler)\n"  # as a terminal starts it
+    interrupt = "typing.dataclass_transform = lambda **options: os.kill(os.getpid(), 2)\n"
+    Path("sitecustomize.py").write_text(foreground + interrupt)
     run = program("train", cwd=workdir, env={**os.environ, "PYTHONPATH": str(workdir)}, text=True)
     assert run.returncode == -signal.SIGINT and run.stderr == ""
 
