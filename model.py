@@ -5023,7 +5023,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
         raise UserError(f"tokenizer {tokenizer.name} has a normalizer, {j['normalizer']['type']}; llama.cpp has none")
     added = {} if tokenizer.is_ours else tokenizer.added  # found in a text before it is split, and kept as they are
     if odd := next((t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word), None):
-        say(f"warning: token {odd!r} takes in the spaces beside it, or stands alone only; llama.cpp does neither")
+        say(f"warning: llama.cpp ignores lstrip, rstrip, single_word: ids beside {odd!r} may differ", sys.stderr)
     steps, split = [], j["pre_tokenizer"] or {"pretokenizers": []}
     for p in split.get("pretokenizers", [split]):
         if p["type"] != "ByteLevel":

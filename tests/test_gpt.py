@@ -166,6 +166,25 @@ def test_cached_decoding_equals_the_full_pass(arch, overrides, how):
             logits = gpt(rows[each_row, last][:, None], cache)[:, 0]
 
 
+@torch.no_grad()
+def test_what_the_c_does_not_know_is_generated_without_it():
+    """An activation or an attention kernel that was added to the tables, wherever it stands in them."""
+    known = dict(model.ACTIVATIONS)
+    model.ACTIVATIONS.clear()
+    model.ACTIVATIONS.update({"tanh": torch.tanh, **known})
+    try:
+        for activation in ("tanh", "relu2"):
+            gpt, idx = half_gpt("gpt2", activation=activation), random_tokens(1, 12)
+            expected = gpt(idx)
+            model.prepare_generation(gpt, "auto")
+            torch.testing.assert_close(gpt(idx, model.KVCache(gpt, 1, 12)), expected, atol=1e-3, rtol=0)
+    finally:
+        del model.ACTIVATIONS["tanh"]
+    gpt.config.attn_implementation = "window"
+    model.prepare_generation(gpt, "auto")
+    assert gpt.engine is None
+
+
 @needs_compiler
 @needs_x86
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])  # AVX2; plain C
