@@ -2863,31 +2863,19 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], before: Callable[[],
         before()
 
 
-def read_archive(path: Path) -> Any:
-    """The content of a checkpoint, verified by its digest from format 3 on. Only tensors and plain containers are
-    unpickled, so a file that would run code is refused."""
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, verified by its digest from format 3 on. Only tensors and plain containers are unpickled, so a file
+    that would run code is refused."""
     with told_as(f"{path} is not a checkpoint of this program, or is damaged"):
-        with open(path, "rb") as f:
-            size = max(f.seek(0, os.SEEK_END) - len(SEAL) - 64, 0)
-            f.seek(size)
-            seal = f.read()
-        if seal.startswith(SEAL) and seal != seal_of(path, size):
+        with zipfile.ZipFile(path) as archive:
+            seal = archive.comment
+        if seal.startswith(SEAL) and seal != seal_of(path, path.stat().st_size - len(seal)):
             raise ValueError("its digest differs")
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is not a PyTorch file")
         in_place = os.name != "nt"  # Windows cannot replace a file that is mapped into memory
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
         version = content.get("format_version") if isinstance(content, dict) else None
         if not seal.startswith(SEAL) and version in range(3, FORMAT_VERSION + 1):
             raise ValueError("it does not end in its digest")
-        return content
-
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    return as_checkpoint(path, read_archive(path))
-
-
-def as_checkpoint(path: Path, content: Any) -> Checkpoint:
     c = from_dict(Checkpoint, content, path)
     schemas = dict(config=GPTConfig, train_config=TrainConfig, distill=DistillConfig, data=Source, teacher=Source)
     for name, cls in schemas.items():
@@ -3658,15 +3646,14 @@ class RunFiles:
             return self.check_free()
         for path in self.states():
             try:
-                content = read_archive(path)
+                return path, load_checkpoint(path)
             except UserError as e:
-                if path == self.states()[-1] or isinstance(e.__cause__, OSError):  # which may pass
+                passes = e.__cause__ is None or isinstance(e.__cause__, (OSError, UserError))  # of another version, too
+                if path == self.states()[-1] or passes:
                     raise
                 aside = path.with_suffix(".damaged")
                 say(f"{e}; renamed it to {aside.name}, using the state before it", sys.stderr)
                 os.replace(path, aside)
-            else:
-                return path, as_checkpoint(path, content)
         raise UserError(f"nothing to resume: there is no {self.last}")
 
     def rotate(self, keep: int) -> None:

@@ -357,7 +357,7 @@ def test_nothing_to_go_on_with(refused, text_file):
     assert "nothing to resume" in refused("train", *BYTES, "--resume")
     assert "train" in refused("sample", "--prompt", "a")
     assert "nope.pt" in refused("sample", "--prompt", "a", "--model_checkpoint", "nope.pt")
-    assert "it is not a PyTorch file" in refused("sample", "--prompt", "a", "--model_checkpoint", "input.txt")
+    assert "is not a checkpoint" in refused("sample", "--prompt", "a", "--model_checkpoint", "input.txt")
     assert not Path("checkpoints").exists()
 
 
