@@ -2892,17 +2892,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def find_checkpoint(spec: str | None) -> Path:
     """The path that --model_checkpoint names: a path, or a name under checkpoints/; by default the newest there."""
-    if spec is None:
-        found = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-        where = CHECKPOINT_DIR.resolve()
-        missing = f"there is no checkpoint under {where} yet: train one, or name one with --model_checkpoint"
-    else:
-        found = [p for p in (Path(spec), CHECKPOINT_DIR / spec, CHECKPOINT_DIR / f"{spec}_model.pt") if p.exists()]
-        near = nearest(spec, [p.name for p in CHECKPOINT_DIR.glob("*_model.pt")])
-        missing = f"no checkpoint at {spec} or {CHECKPOINT_DIR / spec}{near}"
-    if not found:
-        raise UserError(missing)
-    return found[0]
+    ours, where = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime), CHECKPOINT_DIR.resolve()
+    if spec is None and not ours:
+        raise UserError(f"there is no checkpoint under {where} yet: train one, or name one with --model_checkpoint")
+    found = [ours[-1]] if spec is None else [Path(spec), CHECKPOINT_DIR / spec, CHECKPOINT_DIR / f"{spec}_model.pt"]
+    if path := next((p for p in found if p.exists()), None):
+        return path
+    raise UserError(f"no checkpoint at {spec} or {CHECKPOINT_DIR / spec}{nearest(spec, [p.name for p in ours])}")
 
 
 @dataclass
@@ -2928,9 +2924,8 @@ def open_model(spec: str | None, device: torch.device | str = "cpu", variant: st
         opened = Opened(load_hf_model(path, device, **overrides), hf_tokenizer(path, name), path, name, None)
     else:
         c = load_checkpoint(path)
-        if c.config.get("attn_implementation") == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-            overrides = {"attn_implementation": "auto", **overrides}  # how it was trained, not part of the model
-        model = build_model(GPTConfig(**{**c.config, **overrides}), c.model, path).float().to(device)
+        config = {**c.config, "attn_implementation": "auto", **overrides}  # how it was trained is not part of the model
+        model = build_model(GPTConfig(**config), c.model, path).float().to(device)
         c.model, c.optimizer = {}, None
         with told_as(str(path), UserError):
             opened = Opened(model, Tokenizer(c.tokenizer), path, c.variant or path.stem.removesuffix("_model"), c)
@@ -2950,7 +2945,7 @@ EXPORT_LIST = "export.json"  # the files of an export, which --overwrite may rep
 
 def export_digests(folder: Path) -> dict[str, str]:
     """The files of an export, name -> digest; format 2 has no digests."""
-    listed = read_json(folder / EXPORT_LIST, {}) if folder.is_dir() else {}
+    listed = read_json(folder / EXPORT_LIST, {})
     listed = dict.fromkeys(listed, "") if is_a(listed, list[str]) else listed
     return {k: v for k, v in listed.items() if Path(k).name == k} if is_a(listed, dict[str, str]) else {}
 
