@@ -2592,9 +2592,6 @@ class SamplingSettings(Settings):
     repetition_penalty: float = setting(1.0, "above 1: lower the logits of tokens already in the text", gt=0)
 
 
-PLAIN_SAMPLING = dict(temperature=1.0, min_p=0.0)  # the model's own distribution
-
-
 def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = None) -> Tensor:
     """The distribution to sample from, (B, vocab) float32, given logits (B, vocab). Filters apply in the order
     repetition penalty (arXiv 1909.05858, section 4.1; seen (B, n) are the tokens so far), temperature, top_k, top_p
@@ -2772,11 +2769,9 @@ def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> N
         return
     model.compute_dtype = torch.float32
     if quantize:
-        if model.lm_head is None:
-            model.lm_head = Int8Linear(model.wte)
-        for place in [(model, "lm_head"), *(place for block in model.blocks for place in block.linears())]:
-            if not isinstance(getattr(*place), Int8Linear):
-                setattr(*place, Int8Linear(getattr(*place)))
+        model.lm_head = Int8Linear(model.lm_head or model.wte)
+        for place in (place for block in model.blocks for place in block.linears()):
+            setattr(*place, Int8Linear(getattr(*place)))
     for p in model.parameters():
         p.data = p.data.to(torch.float16 if p.dim() > 1 else torch.float32).contiguous()
     if in_c:
@@ -4364,7 +4359,7 @@ class Distillation:
         idx = batch["idx"]
         keep = idx.size(1) // 2 or 1
         generator = torch.Generator(idx.device).manual_seed(int(torch.randint(2**31, ())))
-        settings = SamplingSettings(**PLAIN_SAMPLING)
+        settings = SamplingSettings(temperature=1.0, min_p=0.0)  # its own distribution
         with evaluating(student):
             new = list(generate(student, idx[:, :keep], idx.size(1) + 1 - keep, settings, generator))
         rows = torch.cat((idx[:, :keep], torch.stack(new, dim=1).clone()), dim=1)
