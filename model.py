@@ -4496,33 +4496,34 @@ def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, A
 # Hugging Face in and out
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Our GPT in transformers' terms; every table is used in both directions. Settings: ours -> theirs, and after a = the
-# default where config.json lacks it (without a default, it is required).
+# Our GPT in transformers' terms; every table is used in both directions. Settings: our name, theirs, and the default
+# where config.json lacks it (None: it is required).
 
 HF_ROTARY = dict(
-    n_embd="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads", n_inner="intermediate_size",
-    block_size="max_position_embeddings", attn_pdrop="attention_dropout=0.0",
-    tie_word_embeddings="tie_word_embeddings=false",
+    n_embd=("hidden_size", None), n_layer=("num_hidden_layers", None), n_head=("num_attention_heads", None),
+    n_inner=("intermediate_size", None), block_size=("max_position_embeddings", None),
+    attn_pdrop=("attention_dropout", 0.0), tie_word_embeddings=("tie_word_embeddings", False),
 )  # fmt: skip
 HF_LLAMA = HF_ROTARY | dict(
-    n_kv_head="num_key_value_heads=0", norm_eps="rms_norm_eps=1e-6", activation='hidden_act="silu"',
-    rope_theta="rope_theta=10000.0",
+    n_kv_head=("num_key_value_heads", 0), norm_eps=("rms_norm_eps", 1e-6), activation=("hidden_act", "silu"),
+    rope_theta=("rope_theta", 10000.0),
 )  # fmt: skip
 HF_SETTINGS = {
     "gpt2": dict(
-        block_size="n_positions", n_embd="n_embd", n_layer="n_layer", n_head="n_head", n_inner="n_inner=0",
-        activation='activation_function="gelu_new"', norm_eps="layer_norm_epsilon=1e-5", resid_pdrop="resid_pdrop=0.1",
-        embd_pdrop="embd_pdrop=0.1", attn_pdrop="attn_pdrop=0.1", tie_word_embeddings="tie_word_embeddings=true",
+        block_size=("n_positions", None), n_embd=("n_embd", None), n_layer=("n_layer", None), n_head=("n_head", None),
+        n_inner=("n_inner", 0), activation=("activation_function", "gelu_new"), norm_eps=("layer_norm_epsilon", 1e-5),
+        resid_pdrop=("resid_pdrop", 0.1), embd_pdrop=("embd_pdrop", 0.1), attn_pdrop=("attn_pdrop", 0.1),
+        tie_word_embeddings=("tie_word_embeddings", True),
     ),
     "gpt_neox": HF_ROTARY | dict(
-        activation='hidden_act="gelu"', norm_eps="layer_norm_eps=1e-5", resid_pdrop="hidden_dropout=0.0",
-        parallel_residual="use_parallel_residual=true", rope_theta="rotary_emb_base=10000.0",
-        rope_pct="rotary_pct=0.25",
+        activation=("hidden_act", "gelu"), norm_eps=("layer_norm_eps", 1e-5), resid_pdrop=("hidden_dropout", 0.0),
+        parallel_residual=("use_parallel_residual", True), rope_theta=("rotary_emb_base", 10000.0),
+        rope_pct=("rotary_pct", 0.25),
     ),
-    "llama": HF_LLAMA | dict(head_dim="head_dim=0"),
+    "llama": HF_LLAMA | dict(head_dim=("head_dim", 0)),
     "qwen2": HF_LLAMA,
-    "qwen3": HF_LLAMA | dict(head_dim="head_dim=128"),
-    "nanochat": HF_LLAMA | dict(activation='hidden_act="relu2"', logit_softcap="final_logit_softcapping=15.0"),
+    "qwen3": HF_LLAMA | dict(head_dim=("head_dim", 128)),
+    "nanochat": HF_LLAMA | dict(activation=("hidden_act", "relu2"), logit_softcap=("final_logit_softcapping", 15.0)),
 }  # fmt: skip
 HF_FIXED = {  # their settings that must have this value, or the model is refused
     "gpt2": dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False),
@@ -4562,13 +4563,6 @@ wpe             transformer.wpe   -                                   -         
 norm_f          transformer.ln_f  gpt_neox.final_layer_norm           model.norm             -
 lm_head         lm_head           embed_out                           lm_head                lm_head
 """
-
-
-def hf_settings(arch: str) -> Iterator[tuple[str, str, Any]]:
-    """Our name of every setting, transformers' name, and the default if it is missing; None if it is required."""
-    for ours, entry in HF_SETTINGS[arch].items():
-        theirs, _, default = entry.partition("=")
-        yield ours, theirs, json.loads(default or "null")
 
 
 def hf_tensors(c: GPTConfig) -> Iterator[tuple[str, str, slice, list[str]]]:
@@ -4646,7 +4640,7 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     config = {
         "architectures": [HF_CLASSES[c.arch]], "model_type": c.arch, "dtype": dtype, "torch_dtype": dtype,
         "vocab_size": c.vocab_size, "initializer_range": 0.02, "use_cache": True, **special_ids(tokenizer),
-        **{theirs: values[ours] for ours, theirs, _ in hf_settings(c.arch)}, **HF_FIXED[c.arch],
+        **{theirs: values[ours] for ours, (theirs, _) in HF_SETTINGS[c.arch].items()}, **HF_FIXED[c.arch],
     }  # fmt: skip
     if c.arch == "llama":
         config.update(attention_bias=c.bias in ("attn", "all"), mlp_bias=c.bias == "all")
@@ -4665,7 +4659,7 @@ def config_from_hf(j: Any, path: Path) -> GPTConfig:
     with told_as(str(path), Exception, UserError):
         j = {"n_positions": j.get("n_ctx"), **j}
         values = {**ARCHS[arch], "arch": arch, "vocab_size": j.get("vocab_size")}
-        for ours, theirs, default in hf_settings(arch):
+        for ours, (theirs, default) in HF_SETTINGS[arch].items():
             value = j.get(theirs, default)
             if value is None and default is None:
                 raise UserError(f"it has no {theirs}")
