@@ -4739,14 +4739,14 @@ HF_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.
 
 
 def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides: Any) -> GPT:
-    """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place."""
+    """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place. A head among them that
+    differs from the embedding is used, whatever config.json says of ties, as in transformers 5."""
     from safetensors import SafetensorError, safe_open
 
-    config = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
-    digests = export_digests(folder)
+    said = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
+    config, digests = replace(said, tie_word_embeddings=False), export_digests(folder)
     state, shapes, wanted = {}, parameter_shapes(config), {theirs: rest for theirs, *rest in hf_tensors(config)}
     prefix = next(iter(wanted)).partition(".")[0]  # missing in checkpoints of the bare transformer
-    head, heads = None, ("lm_head.weight", "embed_out.weight") if config.tie_word_embeddings else ()
     for file in safetensors_files(folder):
         if digests.get(file.name) and file.exists() and file_digest(file) != digests[file.name]:
             raise UserError(f"{file} is not as export wrote it: damaged, or, if you changed it, remove {EXPORT_LIST}")
@@ -4754,9 +4754,6 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
         with damaged, safe_open(file, "pt") as f:
             for name in f.keys():
                 if name.endswith(HF_BUFFERS):
-                    continue
-                if name.endswith(heads):
-                    head = f.get_tensor(name)
                     continue
                 key = name if name in wanted else f"{prefix}.{name}"
                 if key not in wanted:
@@ -4768,10 +4765,12 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
                 if ours not in state:  # allocate only what is present; padding rows stay 0
                     state[ours] = torch.zeros(shapes[ours], device=device)
                 state[ours][rows].copy_(hf_layout(f.get_tensor(name), how, config, back=True))
-    if wanted:
-        raise UserError(f"{folder}: tensor {next(iter(wanted))} is missing from the weights ({len(wanted)} in all)")
-    if head is not None and not torch.equal(head.to(device).float(), state["wte.weight"][: config.vocab_size]):
-        return load_hf_model(folder, device, **{**overrides, "tie_word_embeddings": False})  # as transformers 5 does
+    tied = said.tie_word_embeddings
+    if missing := [name for name, (ours, *_) in wanted.items() if not (tied and ours == "lm_head.weight")]:
+        raise UserError(f"{folder}: tensor {missing[0]} is missing from the weights ({len(missing)} in all)")
+    if tied and torch.equal(state.setdefault("lm_head.weight", state["wte.weight"]), state["wte.weight"]):
+        del state["lm_head.weight"]
+        config = said
     return build_model(config, state, folder)
 
 
