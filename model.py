@@ -2647,24 +2647,20 @@ def left_pad(prompts: list[list[int]] | Tensor, device: torch.device) -> tuple[T
 def generate(
     model: GPT, prompts: list[list[int]] | Tensor, max_new_tokens: int, settings: SamplingSettings,
     generator: torch.Generator | None = None, cache: KVCache | None = None, first: Tensor | None = None,
-    seen: list[int] | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the next token of every prompt, (B,) int64, up to max_new_tokens times; close the iterator to stop earlier.
 
     The work per token is constant: a preallocated cache holds the keys and values so far. When the text outgrows the
     context, its last half is read again into an empty cache and generation goes on from there. The model must be in
-    eval mode, see evaluating. With the caller's own cache, prompts continue what it holds, and generation ends when it
-    is full. `first` (vocab,) says which tokens may come first; `seen` are the tokens in the caller's cache, which the
-    repetition penalty counts too.
+    eval mode, see evaluating. With the caller's own cache, which holds the beginning of the prompts, the rest of them
+    is read, and generation ends when it is full. `first` (vocab,) says which tokens may come first.
     """
     context, device = model.config.context, model.device
     idx, pad = left_pad(prompts, device)
     if idx.size(1) > context:
         longer = ", or extend the context with --rope_scaling yarn --rope_factor N" * (model.rope_cos is not None)
         raise UserError(f"the prompt has {idx.size(1):,} tokens but the context is {context:,}: shorten it{longer}")
-    own_cache, new = cache is None, idx
-    if seen:
-        idx = torch.cat((torch.tensor([seen], device=device), idx), dim=1)
+    own_cache, new = cache is None, idx if cache is None else idx[:, cache.length :]
     for i in range(max_new_tokens):
         if cache is None or cache.length + new.size(1) > cache.max_length:
             if not own_cache:
@@ -5703,11 +5699,10 @@ class ChatSession:
                 break
         else:
             raise UserError(f"the message does not fit into the context of {context} tokens: shorten it")
-        self.cache.length = n = min(common_prefix(ids, self.cached), len(ids) - 1)
+        self.cache.length = min(common_prefix(ids, self.cached), len(ids) - 1)
 
         def tokens() -> Iterator[Tensor]:
-            options = dict(generator=self.generator, cache=self.cache, seen=ids[:n])
-            for token in generate(self.model, [ids[n:]], self.length, self.settings, **options):
+            for token in generate(self.model, [ids], self.length, self.settings, self.generator, self.cache):
                 new.append(int(token))
                 yield token
 
