@@ -2625,13 +2625,6 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
 
 
-def sample_token(logits: Tensor, s: SamplingSettings, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """The next token (B,) from logits (B, vocab)."""
-    if s.temperature == 0 and s.repetition_penalty == 1:
-        return logits.argmax(dim=-1)
-    return draw(next_token_probs(logits, s, seen), generator)
-
-
 def left_pad(prompts: list[list[int]] | Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Prompts as a matrix (B, longest), padded on the left, and how much padding each has (None if none). A matrix of
     prompts is returned as it is."""
@@ -2672,9 +2665,11 @@ def generate(
         logits = model.logits(model.hidden(new, cache)[:, -1])
         if first is not None and i == 0:
             logits = logits.masked_fill(~first, float("-inf"))
-        new = sample_token(logits, settings, idx, generator)[:, None]
+        greedy = settings.temperature == 0 and settings.repetition_penalty == 1  # the short way
+        token = logits.argmax(dim=-1) if greedy else draw(next_token_probs(logits, settings, idx), generator)
+        new = token[:, None]
         idx = torch.cat((idx, new), dim=1)
-        yield new[:, 0]
+        yield token
 
 
 @contextmanager
