@@ -4605,8 +4605,8 @@ def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     said = j.get("rope_scaling") or j.get("rope_parameters") or {}  # given both, transformers 4 and 5 use the first
     rope.update({k: v for k, v in said.items() if v is not None})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in list(HF_ROPE) or not rope.get("truncate", True):
-        raise UserError(f"RoPE scaling {kind!r} is not supported: only linear, yarn (truncated) and llama3 are")
+    if kind not in HF_ROPE or kind != "yarn" and {*HF_ROPE[kind]} - rope.keys() or not rope.get("truncate", True):
+        raise UserError(f"RoPE scaling {said} is not supported: only linear, yarn (truncated) and llama3, in full, are")
     block_size = values["block_size"]
     original = j.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if kind == "yarn":
@@ -4614,8 +4614,6 @@ def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
             over, under = (0.1 * rope[k] * math.log(rope["factor"]) + 1 for k in ("mscale", "mscale_all_dim"))
             rope.setdefault("attention_factor", over / under)
-    elif not rope.keys() >= set(HF_ROPE[kind]):
-        raise UserError(f"RoPE scaling {kind} needs {', '.join(HF_ROPE[kind])}")
     ours = {f"rope_{k}": rope[k] for k in HF_ROPE[kind] if k in rope} | {"rope_theta": rope["rope_theta"]}
     if kind != "default":
         context = int(block_size / rope["factor"]) if kind == "linear" else block_size
