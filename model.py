@@ -2901,9 +2901,8 @@ class Opened:
 def open_model(spec: str | None, device: torch.device | str = "cpu", variant: str | None = None, **overrides) -> Opened:
     """Open a model: one of our checkpoints, a Hugging Face directory, or a Hub id, `owner/name` or
     `owner/name@revision`. Raises UserError unless it has the shape of the variant, if one is named."""
-    places = [] if spec is None else [Path(spec), CHECKPOINT_DIR / spec]
-    is_ours = not places or places[0].parent == CHECKPOINT_DIR or any(p.exists() for p in places)
-    is_hub_id = not is_ours and re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?(?<!\.pt)", spec)
+    is_hub_id = re.fullmatch(rf"(?!{CHECKPOINT_DIR}/)\w[\w.-]*/[\w.-]+(@[\w./-]+)?(?<!\.pt)", spec or "")
+    is_hub_id = is_hub_id and not Path(spec).exists() and not (CHECKPOINT_DIR / spec).exists()
     path = hub_directory(spec) if is_hub_id else find_checkpoint(spec)
     if path.is_dir():
         name = spec.partition("@")[0].rsplit("/", 1)[-1] if is_hub_id else path.resolve().name
