@@ -4892,19 +4892,16 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
         f"activation {c.activation}": c.arch == "nanochat" or c.activation not in ("gelu", "gelu_new", "swiglu"),
         "biases in the MLP": c.arch == "llama" and c.bias == "all",
         "rope_scaling llama3": c.arch != "llama" and c.rope_scaling == "llama3",
-        f"rope_beta_fast {c.rope_beta_fast}: it is 32": yarn and c.rope_beta_fast != 32,
-        f"rope_beta_slow {c.rope_beta_slow}: it is 1": yarn and c.rope_beta_slow != 1,
+        "a rope_beta_fast but 32, or a rope_beta_slow but 1": yarn and (c.rope_beta_fast, c.rope_beta_slow) != (32, 1),
     }
     if wrong := next((what for what, is_so in refused.items() if is_so), None):
         raise UserError(f"llama.cpp has no {c.arch} with {wrong}")
     keys = dict(
         name=name, context_length=c.context, embedding_length=c.n_embd, block_count=c.n_layer,
         feed_forward_length=c.n_inner, head_count=c.n_head, head_count_kv=c.n_kv_head, vocab_size=c.vocab_size,
+        key_length=c.head_dim, value_length=c.head_dim,
     )  # fmt: skip
-    if c.norm == "layernorm":
-        keys["layer_norm_eps"] = c.norm_eps
-    else:
-        keys.update(layer_norm_rms_eps=c.norm_eps, key_length=c.head_dim, value_length=c.head_dim)
+    keys["layer_norm_eps" if c.norm == "layernorm" else "layer_norm_rms_eps"] = c.norm_eps
     rope = hf_rope(c)
     if c.pos_embd == "rope":
         keys.update(rope_dimension_count=c.rope_dim, rope_freq_base=rope["rope_theta"])
