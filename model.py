@@ -4734,8 +4734,7 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
     for file in safetensors_files(folder):
         if digests.get(file.name) and file.exists() and file_digest(file) != digests[file.name]:
             raise UserError(f"{file} is not as export wrote it: damaged, or, if you changed it, remove {EXPORT_LIST}")
-        damaged = told_as(f"{file} cannot be read as safetensors", SafetensorError, FileNotFoundError)
-        with damaged, safe_open(file, "pt") as f:
+        with told_as(f"cannot read {file}", SafetensorError, FileNotFoundError), safe_open(file, "pt") as f:
             for name in f.keys():
                 if name.endswith(HF_BUFFERS):
                     continue
