@@ -2693,15 +2693,13 @@ def evaluating(model: GPT) -> Iterator[None]:
 def generate_text(
     model: GPT, tokenizer: Tokenizer, prompt: list[int], length: int, settings: SamplingSettings,
     num_samples: int = 1, seed: int = 1337, stop: Iterable[str] = (),
-    on_text: Callable[[str], None] = lambda text: None, heal: bool = False,
+    on_text: Callable[[str], None] = lambda text: None,
 ) -> list[str]:  # fmt: skip
     """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens. Only in
-    the first process: the others help gather the model, and get no text.
-
-    heal: a prompt that ends in a space, "def ", is continued from before that space by tokens that begin with one,
-    since that is how the model saw words in training ("def" and " name")."""
+    the first process: the others help gather the model, and get no text. A prompt that ends in a space, "def ", is
+    continued from before it by tokens that begin with one, as the model saw words in training ("def" and " name")."""
     first = None
-    if heal and len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" " and tokenizer.begins_with_space.sum() > 1:
+    if len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" " and tokenizer.begins_with_space.sum() > 1:
         first, prompt = tokenizer.begins_with_space, prompt[:-1]
         first = F.pad(first, (0, model.config.vocab_size - len(first))).to(model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -3955,7 +3953,7 @@ class Run:
             held_out = e.split.batch(e.windows, e.blocks[:1], self.block_size)
             ids = held_out["idx"][0, : 1 + int((held_out["targets"][0] >= 0).int().argmax())].tolist()
             prompt = tokenizer.decode(ids)
-        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(), seed=self.step, heal=True)
+        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(), seed=self.step)
         say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
         self.publish({"sample": prompt + text})
 
@@ -5607,7 +5605,7 @@ def sample(a: SampleArgs) -> None:
     out = functools.partial(print, end="", flush=True)
     out(prompt)
     stop = [s.replace("\\n", "\n").replace("\\t", "\t") for s in a.stop]
-    texts = generate_text(model, tokenizer, ids, a.length, a, a.num_samples, a.seed, stop, on_text=out, heal=True)
+    texts = generate_text(model, tokenizer, ids, a.length, a, a.num_samples, a.seed, stop, on_text=out)
     out("\n")
     for text in texts[1:]:
         out(f"---\n{prompt}{text}\n")

@@ -291,4 +291,4 @@ def test_healing_takes_no_space_but_its_own(gpt2, monkeypatch):
     tokens = [gpt2.encode(" ")[0], gpt2.encode(" #")[0]]
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: iter(torch.tensor(tokens)[:, None]))
     prompt = gpt2.encode("x = 1 ")
-    assert model.generate_text(gpt, gpt2, prompt, 2, SamplingSettings(), heal=True) == [" #"]
+    assert model.generate_text(gpt, gpt2, prompt, 2, SamplingSettings()) == [" #"]
