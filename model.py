@@ -171,31 +171,28 @@ def nearest(name: Any, options: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def check(f: Field, value: Any) -> None:
-    """Raise UserError unless a value fits its field's type, choices and bounds; NaN never does."""
-    if not is_a(value, f.type):
-        wanted = TYPE_NAMES.get(typing.get_origin(f.type) or f.type, f.type)
-        raise UserError(f"{f.name} is {str(value)[:60]!r}: it must be {wanted}")
-    choices, bounds = f.metadata.get("choices"), f.metadata.get("bounds", {})
-    if value is not None and choices and value not in choices:
-        raise UserError(f"{f.name} is {value!r}: choose one of {', '.join(choices)}{nearest(value, choices)}")
-    if value is not None and not all(getattr(operator, kind)(value, bound) for kind, bound in bounds.items()):
-        rule = " and ".join(f"{BOUNDS[kind]} {bound}" for kind, bound in bounds.items())
-        raise UserError(f"{f.name} is {value}: it must be {rule}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{f.name} is {value}: it must be a finite number")
-
-
 @typing.dataclass_transform(field_specifiers=(setting, field))
 class Settings:
-    """Base class that makes its subclasses dataclasses, which check their fields on creation."""
+    """Base class that makes its subclasses dataclasses, which check on creation that each field fits its type, choices
+    and bounds; NaN never does. Raises UserError."""
 
     def __init_subclass__(cls) -> None:
         dataclass(cls)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            check(f, getattr(self, f.name))
+            value, choices, bounds = getattr(self, f.name), f.metadata.get("choices"), f.metadata.get("bounds", {})
+            if not is_a(value, f.type):
+                wanted = TYPE_NAMES.get(typing.get_origin(f.type) or f.type, f.type)
+            elif value is not None and choices and value not in choices:
+                wanted = f"one of {', '.join(choices)}{nearest(value, choices)}"
+            elif value is not None and not all(getattr(operator, kind)(value, bound) for kind, bound in bounds.items()):
+                wanted = " and ".join(f"{BOUNDS[kind]} {bound}" for kind, bound in bounds.items())
+            elif isinstance(value, float) and not math.isfinite(value):
+                wanted = "a finite number"
+            else:
+                continue
+            raise UserError(f"{f.name} is {value!r:.60}: it must be {wanted}")
 
 
 def from_dict(cls: type, content: Any, where: Any) -> Any:
@@ -313,10 +310,8 @@ class GPTConfig(Settings):
 
     def __post_init__(self) -> None:
         # format 1 checkpoints and a bare --qk_norm only say whether; norm_weight then decides where
-        if self.qk_norm in (True, "true"):
-            self.qk_norm = "before_rope" if self.norm_weight else "after_rope"
-        elif self.qk_norm in (False, "false"):
-            self.qk_norm = "none"
+        places = {"true": "before_rope" if self.norm_weight else "after_rope", "false": "none"}
+        self.qk_norm = places.get(str(self.qk_norm).lower(), self.qk_norm)
         super().__post_init__()
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
