@@ -453,10 +453,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(d // 2, dims=-1), sin)
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return F.dropout(x, p) if training and p else x
-
-
 def causal_mask(T_q: int, T_k: int, device: torch.device) -> Tensor:
     """(T_q, T_k), true where query i, one of the last T_q positions, may see key j."""
     return torch.ones(T_q, T_k, dtype=torch.bool, device=device).tril(T_k - T_q)
@@ -480,7 +476,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     q, k, v = (x.reshape(B * n_head, -1, head_dim) for x in (q, k, v))
     att = torch.baddbmm(bias, q, k.mT, alpha=head_dim**-0.5).softmax(dim=-1)  # (B n_head, T_q, T_k)
-    return torch.bmm(dropout(att, dropout_p, True), v).view(B, n_head, T, head_dim)
+    return torch.bmm(F.dropout(att, dropout_p), v).view(B, n_head, T, head_dim)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
@@ -561,7 +557,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = self.kernel(q, k, v, mask, self.attn_pdrop if self.training else 0.0)
-        return dropout(self.proj(y.transpose(1, 2).reshape(B, T, -1)), self.resid_pdrop, self.training)
+        return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, -1)), self.resid_pdrop, self.training)
 
     def heads(self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None) -> Iterable[Tensor]:
         """qkv (B, T, heads, head_dim) -> queries, keys and values (B, heads, T, head_dim), normalised and rotated."""
@@ -604,7 +600,7 @@ class MLP(nn.Module):
             x = self.activation(gate) * value
         else:
             x = self.activation(x)
-        return dropout(self.proj(x), self.resid_pdrop, self.training)
+        return F.dropout(self.proj(x), self.resid_pdrop, self.training)
 
 
 class Block(nn.Module):
@@ -827,7 +823,7 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[positions].to(x.dtype)
         if self.rope_cos is not None:
             rope = self.rope_cos[positions].to(x.dtype), self.rope_sin[positions].to(x.dtype)
-        x = dropout(self.embd_norm(x), self.config.embd_pdrop, self.training)
+        x = F.dropout(self.embd_norm(x), self.config.embd_pdrop, self.training)
         x = (self.engine or self).run_blocks(x, rope, mask, cache)
         if cache is not None:
             cache.length += idx.size(1)
