@@ -429,18 +429,15 @@ def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
     if c.rope_scaling == "linear":
         keep = torch.zeros(d // 2)
     elif c.rope_scaling == "yarn":
-
-        def dimension(rotations: float) -> float:  # the dimension that turns this often over the original context
-            return d * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-        low = max(math.floor(dimension(c.rope_beta_fast)), 0)
-        high = min(math.ceil(dimension(c.rope_beta_slow)), d - 1)
-        keep = 1 - ((torch.arange(d // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        betas = c.rope_beta_fast, c.rope_beta_slow  # low and high: the dimensions that turn so often in the original
+        low, high = (d * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta)) for beta in betas)
+        low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
+        keep = 1 - (torch.arange(d // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
         attention_factor = c.rope_attention_factor or 0.1 * math.log(factor) + 1
     elif c.rope_scaling == "llama3":
         rotations = original * freqs / (2 * math.pi)
         keep = (rotations - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
-        keep = keep.clamp(0, 1)
+    keep = keep.clamp(0, 1)
     return freqs * keep + freqs / factor * (1 - keep), attention_factor
 
 
