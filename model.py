@@ -791,19 +791,17 @@ class GPT(nn.Module):
 
     def positions_and_mask(self, idx: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Any, Any]:
         """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it."""
-        T, device, start = idx.size(1), idx.device, 0 if cache is None else cache.length
-        if segments is not None:
-            index = torch.arange(T, device=device)
-            first = segments != F.pad(segments, (1, 0), value=-1)[:, :-1]  # true at the first token of each document
-            same = segments[:, :, None] == segments[:, None, :]
-            return index - (index * first).cummax(dim=1).values, (same & causal_mask(T, T, device))[:, None]
-        if cache is None or cache.pad is None:
-            return slice(start, start + T), None
-        index = torch.arange(start + T, device=device)
-        # padding sees itself, so that no row of the softmax is empty
-        mask = (index >= cache.pad[:, None, None]) | (index == index[start:, None])
-        mask = (mask & causal_mask(T, start + T, device))[:, None]
-        return (index[start:] - cache.pad[:, None]).clamp(min=0), mask
+        start = 0 if cache is None else cache.length
+        end = start + idx.size(1)
+        if segments is None and (cache is None or cache.pad is None):
+            return slice(start, end), None
+        index = torch.arange(end, device=idx.device)
+        if segments is None:  # the padding is a document of its own
+            segments = (index >= cache.pad[:, None]).int()
+        first = segments != F.pad(segments, (1, 0), value=-1)[:, :-1]  # true at the first token of each document
+        positions = index - (index * first).cummax(dim=1).values
+        same = segments[:, start:, None] == segments[:, None, :]
+        return positions[:, start:], (same & causal_mask(end - start, end, idx.device))[:, None]
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """The final hidden states (B, T, n_embd) of tokens idx (B, T).
