@@ -623,18 +623,13 @@ class Block(nn.Module):
         return self.norm_2(x + self.mlp(x))
 
 
-def same_dropout_on_mps() -> tuple[Any, Any]:
-    """The contexts of a block's forward pass and of its recomputation: torch.utils.checkpoint restores the random state
-    of CUDA but not of MPS (it looks for torch.mps._initialized)."""
-    state = torch.mps.get_rng_state()
-
-    @contextmanager
-    def as_before() -> Iterator[None]:
-        with torch.random.fork_rng(["mps"], device_type="mps"):
-            torch.mps.set_rng_state(state)
-            yield
-
-    return nullcontext(), as_before()
+@contextmanager
+def mps_random_state(state: Tensor) -> Iterator[None]:
+    """For the recomputation of dropout: torch.utils.checkpoint restores the random state of CUDA but not of MPS (it
+    looks for torch.mps._initialized)."""
+    with torch.random.fork_rng(["mps"], device_type="mps"):
+        torch.mps.set_rng_state(state)
+        yield
 
 
 class CUDAGraphs:
@@ -826,13 +821,14 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) through all blocks."""
-        contexts = {"context_fn": same_dropout_on_mps} if x.device.type == "mps" else {}
+        on_mps = {"context_fn": lambda: (nullcontext(), mps_random_state(torch.mps.get_rng_state()))}
         for block in self.blocks:
             # bypasses the sharding or compilation of a block: lengths change from call to call
             if not self.training and (self.sharded or "forward" in vars(block)):
                 x = Block.forward(block, x, rope, mask, cache)
             elif self.config.gradient_checkpointing:
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False, **contexts)
+                options = on_mps if x.device.type == "mps" else {}
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False, **options)
             else:
                 x = block(x, rope, mask, cache)
         return x
