@@ -614,13 +614,11 @@ class Block(nn.Module):
         return [(self.attn, "qkv"), (self.attn, "proj"), (self.mlp, "fc"), (self.mlp, "proj")]
 
     def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
-        if self.pre_norm and self.parallel:  # Pythia
-            return x + self.attn(self.norm_1(x), *attention_inputs) + self.mlp(self.norm_2(x))
-        if self.pre_norm:
-            x = x + self.attn(self.norm_1(x), *attention_inputs)
-            return x + self.mlp(self.norm_2(x))
-        x = self.norm_1(x + self.attn(x, *attention_inputs))
-        return self.norm_2(x + self.mlp(x))
+        if not self.pre_norm:
+            x = self.norm_1(x + self.attn(x, *attention_inputs))
+            return self.norm_2(x + self.mlp(x))
+        attended = x + self.attn(self.norm_1(x), *attention_inputs)
+        return attended + self.mlp(self.norm_2(x if self.parallel else attended))  # parallel: Pythia
 
 
 @contextmanager
