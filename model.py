@@ -730,24 +730,18 @@ class GPT(nn.Module):
         """gpt2: N(0, 0.02), residual projections divided by sqrt(2 n_layer) (GPT-2 paper, section 2.3). normal: N(0,
         0.02) throughout (transformers' GPT-NeoX, Llama, Qwen). nanochat: unit embedding, uniform matrices of variance
         1 / n_embd, zero projections and a head near zero (nanochat's gpt.py)."""
-        c = self.config
+        c, bound = self.config, (3 / self.config.n_embd) ** 0.5
+        stds = {"gpt2": {"proj": 0.02 / math.sqrt(2 * c.n_layer)}, "normal": {}}
+        stds["nanochat"] = {"wte": 0.02 if c.tie_word_embeddings else 1.0, "lm_head": 0.001, "proj": 0.0}
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.dim() < 2:
-                p.fill_(1.0)
-            elif c.init == "gpt2" and "proj" in name:
-                p.normal_(0.0, 0.02 / math.sqrt(2 * c.n_layer))
-            elif c.init != "nanochat" or "wpe" in name:
-                p.normal_(0.0, 0.02)
-            elif "wte" in name:
-                p.normal_(0.0, 0.02 if c.tie_word_embeddings else 1.0)
-            elif "lm_head" in name:
-                p.normal_(0.0, 0.001)
-            elif "proj" in name:
-                p.zero_()
+            part = name.split(".")[-2]
+            std = stds[c.init].get(part, 0.02)
+            if p.dim() < 2 or std == 0:
+                p.fill_(1.0 if "norm" in part and name.endswith("weight") else 0.0)
+            elif c.init == "nanochat" and part in ("qkv", "fc"):
+                p.uniform_(-bound, bound)
             else:
-                p.uniform_(-((3 / c.n_embd) ** 0.5), (3 / c.n_embd) ** 0.5)
+                p.normal_(0.0, std)
 
     def fused_rows(self) -> dict[str, list[int]]:
         """The stacked matrices, and how many rows each of their parts has: Muon orthogonalises the parts separately."""
