@@ -385,12 +385,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def embedding(n: int, dim: int) -> nn.Embedding:
-    """A table (n, dim) that GPT.init_weights fills. On the meta device, nn.Embedding's own initialization
-    imports torch._dynamo, which takes 1.5 s."""
-    return nn.Embedding(n, dim, _weight=torch.empty(n, dim))
-
-
 class Norm(nn.Module):
     """LayerNorm or RMSNorm, with or without learned weights; or none."""
 
@@ -699,8 +693,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.wte = embedding(c.padded_vocab_size, c.n_embd)
-        self.wpe = embedding(c.block_size, c.n_embd) if c.pos_embd == "learned" else None
+        # on the meta device, nn.Embedding's own initialization would import torch._dynamo, which takes 1.5 s
+        wte, wpe = (torch.empty(rows, c.n_embd) for rows in (c.padded_vocab_size, c.block_size))
+        self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False) if c.pos_embd == "learned" else None
         self.embd_norm = Norm(c, c.n_embd) if c.embd_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else nn.Identity()
