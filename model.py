@@ -642,7 +642,8 @@ class CUDAGraphs:
                 say(f"continuing without CUDA graphs: {e}", sys.stderr)
                 self.model.engine = None
                 return self.model.run_blocks(x, rope, mask, cache)
-        return cache.steps[reach](x, rope, cache.length)
+        cache.steps[reach].position.fill_(cache.length)
+        return cache.steps[reach].replay(x, *(rope or ())).clone()
 
 
 class OneToken:
@@ -650,41 +651,19 @@ class OneToken:
     in for the cache: the token sees the first `reach` positions, except later ones and padding."""
 
     def __init__(self, model: "GPT", cache: KVCache, reach: int, x: Tensor, rope: Any) -> None:
-        self.model, self.kv, self.inputs = model, cache.kv[..., :reach, :], [y.clone() for y in (x, *(rope or ()))]
-        self.index = torch.arange(reach, device=x.device)
+        self.model, self.kv, self.index = model, cache.kv[..., :reach, :], torch.arange(reach, device=x.device)
         self.position = torch.full((1,), cache.length, device=x.device)
         self.seen = self.index[None, None, None] >= (0 if cache.pad is None else cache.pad[:, None, None, None])
-        self.replay = record(self.run, x.device)
+        with torch.accelerator.device_index(x.device.index):
+            inputs = tuple(y.clone() for y in (x, *(rope or ())))
+            self.replay = torch.cuda.make_graphed_callables(self.run, inputs)
 
-    def run(self) -> Tensor:
-        (x, *rope), seen = self.inputs, self.seen & (self.index <= self.position)
-        return self.model.run_blocks(x, rope or None, seen, self)
+    @torch.no_grad()
+    def run(self, x: Tensor, *rope: Tensor) -> Tensor:
+        return self.model.run_blocks(x, rope or None, self.seen & (self.index <= self.position), self)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.kv[layer].index_copy_(2, self.position, torch.cat((k, v), dim=1)).chunk(2, dim=1)
-
-    def __call__(self, x: Tensor, rope: Any, position: int) -> Tensor:
-        for own, new in zip(self.inputs, (x, *(rope or ())), strict=True):
-            own.copy_(new)
-        self.position.fill_(position)
-        return self.replay().clone()
-
-
-def record(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """run() as one CUDA graph (PyTorch's notes on CUDA semantics, whole-network capture): each call replays the
-    recorded kernels on the same memory and writes the result to the same tensor."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()  # lets libraries load and choose kernels, which they cannot do while recording
-        with torch.cuda.graph(graph, stream=stream):
-            result = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
 
 
 class GPT(nn.Module):
