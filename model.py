@@ -213,7 +213,6 @@ def from_dict(cls: type, content: Any, where: Any) -> Any:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QK_NORMS = ("none", "before_rope", "after_rope", "true", "false")  # true: chosen by norm_weight; see GPTConfig
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(), "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu,  # GLUs: the gate's
@@ -255,14 +254,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # fmt: on
 # The default recipe: the fastest learner found in sweeps (tests/benchmarks/README.md), with the gpt2 variants built as
 # qwen3. AdamW's learning rates, for the embedding and the norms, fall with the square root of the width.
-RECIPES = ("tuned", "published")
+TUNED = dict(optimizer="normuon", muon_lr=0.02, beta2=0.98, schedule="wsd", decay_fraction=-1.0, weight_decay=-1.0)
 PARAMETERS = {  # with GPT-2's vocabulary (26M: with its own 6,400 tokens), for --help, which does not load PyTorch
     "7M": 7292288, "26M": 25829888, "50M": 50975744, "120M": 64305152, "300M": 304524800, "500M": 500591616,
     "700M": 691777664, "1B": 1020117120,
 }  # fmt: skip
-TUNED: dict[str, Any] = dict(
-    optimizer="normuon", muon_lr=0.02, beta2=0.98, schedule="wsd", decay_fraction=-1.0, weight_decay=-1.0
-)
 
 
 class GPTConfig(Settings):
@@ -295,7 +291,7 @@ class GPTConfig(Settings):
     norm_eps: float = setting(1e-5, "epsilon of the norms", gt=0, rare=True)
     norm_position: str = setting("pre", "norm before each sublayer or after its residual addition", ("pre", "post"))
     embd_norm: bool = setting(False, "normalise the token embedding too", rare=True)
-    qk_norm: str = setting("none", "RMSNorm on queries and keys", QK_NORMS)
+    qk_norm: str = setting("none", "RMSNorm of queries, keys", ("none", "before_rope", "after_rope", "true", "false"))
     activation: str = setting("gelu_new", "MLP activation", ACTIVATIONS)
     bias: str = setting("all", "which linear layers have biases", ("none", "qkv", "attn", "all"), rare=True)
     parallel_residual: bool = setting(False, "attention and MLP read the same input and are added together", rare=True)
@@ -407,13 +403,11 @@ class Norm(nn.Module):
 
 
 def rope_frequencies(c: GPTConfig) -> tuple[Tensor, float]:
-    """RoPE's angle per position for each pair of dimensions, (rope_dim / 2,), and the factor on cos and sin.
-
-    linear: positions are divided by the factor. ntk: theta grows by factor^(d / (d - 2)), so that the longest
-    wavelength is stretched by the factor and the shortest not at all. yarn: fast dimensions stay, slow ones are
-    divided by the factor, a ramp between, and attention is sharpened (arXiv 2309.00071, section 3; transformers'
-    modeling_rope_utils). llama3: like yarn, with Llama 3.1's thresholds.
-    """
+    """RoPE's angle per position for each pair of dimensions, (rope_dim / 2,), and the factor on cos and sin. linear:
+    positions are divided by the factor. ntk: theta grows by factor^(d / (d - 2)): the longest wavelength is stretched
+    by the factor and the shortest not at all. yarn: fast dimensions stay, slow ones are divided by the factor, a ramp
+    between, and attention is sharpened (arXiv 2309.00071, section 3; transformers' modeling_rope_utils). llama3: like
+    yarn, with Llama 3.1's thresholds."""
     d, theta, factor = c.rope_dim, c.rope_theta, c.rope_factor
     original = c.rope_original_block_size or c.block_size
     if c.rope_scaling == "ntk":
@@ -507,10 +501,8 @@ ATTENTION = {
 
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated: kv (n_layer, B, 2 n_kv_head, max_length, head_dim), the
-    heads of k before those of v.
-
-    `pad` (B,) counts the padding tokens at the left of each row, for batches of prompts of different lengths.
-    """
+    heads of k before those of v. `pad` (B,) counts the padding tokens at the left of each row, for prompts of different
+    lengths."""
 
     def __init__(self, model: "GPT", batch_size: int, max_length: int, pad: Tensor | None = None) -> None:
         c = model.config
@@ -752,9 +744,12 @@ class GPT(nn.Module):
         self.build_rope()
 
     def positions_and_mask(self, idx: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Any, Any]:
-        """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it."""
-        start = 0 if cache is None else cache.length
+        """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it.
+        Raises UserError beyond the context."""
+        start, context = 0 if cache is None else cache.length, self.config.context
         end = start + idx.size(1)
+        if end > context and segments is None and self.config.pos_embd != "none":
+            raise UserError(f"{end} tokens are more than the context of {context}: shorten them, or see extend_context")
         if segments is None and (cache is None or cache.pad is None):
             return slice(start, end), None
         index = torch.arange(end, device=idx.device)
@@ -766,15 +761,10 @@ class GPT(nn.Module):
         return positions[:, start:], (same & causal_mask(end - start, end, idx.device))[:, None]
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
-        """The final hidden states (B, T, n_embd) of tokens idx (B, T).
-
-        With a cache, idx continues what the cache holds, and is appended to it. `segments` (B, T) numbers the documents
-        packed into each row: none sees another, and each has its own positions from 0.
-        """
+        """The final hidden states (B, T, n_embd) of tokens idx (B, T). With a cache, idx continues what it holds and
+        is appended to it. `segments` (B, T) numbers the documents packed into each row: none sees another, and each has
+        its own positions from 0."""
         positions, mask = self.positions_and_mask(idx, cache, segments)
-        end, context = idx.size(1) + (0 if cache is None else cache.length), self.config.context
-        if end > context and segments is None and self.config.pos_embd != "none":
-            raise UserError(f"{end} tokens are more than the context of {context}: shorten them, or see extend_context")
         x, rope = self.wte(idx).to(self.compute_dtype), None
         if self.wpe is not None:
             x = x + self.wpe.weight[positions].to(x.dtype)
@@ -5262,7 +5252,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
 class RecipeArgs(RunArgs):
     """run"""
 
-    recipe: str = setting("tuned", "tuned: learns fastest; published: as in the variant's source", RECIPES)
+    recipe: str = setting("tuned", "tuned: learns fastest; published: as the variant's source", ("tuned", "published"))
 
 
 class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
