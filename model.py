@@ -139,20 +139,18 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value has an annotated type, inside containers too. An int counts as a float, a bool never as a
-    number."""
+    """Whether a value has an annotated type, inside containers too. An int is also a float, a bool never a number."""
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
     if kind is Any:
         return True
     if origin is types.UnionType:
         return any(is_a(value, a) for a in args)
-    if origin in (int, float) and isinstance(value, bool):
+    if isinstance(value, bool):
+        return origin is bool
+    if not isinstance(value, (int, float) if origin is float else origin):
         return False
-    if origin is dict and args:
-        return isinstance(value, dict) and all(is_a(k, args[0]) and is_a(v, args[1]) for k, v in value.items())
-    if origin is list and args:
-        return isinstance(value, list) and all(is_a(v, args[0]) for v in value)
-    return isinstance(value, (int, float) if origin is float else origin)
+    parts = (value.keys(), value.values()) if origin is dict else (value,)
+    return all(is_a(x, arg) for arg, part in zip(args, parts, strict=False) for x in part)
 
 
 # What other programs call our flags.
