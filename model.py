@@ -863,16 +863,13 @@ class CrossEntropy:
             losses, targets = torch.empty(len(targets)), targets.long().contiguous()
             run_in_c(library.cross_entropy, *logits.shape, with_grad, targets, logits, losses)
             return losses.sum(), logits if with_grad else None
-        counted, row = targets >= 0, torch.arange(len(targets), device=targets.device)
-        targets = targets.clamp(min=0)
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-        loss = -log_probs[row, targets]
-        total = (loss * counted).sum()
+        losses = F.nll_loss(log_probs, targets, ignore_index=-1, reduction="none")
         if not with_grad:
-            return total, None
+            return losses.sum(), None
         probs = log_probs.exp_()
-        probs[row, targets] = torch.expm1(-loss)  # p - 1, without cancellation
-        return total, probs.mul_(counted[:, None]).to(logits.dtype)
+        probs[torch.arange(len(targets), device=targets.device), targets] = torch.expm1(-losses)  # p - 1, exactly
+        return losses.sum(), probs.mul_((targets >= 0)[:, None]).to(logits.dtype)
 
 
 def fusible_cross_entropy(logits: Tensor, targets: Tensor, n_vocab: int, softcap: float) -> tuple[Tensor, Tensor]:
