@@ -902,7 +902,7 @@ class FusedLinearLoss(torch.autograd.Function):
         w, N = weight.to(h.dtype), h.size(0)
         wide = torch.promote_types(h.dtype, torch.float32)  # float64 if h is
         loss = torch.zeros((), device=h.device, dtype=wide)
-        grad_h = torch.empty_like(h) if with_grad else None
+        grad_h = torch.zeros_like(h) if with_grad else None
         grad_w = torch.zeros(weight.shape, dtype=wide, device=h.device) if with_grad and weight.requires_grad else None
         memory, product = h.new_empty(min(N, chunk), weight.size(0)), None
         longest = MPS_LONGEST_SUM if h.device.type == "mps" else len(w)
@@ -912,10 +912,8 @@ class FusedLinearLoss(torch.autograd.Function):
             logits = torch.mm(x, w.T, out=memory[: len(x)])
             part, grad_logits = chunk_loss(logits, rows, with_grad)
             loss += part
-            if with_grad:
-                torch.mm(grad_logits[:, :longest], w[:longest], out=grad_h[rows])
-                for i in range(longest, len(w), longest):
-                    grad_h[rows].addmm_(grad_logits[:, i : i + longest], w[i : i + longest])
+            for i in range(0, len(w) if with_grad else 0, longest):
+                grad_h[rows].addmm_(grad_logits[:, i : i + longest], w[i : i + longest])
             if grad_w is None:  # a frozen head
                 continue
             if h.dtype == wide:
