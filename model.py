@@ -260,10 +260,9 @@ PARAMETERS = {  # with GPT-2's vocabulary (26M: with its own 6,400 tokens), for 
 
 
 class GPTConfig(Settings):
-    """architecture
+    """architecture"""
 
-    `arch` is a name: make_config, or **ARCHS[arch], gives the settings that go with it."""
-
+    # a name only: make_config, or **ARCHS[arch], gives the settings that go with it
     arch: str = setting("gpt2", "model family, by Hugging Face's name", ARCHS)
     vocab_size: int = setting(50259, "", ge=1, le=1 << 24)  # tokens; the embedding is padded to a multiple of 64 rows
     block_size: int = setting(1024, "context length, in tokens", ge=1, le=1 << 24)
