@@ -1,5 +1,6 @@
 """Choosing the next token, against transformers' logits processors; generating, against recomputing everything."""
 
+import contextlib
 import types
 import weakref
 
@@ -161,24 +162,19 @@ class Recording(TorchDispatchMode):
 
 @pytest.fixture
 def recordings(monkeypatch) -> list[Recording]:
-    """Recordings in place of CUDA graphs."""
+    """Recordings in place of CUDA graphs, for PyTorch's own make_graphed_callables."""
     made = []
 
-    def record(run, inputs):
-        run(*inputs)
-        with Recording() as recording:
-            result = run(*inputs)
+    def graph(recording, pool):
         made.append(recording)
+        return recording
 
-        def replay(*new):
-            for own, x in zip(inputs, new, strict=True):
-                own.copy_(x)
-            recording.replay()
-            return result.detach()
-
-        return replay
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
+    for name in ("synchronize", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return made
 
 
