@@ -604,15 +604,6 @@ class Block(nn.Module):
         return attended + self.mlp(self.norm_2(x if self.parallel else attended))  # parallel: Pythia
 
 
-@contextmanager
-def mps_random_state(state: Tensor) -> Iterator[None]:
-    """For the recomputation of dropout: torch.utils.checkpoint restores the random state of CUDA but not of MPS (it
-    looks for torch.mps._initialized)."""
-    with torch.random.fork_rng(["mps"], device_type="mps"):
-        torch.mps.set_rng_state(state)
-        yield
-
-
 class CUDAGraphs:
     """Generation on a GPU, which is limited by kernel launches, some 140 per token with 12 layers: those of the blocks
     are recorded once and launched as one. Prompts take the plain pass, as does everything if recording fails."""
@@ -775,14 +766,16 @@ class GPT(nn.Module):
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) through all blocks."""
-        on_mps = {"context_fn": lambda: (nullcontext(), mps_random_state(torch.mps.get_rng_state()))}
+        c = self.config
+        if x.device.type == "mps" and self.training and c.gradient_checkpointing and c.resid_pdrop + c.attn_pdrop:
+            # torch.utils.checkpoint restores the random state of CUDA but not of MPS (looks for torch.mps._initialized)
+            raise UserError("on a Mac, gradient_checkpointing and dropout do not go together: leave one of them out")
         for block in self.blocks:
             # bypasses the sharding or compilation of a block: lengths change from call to call
             if not self.training and (self.sharded or "forward" in vars(block)):
                 x = Block.forward(block, x, rope, mask, cache)
-            elif self.config.gradient_checkpointing:
-                options = on_mps if x.device.type == "mps" else {}
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False, **options)
+            elif c.gradient_checkpointing:
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
         return x
