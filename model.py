@@ -4918,15 +4918,16 @@ def gguf_tokenizer(tokenizer: Tokenizer, c: GPTConfig) -> dict[str, Any]:
 COMMANDS: dict[str, types.SimpleNamespace] = {}
 
 
-def command(purpose: str, *examples: str, **recipe: Any) -> Callable:
-    """Make a function a command. Its flags are the fields of its argument's dataclass, grouped by the docstrings of the
-    bases that declare them; `recipe` holds its own defaults for settings declared elsewhere. Those of the purpose
-    "train" begin a training, see there."""
+def command(purpose: str, **recipe: Any) -> Callable:
+    """Make a function a command. Its docstring is its help and, a line each, its examples. Its flags are the fields of
+    its argument's dataclass, grouped by the docstrings of the bases that declare them; `recipe` holds its own defaults
+    for settings declared elsewhere. Those of the purpose "train" begin a training, see there."""
 
     def register(run: Callable) -> Callable:
-        about = dict(args=run.__annotations__["a"], purpose=purpose, examples=examples, recipe=recipe)
+        about, *examples = inspect.cleandoc(run.__doc__).splitlines()
+        known = dict(args=run.__annotations__["a"], purpose=purpose, about=about, examples=examples, recipe=recipe)
         run = training(run) if purpose == "train" else run
-        COMMANDS[run.__name__] = types.SimpleNamespace(run=run, **about)
+        COMMANDS[run.__name__] = types.SimpleNamespace(run=run, **known)
         return run
 
     return register
@@ -5025,14 +5026,12 @@ class TokenizeArgs(ChatFormat, DatasetArgs):
     val_fraction: float = setting(0.1, "fraction held out for validation, at most 10M tokens", ge=0, lt=1)
 
 
-@command(
-    "make data",
-    "tokenize --dataset shakespeare --txt input.txt",
-    "tokenize --dataset notes --txt ~/notes more.txt --tokenizer bpe --vocab_size 4096",
-    "tokenize --dataset corpus --txt - --tokenizer byte < corpus.txt",
-)
+@command("make data")
 def tokenize(a: TokenizeArgs) -> None:
-    """turn text or conversations into a data folder"""
+    """turn text or conversations into a data folder
+    tokenize --dataset shakespeare --txt input.txt
+    tokenize --dataset notes --txt ~/notes more.txt --tokenizer bpe --vocab_size 4096
+    tokenize --dataset corpus --txt - --tokenizer byte < corpus.txt"""
     folder, tokenizer, first = a.folder, a.tokenizer or "gpt2", a.txt[0]
     if not any(Path(source).suffix.lower() in RECORD_FILES for source in a.txt):
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
@@ -5051,15 +5050,12 @@ class HFTokenizeArgs(Records, DatasetArgs):
     """Hugging Face data set"""
 
 
-@command(
-    "make data",
-    "hf_tokenize --hf_dataset roskoN/dailydialog --hf_text_column utterances --dataset dailydialog_train",
-    "hf_tokenize --hf_dataset ./parquet_folder --hf_text_column text --dataset corpus --num_proc 2",
-    "hf_tokenize --hf_dataset HuggingFaceFW/fineweb-edu --hf_config sample-10BT --streaming --max_tokens 100000000 "
-    "--dataset fineweb",
-)
+@command("make data")
 def hf_tokenize(a: HFTokenizeArgs) -> None:
-    """turn a Hugging Face data set into a data folder"""
+    """turn a Hugging Face data set into a data folder
+    hf_tokenize --hf_dataset roskoN/dailydialog --hf_text_column utterances --dataset dailydialog_train
+    hf_tokenize --hf_dataset ./parquet_folder --hf_text_column text --dataset corpus --num_proc 2
+    hf_tokenize --hf_dataset HuggingFaceFW/fineweb-edu --streaming --max_tokens 100000000 --dataset fineweb"""
     if not a.hf_dataset:
         raise UserError("hf_tokenize needs --hf_dataset: a data set on the Hub, or a local folder or file")
     tokenize_records(a.folder, a, a.tokenizer or "gpt2", a.vocab_size, a.overwrite)
@@ -5253,15 +5249,13 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
         return data
 
 
-@command(
-    "train",
-    "train --variant 7M",
-    "train --variant 7M --data input.txt --tokenizer byte --arch nanochat --max_iters 500",
-    "train --variant 26M --data shakespeare --epochs 3 --name shakespeare_26M",
-    "train --variant 7M --resume",
-)
+@command("train")
 def train(a: TrainArgs, start: Callable) -> None:
-    """train a model (on several GPUs: under torchrun)"""
+    """train a model (on several GPUs: under torchrun)
+    train --variant 7M
+    train --variant 7M --data input.txt --tokenizer byte --arch nanochat --max_iters 500
+    train --variant 26M --data shakespeare --epochs 3 --name shakespeare_26M
+    train --variant 7M --resume"""
     if not (a.data or a.max_iters or a.epochs or a.max_minutes):
         a.max_minutes = 3.0  # the quickstart
     variant = a.variant or "7M"
@@ -5328,14 +5322,11 @@ class HFFinetuneArgs(Records, FinetuneArgs):
 FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_decay=0.01, sample_interval=-1)
 
 
-@command(
-    "train",
-    "finetune --variant 7M --model_checkpoint 7M_model.pt --data conversations.jsonl --finetune_iters 1000",
-    "finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16",
-    **FINETUNE_RECIPE,
-)
+@command("train", **FINETUNE_RECIPE)
 def finetune(a: FinetuneArgs, start: Callable) -> None:
-    """finetune a model on conversations or text"""
+    """finetune a model on conversations or text
+    finetune --variant 7M --model_checkpoint 7M_model.pt --data conversations.jsonl --finetune_iters 1000
+    finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16"""
     recipe = FINETUNE_RECIPE | (dict(learning_rate=1e-3) if a.lora_rank else {})
     t = TrainConfig(**{**recipe, **chosen(a, TrainConfig)})
     opened = open_named_model(a, choose_device(t.device), **chosen(a, LoopArgs))
@@ -5371,14 +5362,11 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     a.show_answer(model, data, "after")
 
 
-@command(
-    "train",
-    "hf_finetune --variant 120M --model_checkpoint distilled_120M_model.pt --hf_dataset roskoN/dailydialog "
-    '--hf_text_column utterances --finetune_iters 1000 --prompt "Hello, how are you?"',
-    **FINETUNE_RECIPE,
-)
+@command("train", **FINETUNE_RECIPE)
 def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
-    """finetune a model on a Hugging Face data set"""
+    """finetune a model on a Hugging Face data set
+    hf_finetune --model_checkpoint distilled_120M_model.pt --hf_dataset roskoN/dailydialog --hf_text_column utterances
+    hf_finetune --hf_dataset roskoN/dailydialog --prompt "Hello, how are you?" --finetune_iters 1000"""
     if bool(a.hf_dataset) == bool(a.data):
         raise UserError("hf_finetune needs --hf_dataset: a data set on the Hub, or a local folder or file (or --data)")
     finetune.__wrapped__(a, start)
@@ -5399,15 +5387,12 @@ class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
         return f"distilled_{self.student_variant or 'student'}"
 
 
-@command(
-    "train",
-    "distill --teacher_model_path hf --teacher_variant 120M --student_variant 7M --data shakespeare --temperature 2.0 "
-    "--alpha 0.5",
-    "distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare --cache_teacher 64",
-    "distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data corpus.txt",
-)
+@command("train")
 def distill(a: DistillArgs, start: Callable) -> None:
-    """train a small model with the help of a large one"""
+    """train a small model with the help of a large one
+    distill --teacher_model_path hf --teacher_variant 120M --student_variant 7M --data shakespeare --alpha 0.5
+    distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare --cache_teacher 64
+    distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data corpus.txt"""
     d = DistillConfig(**chosen(a, DistillConfig))
     opened = open_teacher(a.teacher_model_path, a.teacher_variant, choose_device(a.device or "auto"))
     data = a.data_in(opened.tokenizer)
@@ -5503,14 +5488,12 @@ class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
     stop: list[str] = setting([], r"end before any of these (\n is a line break)")
 
 
-@command(
-    "use",
-    'sample --prompt "def "',
-    'sample --model_checkpoint 7M_model.pt --prompt "To be" --temperature 0.8 --top_k 50',
-    'sample --num_samples 3 --stop "\\n" < prompt.txt',
-)
+@command("use")
 def sample(a: SampleArgs) -> None:
-    """generate text"""
+    r"""generate text
+    sample --prompt "def "
+    sample --model_checkpoint 7M_model.pt --prompt "To be" --temperature 0.8 --top_k 50
+    sample --num_samples 3 --stop "\n" < prompt.txt"""
     opened = open_named_model(a, choose_device(a.device))
     model, tokenizer = opened.model, opened.tokenizer
     prepare_generation(model, a.dtype, a.quantize)
@@ -5534,13 +5517,11 @@ class ChatArgs(SamplingSettings, UseArgs, ModelArgs):
     length: int = setting(512, "maximum tokens per answer", ge=1)
 
 
-@command(
-    "use",
-    "chat --model_checkpoint finetuned_7M_model.pt",
-    'chat --model_checkpoint HuggingFaceTB/SmolLM2-135M-Instruct --system "You are brief."',
-)
+@command("use")
 def chat(a: ChatArgs) -> None:
-    """talk with a model in the terminal"""
+    """talk with a model in the terminal
+    chat --model_checkpoint finetuned_7M_model.pt
+    chat --system "You are brief." --model_checkpoint HuggingFaceTB/SmolLM2-135M-Instruct"""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (lines can be edited, and are not cut at 4,095 bytes)
     opened = open_model(a.model_checkpoint, choose_device(a.device), a.variant)
@@ -5628,15 +5609,13 @@ class ExportArgs(ContextArgs, ModelArgs):
     private: bool = setting(True, "make a new --push_to_hub repository private")
 
 
-@command(
-    "use",
-    "export --variant 7M --model_path 7M_model.pt --output_dir exported_7M",
-    "export --model_path finetuned_7M_model.pt --output_dir chat_7M --dtype bfloat16",
-    "export --model_path 26M_model.pt --output_dir gguf_26M --format gguf --quantize q8_0",
-    "export --model_path 26M_model.pt --output_dir hub_26M --push_to_hub me/my-26M",
-)
+@command("use")
 def export(a: ExportArgs) -> None:
-    """write a model for transformers, vLLM or llama.cpp"""
+    """write a model for transformers, vLLM or llama.cpp
+    export --variant 7M --model_path 7M_model.pt --output_dir exported_7M
+    export --model_path finetuned_7M_model.pt --output_dir chat_7M --dtype bfloat16
+    export --model_path 26M_model.pt --output_dir gguf_26M --format gguf --quantize q8_0
+    export --model_path 26M_model.pt --output_dir hub_26M --push_to_hub me/my-26M"""
     from safetensors import SafetensorError
 
     output, gguf, dtype, quantize = Path(a.output_dir), a.format == "gguf", a.dtype or "float32", a.quantize or "f16"
@@ -5711,15 +5690,13 @@ class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
     dtype: str = setting("float32", "dtype of the computation", DTYPES)
 
 
-@command(
-    "inspect",
-    "eval --model_checkpoint 7M_model.pt --data shakespeare",
-    "eval --model_checkpoint 7M_model.pt --compare distilled_7M_model.pt --data test.txt --stride 64",
-    "eval --model_checkpoint 26M_model.pt --data book.txt --block_size 2048 --rope_scaling yarn --rope_factor 4",
-    "eval --model_checkpoint HuggingFaceTB/SmolLM2-135M --tasks hellaswag,piqa --json",
-)
+@command("inspect")
 def eval(a: EvalArgs) -> None:
-    """measure a model: loss, perplexity, bits per byte, lm-eval tasks"""
+    """measure a model: loss, perplexity, bits per byte, lm-eval tasks
+    eval --model_checkpoint 7M_model.pt --data shakespeare
+    eval --model_checkpoint 7M_model.pt --compare distilled_7M_model.pt --data test.txt --stride 64
+    eval --model_checkpoint 26M_model.pt --data book.txt --block_size 2048 --rope_scaling yarn --rope_factor 4
+    eval --model_checkpoint HuggingFaceTB/SmolLM2-135M --tasks hellaswag,piqa --json"""
     if ignored := next((k for k in ("quantize", "data", "block_size", "stride") if a.tasks and getattr(a, k)), None):
         raise UserError(f"--tasks measures an export on its own data: leave --{ignored} out")
     rows = []
@@ -5797,14 +5774,12 @@ class PlotArgs(Settings):
     follow: bool = setting(False, "redraw every three seconds, until Ctrl-C")
 
 
-@command(
-    "inspect",
-    "plot 7M",
-    "plot 7M --y tokens_per_s --follow",
-    "plot 7M distilled_7M --x seconds --log y --out curves.svg",
-)
+@command("inspect")
 def plot(a: PlotArgs) -> None:
-    """draw the curves of runs, finished or not"""
+    """draw the curves of runs, finished or not
+    plot 7M
+    plot 7M --y tokens_per_s --follow
+    plot 7M distilled_7M --x seconds --log y --out curves.svg"""
     draw = draw_picture if a.out else draw_text
     draw(a, curves(a))
     while a.follow:
@@ -5952,9 +5927,10 @@ def draw_text(a: PlotArgs, runs: list) -> None:
 VariantsArgs = optional(Machine, "device")
 
 
-@command("inspect", "variants")
+@command("inspect")
 def variants(a: VariantsArgs) -> None:
-    """list the variants: parameters, memory, training time here"""
+    """list the variants: parameters, memory, training time here
+    variants"""
     device = choose_device(a.device or "auto")
     name, n = ("7M", 1024) if device.type == "cpu" else ("120M", 8192)  # what keeps it busy
     c, t = make_config(name, 50259, {}), TrainConfig(**TUNED)
@@ -6021,7 +5997,7 @@ def overview() -> str:
     lines = [__doc__.strip()]
     for purpose in dict.fromkeys(c.purpose for c in COMMANDS.values()):
         lines += ["", f"{purpose}:"]
-        lines += [f"  {name:<14}{c.run.__doc__}" for name, c in COMMANDS.items() if c.purpose == purpose]
+        lines += [f"  {name:<14}{c.about}" for name, c in COMMANDS.items() if c.purpose == purpose]
     return "\n".join([*lines, "", "python model.py COMMAND --help lists a command's flags and gives examples."])
 
 
@@ -6058,7 +6034,7 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
     table = f"\n\n{variants_table()}" if name == "train" and {"-h", "--help", "--help_all"} & set(words) else ""
     parser = argparse.ArgumentParser(
         prog=f"model.py {name}", usage=f"python model.py {name} [flags]", add_help=False,
-        description=f"{c.run.__doc__[0].upper()}{c.run.__doc__[1:]}.{table}",
+        description=f"{c.about[0].upper()}{c.about[1:]}.{table}",
         epilog="\n".join(["examples:", *(f"  python model.py {example}" for example in c.examples)]),
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30,
                                           width=min(shutil.get_terminal_size().columns, 120)),
