@@ -4926,8 +4926,8 @@ def command(purpose: str, **recipe: Any) -> Callable:
     def register(run: Callable) -> Callable:
         about, *examples = inspect.cleandoc(run.__doc__).splitlines()
         known = dict(args=run.__annotations__["a"], purpose=purpose, about=about, examples=examples, recipe=recipe)
-        run = training(run) if purpose == "train" else run
-        COMMANDS[run.__name__] = types.SimpleNamespace(run=run, **known)
+        called = training(run) if purpose == "train" else run
+        COMMANDS[run.__name__] = types.SimpleNamespace(run=called, **known)
         return run
 
     return register
@@ -5064,30 +5064,40 @@ def hf_tokenize(a: HFTokenizeArgs) -> None:
 # --- train
 
 
-class DataArgs(Settings):
-    """data"""
+class RunArgs(Settings):
+    """run"""
 
     data: list[str] = setting([], "a name under data/, a folder, .bin, text or conversations (default: the newest); a "
                               "mixture of several: NAME:WEIGHT NAME:WEIGHT ...")  # fmt: skip
-
-    def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
-        """Open the data that the command line names, with a tokenizer; `otherwise` if it names none."""
-        return open_all(self.data or [*otherwise], tokenizer)
-
-
-class RunArgs(DataArgs):
-    """run"""
-
     name: str | None = setting(None, "checkpoints/NAME_model.pt (default: named after the variant or model)")
     resume: str = setting("false", "continue the run of this --name (auto: if it exists)", ("false", "true", "auto"))
     overwrite: bool = setting(False, "replace an existing run of this name")
 
+    def data_in(self, tokenizer: Tokenizer) -> Data:
+        """Open the data that the command line names, with a tokenizer."""
+        return open_all(self.data, tokenizer)
 
-def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
+
+def default_name(a: Any, kind: str) -> str:
+    """The name of a run without --name."""
+    if kind == "train":
+        return a.variant or "7M"
+    if kind == "distill":
+        return f"distilled_{a.student_variant or 'student'}"
+    name, spec = a.variant, a.model_checkpoint
+    if not name and spec and not spec.endswith(".pt"):
+        name = Path(spec.partition("@")[0]).absolute().name
+    if not name:
+        name = find_checkpoint(spec).stem.removesuffix("_model")
+        if not spec and a.resume != "false":  # the newest may be what the run itself has saved
+            name = re.sub("^(hf_)?finetuned_", "", name)
+    return f"{kind}d_{name}"
+
+
+def training(begin: Callable[[Any], dict[str, Any]]) -> Callable[[Any], None]:
     """A training command, in the processes that torchrun set up, if any, from the function that begins it: this
     prepares the arguments of start_run, unless --resume finds them in the run's last state."""
 
-    @functools.wraps(begin)
     def run(a: RunArgs) -> None:
         with processes():
             device = choose_device(a.device or "auto")
@@ -5100,13 +5110,15 @@ def training(begin: Callable[[Any, Callable], None]) -> Callable[[Any], None]:
                 raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
             if distributed() and device.type == "cuda":
                 torch.cuda.set_device(device)
-            files = RunFiles(a.name or a.default_name, a.overwrite)
+            kind = begin.__name__
+            files = RunFiles(a.name or default_name(a, kind), a.overwrite)
             state = from_first(lambda: files.latest(a.resume))
             if not prepares():
                 wait_for(f"prepared on {MACHINE}")
-            if state:
-                return resume_run(a, begin.__name__, files, *state)
-            begin(a, functools.partial(start_run, files, kind=begin.__name__, arguments=sys.argv[1:]))
+            known = resumed(a, kind, *state) if state else dict(begin(a), kind=kind, arguments=sys.argv[1:])
+            start_run(files, **known)
+            if isinstance(a, FinetuneArgs):
+                a.show_answer(known["model"], known["data"], "after")
 
     return run
 
@@ -5123,6 +5135,9 @@ def start_run(
     if device.type == "mps" and micro_batch * block_size > MPS_LONGEST_SUM:
         raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens gives wrong gradients on some Macs: use "
                         "a larger --grad_accum")  # fmt: skip
+    for who, gpt in (("model", model), ("teacher", teacher_model)):
+        if gpt is not None and (context := gpt.config.context) < block_size:
+            raise UserError(f"the {who}'s context is {context} but the block is {block_size}: lower --block_size")
     if device.type == "cuda":  # cuDNN's attention gives non-finite gradients with masks (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(not data.is_chat)
     set_precision(model.to(device), t.dtype, training=True)
@@ -5169,8 +5184,8 @@ FREE = {
 }  # fmt: skip
 
 
-def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint) -> None:
-    """Continue a run from its last state, with its own settings."""
+def resumed(a: RunArgs, kind: str, last: Path, c: Checkpoint) -> dict[str, Any]:
+    """The arguments of start_run that continue a run from its last state, with its own settings."""
     if c.kind != kind or c.optimizer is None or not c.data:
         raise UserError(f"{last} was made by {c.kind}: resume it with that command")
     config, t, teacher = GPTConfig(**c.config), TrainConfig(**c.train_config), c.teacher or {}
@@ -5190,7 +5205,8 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
     if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
         raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
-    data = a.data_in(own, c.data.get("parts") or [c.data["path"]])
+    a.data = a.data or c.data.get("parts") or [c.data["path"]]
+    data = a.data_in(own)
     same_tokenizer(data.tokenizer, data.path, own, last, "give the run its own data")
     if c.data["digest"] not in (data.digest, data.ids_digest):
         raise UserError(f"{data.path} is not what {last} was trained on ({c.data['path']}): its contents differ")
@@ -5202,10 +5218,9 @@ def resume_run(a: RunArgs, kind: str, files: RunFiles, last: Path, c: Checkpoint
         teacher_model, digest = opened.model, weights_digest(opened.model)
         if teacher.setdefault("digest", digest) != digest:
             raise UserError(f"the teacher {opened.path} has other weights than when {last} was made: restore it")
-    kept = ("kind", "arguments", "variant", "lora_rank", "new_tokens", "distill", "teacher")
-    start_run(files, model, data, t, c.block_size, teacher_model, c, **{k: getattr(c, k) for k in kept})
-    if isinstance(a, FinetuneArgs):
-        a.show_answer(model, data, "after")
+    kept = ("block_size", "kind", "arguments", "variant", "lora_rank", "new_tokens", "distill", "teacher")
+    about = {k: getattr(c, k) for k in kept}
+    return dict(about, model=model, data=data, t=t, teacher_model=teacher_model, state=c)
 
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
@@ -5235,13 +5250,9 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
 
     variant: str | None = setting(None, "shape and recipe (default: 7M)", VARIANTS)
 
-    @property
-    def default_name(self) -> str:
-        return self.variant or "7M"
-
-    def data_in(self, tokenizer: str | Tokenizer, otherwise: Iterable[str] = ()) -> Data:
-        """As in DataArgs. Raises UserError if a tokenizer is asked for and the data has another."""
-        data, asked = open_all(self.data or [*otherwise], tokenizer, self.vocab_size), self.tokenizer
+    def data_in(self, tokenizer: str | Tokenizer) -> Data:
+        """As in RunArgs. Raises UserError if a tokenizer is asked for and the data has another."""
+        data, asked = open_all(self.data, tokenizer, self.vocab_size), self.tokenizer
         ours, own = asked in ("gpt2", "byte", "bpe"), data.tokenizer
         if asked and (own.kind != asked if ours else own.digest != load_tokenizer(asked).digest):
             raise UserError(f"{data.path} was made with tokenizer {own.describe()}, but --tokenizer asks for {asked}: "
@@ -5250,7 +5261,7 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
 
 
 @command("train")
-def train(a: TrainArgs, start: Callable) -> None:
+def train(a: TrainArgs) -> dict[str, Any]:
     """train a model (on several GPUs: under torchrun)
     train --variant 7M
     train --variant 7M --data input.txt --tokenizer byte --arch nanochat --max_iters 500
@@ -5264,7 +5275,8 @@ def train(a: TrainArgs, start: Callable) -> None:
     data = a.data_in(a.tokenizer or "gpt2")
     config = replace(config, vocab_size=data.tokenizer.n_vocab)
     torch.manual_seed(t.seed)
-    start(GPT(config), data, t, config.block_size, recipe=a.recipe, variant=variant)
+    about = dict(block_size=config.block_size, recipe=a.recipe, variant=variant)
+    return dict(about, model=GPT(config), data=data, t=t)
 
 
 LOOP = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradient_checkpointing")
@@ -5279,16 +5291,6 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
     prompt: str | None = setting(None, "show the model's answer to this before and after finetuning")
     sample_length: int = setting(100, "length of that answer, in tokens", ge=1)
     sample_temperature: float = setting(SamplingSettings.temperature, "temperature of that answer", ge=0)
-
-    @property
-    def default_name(self) -> str:
-        spec = self.model_checkpoint
-        if self.variant or spec and not spec.endswith(".pt"):
-            return f"finetuned_{self.variant or Path(spec.partition('@')[0]).absolute().name}"
-        stem = find_checkpoint(spec).stem.removesuffix("_model")
-        if not spec and self.resume != "false":  # the newest may be what the run itself has saved
-            stem = re.sub("^(hf_)?finetuned_", "", stem)
-        return f"finetuned_{stem}"
 
     def show_answer(self, model: GPT, data: Data, when: str) -> None:
         """Print the answer to --prompt, as a conversation turn if the data holds conversations."""
@@ -5306,13 +5308,9 @@ class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
 class HFFinetuneArgs(Records, FinetuneArgs):
     """finetuning"""
 
-    @property
-    def default_name(self) -> str:
-        return f"hf_{super().default_name}"
-
-    def data_in(self, tokenizer: Tokenizer, otherwise: Iterable[str] = ()) -> Data:
+    def data_in(self, tokenizer: Tokenizer) -> Data:
         if not self.hf_dataset:
-            return super().data_in(tokenizer, otherwise)
+            return super().data_in(tokenizer)
         split = re.sub(r"[^\w.-]", "-", self.hf_split)  # "train[:10%]" is not a valid file name everywhere
         made_of = digest_of(self.describe(), tokenizer.spec)[:8]
         folder = DATA_DIR / f"{Path(self.hf_dataset).name}_{split}_{tokenizer.name}_{made_of}"
@@ -5323,7 +5321,7 @@ FINETUNE_RECIPE = dict(max_iters=1000, batch_size=8, learning_rate=1e-4, weight_
 
 
 @command("train", **FINETUNE_RECIPE)
-def finetune(a: FinetuneArgs, start: Callable) -> None:
+def finetune(a: FinetuneArgs) -> dict[str, Any]:
     """finetune a model on conversations or text
     finetune --variant 7M --model_checkpoint 7M_model.pt --data conversations.jsonl --finetune_iters 1000
     finetune --model_checkpoint HuggingFaceTB/SmolLM2-135M --data chats.jsonl --lora_rank 16"""
@@ -5339,8 +5337,6 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
     data = a.data_in(tokenizer)
     same_tokenizer(data.tokenizer, data.path, tokenizer, opened.path, remedy)
     block_size = a.block_size or min(512, model.config.context)
-    if block_size > model.config.context:
-        raise UserError(f"--block_size {block_size} is more than the model's context of {model.config.context}")
     torch.manual_seed(t.seed)
     if a.lora_rank:
         add_lora(model, a.lora_rank)
@@ -5357,19 +5353,18 @@ def finetune(a: FinetuneArgs, start: Callable) -> None:
         say(f"{n:,} of {sum(map(len, lengths)):,} conversations are longer than a block of {block_size} and will be "
             f"cut: {advice}")  # fmt: skip
     a.show_answer(model, data, "before")
-    variant = a.variant or opened.name
-    start(model, data, t, block_size, variant=variant, lora_rank=a.lora_rank, new_tokens=model.new_tokens)
-    a.show_answer(model, data, "after")
+    about = dict(variant=a.variant or opened.name, lora_rank=a.lora_rank, new_tokens=model.new_tokens)
+    return dict(about, model=model, data=data, t=t, block_size=block_size)
 
 
 @command("train", **FINETUNE_RECIPE)
-def hf_finetune(a: HFFinetuneArgs, start: Callable) -> None:
+def hf_finetune(a: HFFinetuneArgs) -> dict[str, Any]:
     """finetune a model on a Hugging Face data set
     hf_finetune --model_checkpoint distilled_120M_model.pt --hf_dataset roskoN/dailydialog --hf_text_column utterances
     hf_finetune --hf_dataset roskoN/dailydialog --prompt "Hello, how are you?" --finetune_iters 1000"""
     if bool(a.hf_dataset) == bool(a.data):
         raise UserError("hf_finetune needs --hf_dataset: a data set on the Hub, or a local folder or file (or --data)")
-    finetune.__wrapped__(a, start)
+    return finetune(a)
 
 
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
@@ -5382,13 +5377,9 @@ class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     student_checkpoint: str | None = setting(None, "start from this model")
     init_from_teacher: bool = setting(False, "start with every k-th layer of the teacher (default shape: half as deep)")
 
-    @property
-    def default_name(self) -> str:
-        return f"distilled_{self.student_variant or 'student'}"
-
 
 @command("train")
-def distill(a: DistillArgs, start: Callable) -> None:
+def distill(a: DistillArgs) -> dict[str, Any]:
     """train a small model with the help of a large one
     distill --teacher_model_path hf --teacher_variant 120M --student_variant 7M --data shakespeare --alpha 0.5
     distill --teacher_model_path 120M_model.pt --student_variant 7M --data shakespeare --cache_teacher 64
@@ -5400,18 +5391,15 @@ def distill(a: DistillArgs, start: Callable) -> None:
     student = make_student(a, opened.model, data)
     t = train_config(a, a.student_variant, student.config)
     block_size = a.block_size or min(student.config.block_size, 1 << 24 if a.student_variant else 512)
-    for who, model in (("student", student), ("teacher", opened.model)):
-        if model.config.context < block_size:
-            raise UserError(f"the {who}'s context is {model.config.context} but the block is {block_size}: use a "
-                            "smaller --block_size")  # fmt: skip
     n_teacher, n_student = count_parameters(opened.model.config), count_parameters(student.config)
     say(f"teacher {opened.path}: {n_teacher:,} parameters; alpha {d.alpha}, temperature {d.temperature}, "
         f"{d.divergence}")  # fmt: skip
     if n_student > n_teacher:
         say(f"warning: the student ({n_student:,} parameters) is larger than the teacher ({n_teacher:,})", sys.stderr)
     teacher = {"path": a.teacher_model_path, "variant": a.teacher_variant, "digest": weights_digest(opened.model)}
-    about = dict(variant=a.student_variant or "student", distill=asdict(d), teacher=teacher)
-    start(student, data, t, block_size, opened.model, recipe=a.student_variant and a.recipe, **about)
+    recipe, variant = a.student_variant and a.recipe, a.student_variant or "student"
+    about = dict(block_size=block_size, recipe=recipe, variant=variant, distill=asdict(d), teacher=teacher)
+    return dict(about, model=student, data=data, t=t, teacher_model=opened.model)
 
 
 def open_teacher(path: str, variant: str | None, device: torch.device) -> Opened:
