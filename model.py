@@ -4965,8 +4965,7 @@ class TokenizerArgs(Settings):
 class ModelArgs(Settings):
     """model"""
 
-    model_checkpoint: str | None = setting(None, "a checkpoint, Hugging Face directory or Hub id (default: the newest)",
-                                           alias="model_path")  # fmt: skip
+    model_checkpoint: str | None = setting(None, "a checkpoint, folder or Hub id (default: newest)", alias="model_path")
     variant: str | None = setting(None, "check that the model has this shape", VARIANTS)
 
 
@@ -5032,7 +5031,7 @@ def tokenize(a: TokenizeArgs) -> None:
     tokenize --dataset shakespeare --txt input.txt
     tokenize --dataset notes --txt ~/notes more.txt --tokenizer bpe --vocab_size 4096
     tokenize --dataset corpus --txt - --tokenizer byte < corpus.txt"""
-    folder, tokenizer, first = a.folder, a.tokenizer or "gpt2", a.txt[0]
+    folder, tokenizer = a.folder, a.tokenizer or "gpt2"
     if not any(Path(source).suffix.lower() in RECORD_FILES for source in a.txt):
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
@@ -5040,9 +5039,7 @@ def tokenize(a: TokenizeArgs) -> None:
         raise UserError("--encoding and --errors are for text: records must be UTF-8")
     if len(a.txt) > 1:
         raise UserError("only one file of records at a time: put several into a folder and use hf_tokenize")
-    if not Path(first).exists():
-        raise UserError(f"{first}: no such file")
-    records = Records(a.chat_format, a.train_on_all, a.skip_bad, first, val_fraction=a.val_fraction)
+    records = Records(a.chat_format, a.train_on_all, a.skip_bad, a.txt[0], val_fraction=a.val_fraction)
     tokenize_records(folder, records, tokenizer, a.vocab_size, a.overwrite)
 
 
@@ -5067,8 +5064,7 @@ def hf_tokenize(a: HFTokenizeArgs) -> None:
 class RunArgs(Settings):
     """run"""
 
-    data: list[str] = setting([], "a name under data/, a folder, .bin, text or conversations (default: the newest); a "
-                              "mixture of several: NAME:WEIGHT NAME:WEIGHT ...")  # fmt: skip
+    data: list[str] = setting([], "names under data/, folders or files (default: newest); a mixture: NAME:WEIGHT ...")
     name: str | None = setting(None, "checkpoints/NAME_model.pt (default: named after the variant or model)")
     resume: str = setting("false", "continue the run of this --name (auto: if it exists)", ("false", "true", "auto"))
     overwrite: bool = setting(False, "replace an existing run of this name")
@@ -5133,8 +5129,7 @@ def start_run(
     if rest:
         raise UserError(f"batch_size {t.batch_size} is not divisible by grad_accum {t.grad_accum} times {n} processes")
     if device.type == "mps" and micro_batch * block_size > MPS_LONGEST_SUM:
-        raise UserError(f"a micro-batch of {micro_batch} x {block_size} tokens gives wrong gradients on some Macs: use "
-                        "a larger --grad_accum")  # fmt: skip
+        raise UserError(f"{micro_batch} x {block_size} tokens at once give wrong gradients on Macs: raise --grad_accum")
     for who, gpt in (("model", model), ("teacher", teacher_model)):
         if gpt is not None and (context := gpt.config.context) < block_size:
             raise UserError(f"the {who}'s context is {context} but the block is {block_size}: lower --block_size")
@@ -5163,25 +5158,21 @@ def start_run(
         name = f"{about['variant']}, {recipe} recipe" if recipe else about["variant"]
         say(f"{name}: {count_parameters(c):,} parameters ({c.arch}, vocabulary of {c.vocab_size:,})")
         say(f"data {data.path}: {train:,} tokens to train on, {val:,} held out for validation")
-        dtype = str(model.compute_dtype).removeprefix("torch.")
+        how = f"{t.optimizer} on {model.device} in {str(model.compute_dtype).removeprefix('torch.')}"
         compile_model(model, run.t, block_size, loss_fn)
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} min")
             run.fit_into(t.max_minutes, loss_fn)
         again = f", {run.passes:,.1f} passes over the data," * (run.passes > 1)
-        say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens{again} with {t.optimizer} on "
-            f"{model.device} in {dtype}")  # fmt: skip
+        say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens{again} with {how}")
         fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "")
-    use = "chat" if data.is_chat else "sample"
-    say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: python "
-        f"{shlex.quote(sys.argv[0])} {use} --model_checkpoint {shlex.quote(files.model.name)}")  # fmt: skip
+    use = ["python", sys.argv[0], "chat" if data.is_chat else "sample", "--model_checkpoint", files.model.name]
+    say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: {shlex.join(use)}")
 
 
 # What may change when a run is resumed, as it does not affect what is computed.
-FREE = {
-    "max_iters", "epochs", "device", "compile", "fsdp", "log_interval", "sample_interval", "grad_accum", "save_minutes",
-    "keep", "max_bad_steps", "report_to",
-}  # fmt: skip
+FREE = {"max_iters", "epochs", "device", "compile", "fsdp", "grad_accum", *Reporting.__annotations__}
+FREE -= {"eval_interval", "eval_tokens"}  # they decide which model is the best
 
 
 def resumed(a: RunArgs, kind: str, last: Path, c: Checkpoint) -> dict[str, Any]:
@@ -5255,8 +5246,8 @@ class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
         data, asked = open_all(self.data, tokenizer, self.vocab_size), self.tokenizer
         ours, own = asked in ("gpt2", "byte", "bpe"), data.tokenizer
         if asked and (own.kind != asked if ours else own.digest != load_tokenizer(asked).digest):
-            raise UserError(f"{data.path} was made with tokenizer {own.describe()}, but --tokenizer asks for {asked}: "
-                            "leave it out, or tokenize the text under another name")  # fmt: skip
+            made = f"{data.path} was made with tokenizer {own.describe()}"
+            raise UserError(f"{made}, but --tokenizer asks for {asked}: leave it out, or tokenize under another name")
         return data
 
 
@@ -5342,16 +5333,16 @@ def finetune(a: FinetuneArgs) -> dict[str, Any]:
         add_lora(model, a.lora_rank)
         train_tokens(model, new_tokens)
     full, trained = count_parameters(model.config), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = f"{(4 * full + 12 * trained) / 2**30:.3g} GB for weights, gradients and AdamW's moments"
     without = f" ({16 * full / 2**30:.3g} GB without LoRA)" * bool(a.lora_rank)
-    say(f"training {trained:,} of {full:,} parameters: weights, gradients and AdamW's moments take "
-        f"{(4 * full + 12 * trained) / 2**30:.3g} GB{without}")  # fmt: skip
+    say(f"training {trained:,} of {full:,} parameters: {memory}{without}")
     lengths = [np.diff(np.append(s.starts, len(s.tokens))) for s in data.splits.values() if s.starts is not None]
     if n := sum(int((x > block_size + 1).sum()) for x in lengths):
         advice = "raise --block_size"
         if block_size == model.config.context:
             advice = f"this is the model's context{', --rope_scaling extends it' * (model.wpe is None)}"
-        say(f"{n:,} of {sum(map(len, lengths)):,} conversations are longer than a block of {block_size} and will be "
-            f"cut: {advice}")  # fmt: skip
+        all_of = f"{sum(map(len, lengths)):,} conversations"
+        say(f"{n:,} of {all_of} are longer than a block of {block_size} and will be cut: {advice}")
     a.show_answer(model, data, "before")
     about = dict(variant=a.variant or opened.name, lora_rank=a.lora_rank, new_tokens=model.new_tokens)
     return dict(about, model=model, data=data, t=t, block_size=block_size)
@@ -5370,8 +5361,7 @@ def hf_finetune(a: HFFinetuneArgs) -> dict[str, Any]:
 class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
     """teacher and student"""
 
-    teacher_model_path: str = setting("", "a checkpoint, Hugging Face directory or Hub id, or hf: by --teacher_variant",
-                                      required=True)  # fmt: skip
+    teacher_model_path: str = setting("", "a checkpoint, folder or Hub id, or hf: by --teacher_variant", required=True)
     teacher_variant: str | None = setting(None, f"its shape; for hf, a GPT-2's ({', '.join(HF_ALIASES)})", VARIANTS)
     student_variant: str | None = setting(None, "shape of the student", VARIANTS)
     student_checkpoint: str | None = setting(None, "start from this model")
@@ -5391,11 +5381,10 @@ def distill(a: DistillArgs) -> dict[str, Any]:
     student = make_student(a, opened.model, data)
     t = train_config(a, a.student_variant, student.config)
     block_size = a.block_size or min(student.config.block_size, 1 << 24 if a.student_variant else 512)
-    n_teacher, n_student = count_parameters(opened.model.config), count_parameters(student.config)
-    say(f"teacher {opened.path}: {n_teacher:,} parameters; alpha {d.alpha}, temperature {d.temperature}, "
-        f"{d.divergence}")  # fmt: skip
-    if n_student > n_teacher:
-        say(f"warning: the student ({n_student:,} parameters) is larger than the teacher ({n_teacher:,})", sys.stderr)
+    large, small = count_parameters(opened.model.config), count_parameters(student.config)
+    say(f"teacher {opened.path}: {large:,} parameters; alpha {d.alpha}, temperature {d.temperature}, {d.divergence}")
+    if small > large:
+        say(f"warning: the student ({small:,} parameters) is larger than the teacher ({large:,})", sys.stderr)
     teacher = {"path": a.teacher_model_path, "variant": a.teacher_variant, "digest": weights_digest(opened.model)}
     recipe, variant = a.student_variant and a.recipe, a.student_variant or "student"
     about = dict(block_size=block_size, recipe=recipe, variant=variant, distill=asdict(d), teacher=teacher)
@@ -5414,12 +5403,9 @@ def open_teacher(path: str, variant: str | None, device: torch.device) -> Opened
 def check_same_vocabulary(teacher: Tokenizer, data: Data, path: Path) -> None:
     """Raise UserError unless the data's ids mean the same tokens to the teacher: by content, not by size or name."""
     ours = data.tokenizer
-    if teacher.digest == ours.digest:
-        return
     shared = set(range(min(ours.n_vocab, teacher.n_vocab))) - {*ours.special.values(), *teacher.special.values()}
     if abs(ours.n_vocab - teacher.n_vocab) > 64 or any(ours.bytes_of(i) != teacher.bytes_of(i) for i in shared):
-        raise UserError(f"the teacher has tokenizer {teacher.describe()} but {data.path} has {ours.describe()}: make "
-                        f"matching data with tokenize --tokenizer {path}")  # fmt: skip
+        same_tokenizer(teacher, "the teacher", ours, data.path, f"make matching data with tokenize --tokenizer {path}")
 
 
 def make_student(a: DistillArgs, teacher: GPT, data: Data) -> GPT:
@@ -5610,13 +5596,10 @@ def export(a: ExportArgs) -> None:
     if a.dtype if gguf else a.quantize:
         wrong, other = ("dtype", "hf") if gguf else ("quantize", "gguf")
         raise UserError(f"--{wrong} is for --format {other}: add that, or leave --{wrong} out")
-    there = {p.name for p in output.iterdir()} if output.is_dir() else {output.name} if output.exists() else set()
-    there -= DESKTOP_FILES
+    there = {p.name for p in (output.iterdir() if output.is_dir() else [output]) if p.exists()} - DESKTOP_FILES
     earlier = set(export_digests(output))
-    if strangers := sorted(there - earlier):
-        holds = f"{output} holds {strangers[0]}" if output.is_dir() else f"{output} is a file"
-        raise UserError(f"{holds}, which no export wrote: choose another --output_dir (--overwrite only replaces an "
-                        "earlier export)")  # fmt: skip
+    if stranger := min(there - earlier, default=None):
+        raise UserError(f"{output}: no export wrote {stranger}, so none replaces it: choose another --output_dir")
     if there and not a.overwrite:
         raise UserError(f"{output} already exists: choose another --output_dir or add --overwrite")
     if a.push_to_hub:
@@ -5793,10 +5776,9 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
         return is_a(value, float) and math.isfinite(value) and (value > 0 or a.log not in (axis, "both"))
 
     for path, settings in zip(paths, differences(paths), strict=True):
-        with told_as(f"{path} is not a log"):
-            records = read_log(path)
-            if not records and path.suffix != ".jsonl":
-                raise ValueError("it has no records")
+        records = read_log(path)
+        if not records and path.suffix != ".jsonl":
+            raise UserError(f"{path} is not a log: it has no records")
         known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
         names = (None, a.y) if a.y.startswith("val_") else (a.y, f"val_{a.y}")  # training's, validation's
         train, val = ([(r[a.x], r[name]) for r in records if drawable(r, "x", a.x) and drawable(r, "y", name)]
