@@ -5016,7 +5016,7 @@ class DatasetArgs(TokenizerArgs):
         return folder
 
 
-class TokenizeArgs(ChatFormat, DatasetArgs):
+class TokenizeArgs(DatasetArgs, ChatFormat):
     """text"""
 
     txt: list[str] = setting([], "files, folders, http(s) URLs, - for stdin, or one file of records", required=True)
@@ -5043,7 +5043,7 @@ def tokenize(a: TokenizeArgs) -> None:
     tokenize_records(folder, records, tokenizer, a.vocab_size, a.overwrite)
 
 
-class HFTokenizeArgs(Records, DatasetArgs):
+class HFTokenizeArgs(DatasetArgs, Records):
     """Hugging Face data set"""
 
 
@@ -5236,7 +5236,7 @@ class RecipeArgs(RunArgs):
     recipe: str = setting("tuned", "tuned: learns fastest; published: as the variant's source", ("tuned", "published"))
 
 
-class TrainArgs(GPTFlags, TrainFlags, RecipeArgs, TokenizerArgs):
+class TrainArgs(RecipeArgs, TokenizerArgs, TrainFlags, GPTFlags):
     """run"""
 
     variant: str | None = setting(None, "shape and recipe (default: 7M)", VARIANTS)
@@ -5274,7 +5274,7 @@ LOOP = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradi
 LoopArgs = optional(GPTConfig, *LOOP, title="dropout and memory")
 
 
-class FinetuneArgs(LoopArgs, ContextArgs, TrainFlags, RunArgs, ModelArgs):
+class FinetuneArgs(ModelArgs, RunArgs, TrainFlags, LoopArgs, ContextArgs):
     """finetuning"""
 
     lora_rank: int | None = setting(None, "train adapters of this rank (rate 1e-3), merged on save", ge=0, le=65536)
@@ -5358,7 +5358,7 @@ def hf_finetune(a: HFFinetuneArgs) -> dict[str, Any]:
     return finetune(a)
 
 
-class DistillArgs(GPTFlags, TrainFlags, optional(DistillConfig), RecipeArgs):
+class DistillArgs(RecipeArgs, optional(DistillConfig), TrainFlags, GPTFlags):
     """teacher and student"""
 
     teacher_model_path: str = setting("", "a checkpoint, folder or Hub id, or hf: by --teacher_variant", required=True)
@@ -5453,7 +5453,7 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
 # --- use
 
 
-class SampleArgs(ContextArgs, SamplingSettings, UseArgs, ModelArgs):
+class SampleArgs(ModelArgs, SamplingSettings, UseArgs, ContextArgs):
     """text"""
 
     prompt: str | None = setting(None, "the text to continue (default: standard input, if it is not a terminal)")
@@ -5484,7 +5484,7 @@ def sample(a: SampleArgs) -> None:
         out(f"---\n{prompt}{text}\n")
 
 
-class ChatArgs(SamplingSettings, UseArgs, ModelArgs):
+class ChatArgs(ModelArgs, SamplingSettings, UseArgs):
     """conversation"""
 
     system: str | None = setting(None, "the system message")
@@ -5570,7 +5570,7 @@ class ChatSession:
         return "".join(parts)
 
 
-class ExportArgs(ContextArgs, ModelArgs):
+class ExportArgs(ModelArgs, ContextArgs):
     """export"""
 
     output_dir: str = setting("", "the folder to create", required=True)
@@ -5646,7 +5646,7 @@ def export(a: ExportArgs) -> None:
 # --- inspect
 
 
-class EvalArgs(ContextArgs, DeviceArgs, ModelArgs):
+class EvalArgs(ModelArgs, DeviceArgs, ContextArgs):
     """evaluation"""
 
     compare: list[str] = setting([], "more models to add to the table")
@@ -5951,8 +5951,6 @@ def variants_table(flops_per_s: float = 0.0) -> str:
 # The parser
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The order of the flag groups in --help; a command's own groups come first.
-GROUPS = ("model", "data", "run", "optimizer", "schedule", "evaluation and log", "machine", "architecture")
 VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row in table.values() for name in row}
 MAIN_FLAGS = {  # what a word without a flag may be the value of
     "tokenize": "txt", "hf_tokenize": "hf_dataset", "train": "data", "finetune": "data", "hf_finetune": "hf_dataset",
@@ -5999,7 +5997,7 @@ def add_flag(group: Any, f: Field, default: Any, show_all: bool) -> None:
 
 
 def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
-    """The parser of a command, with a group of flags for each dataclass that its own is built from."""
+    """The parser of a command, with a group of flags for each dataclass that its own is built from, in this order."""
     c, show_all = COMMANDS[name], "--help_all" in words
     table = f"\n\n{variants_table()}" if name == "train" and {"-h", "--help", "--help_all"} & set(words) else ""
     parser = argparse.ArgumentParser(
@@ -6014,10 +6012,10 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
     for f in sorted(fields(c.args), key=lambda f: c.args.__mro__.index(home[f.name])):
         if f.metadata.get("help"):
             groups[home[f.name].__doc__.split("\n")[0]].append(f)
-    for title in sorted(groups, key=lambda t: GROUPS.index(t) if t in GROUPS else -1):
-        varied = [f for f in groups[title] if f.name in VARIED and "default" in f.metadata and not c.recipe]
+    for title, flags in groups.items():
+        varied = [f for f in flags if f.name in VARIED and "default" in f.metadata and not c.recipe]
         group = parser.add_argument_group(title + ": where no default is shown, it is the variant's" * bool(varied))
-        for f in groups[title]:
+        for f in flags:
             default = c.recipe.get(f.name, f.metadata.get("default", f.default))
             add_flag(group, f, None if f in varied else default, show_all)
     group = parser.add_argument_group("help")
