@@ -5771,8 +5771,7 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
         raise UserError(f"there are no logs under {CHECKPOINT_DIR.resolve()} yet: train something first")
     runs, known = [], {}
 
-    def drawable(record: dict[str, Any], axis: str, name: str | None) -> bool:
-        value = record.get(name)
+    def drawable(axis: str, value: Any) -> bool:
         return is_a(value, float) and math.isfinite(value) and (value > 0 or a.log not in (axis, "both"))
 
     for path, settings in zip(paths, differences(paths), strict=True):
@@ -5781,8 +5780,8 @@ def curves(a: PlotArgs) -> list[tuple[str, list, list]]:
             raise UserError(f"{path} is not a log: it has no records")
         known |= {k: None for r in records for k, v in r.items() if is_a(v, float)}
         names = (None, a.y) if a.y.startswith("val_") else (a.y, f"val_{a.y}")  # training's, validation's
-        train, val = ([(r[a.x], r[name]) for r in records if drawable(r, "x", a.x) and drawable(r, "y", name)]
-                      for name in names)  # fmt: skip
+        points = [[(r.get(a.x), r.get(name)) for r in records] for name in names]
+        train, val = ([(x, y) for x, y in curve if drawable("x", x) and drawable("y", y)] for curve in points)
         about = ([f"best {min(y for _, y in val):.3f}"] if val else []) + settings
         runs.append((path.stem.removesuffix("_model") + f" ({', '.join(about)})" * bool(about), train, val))
     if known and not any(train or val for _, train, val in runs):  # a run that has just begun has an empty log
@@ -5923,9 +5922,8 @@ def variants(a: VariantsArgs) -> None:
     peak = rate(2 * n**3, lambda: square @ square)
     real = rate(training_flops_per_token(c) * idx.numel(), step)
     print(variants_table(real))
-    print(f"times: at the {real / 1e9:,.0f} GFLOP/s measured just now in training steps of the {name} on this {device} "
-          f"({idx.shape[0]} x {idx.shape[1]} tokens, {str(model.compute_dtype).removeprefix('torch.')}), "
-          f"{real / peak:.0%} of the {peak / 1e9:,.0f} that a product of {n} x {n} matrices reaches")  # fmt: skip
+    share = f"{real / peak:.0%} of the {peak / 1e9:,.0f} that a product of {n} x {n} matrices reaches"
+    print(f"times: at the {real / 1e9:,.0f} GFLOP/s just measured in steps of the {name} on this {device}, {share}")
 
 
 def variants_table(flops_per_s: float = 0.0) -> str:
