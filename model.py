@@ -5266,8 +5266,7 @@ def train(a: TrainArgs) -> dict[str, Any]:
     data = a.data_in(a.tokenizer or "gpt2")
     config = replace(config, vocab_size=data.tokenizer.n_vocab)
     torch.manual_seed(t.seed)
-    about = dict(block_size=config.block_size, recipe=a.recipe, variant=variant)
-    return dict(about, model=GPT(config), data=data, t=t)
+    return dict(model=GPT(config), data=data, t=t, block_size=config.block_size, recipe=a.recipe, variant=variant)
 
 
 LOOP = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attn_implementation", "gradient_checkpointing")
