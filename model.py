@@ -5140,8 +5140,7 @@ def start_run(
     if teacher_model is not None:
         teacher_model.to(model.compute_dtype).compute_dtype = model.compute_dtype
         loss_fn = make_distillation(teacher_model, data, block_size, teacher, about["distill"])
-    digests = [data.digest, data.tokenizer.digest]
-    all_prepared(data=digests, model=asdict(model.config), settings=asdict(t), teacher=teacher)
+    all_prepared(data=[data.digest, data.tokenizer.digest], model=vars(model.config), settings=vars(t), teacher=teacher)
     shard_model(model, t.fsdp)
     with locked(files.run) if rank() == 0 else nullcontext():
         if state is None and rank() == 0:
@@ -5792,11 +5791,8 @@ def differences(logs: list[Path]) -> list[list[str]]:
     """The settings in which runs differ, at most four per run, those from the command line first; from the checkpoints
     beside the logs. These are read without PyTorch: only plain data, and nothing that a pickle names is called."""
 
-    class Ignored(dict):
-        def __init__(self, *args: Any) -> None: ...
-
     class PlainData(pickle.Unpickler):
-        find_class = staticmethod(lambda module, name: Ignored)
+        find_class = staticmethod(lambda module, name: lambda *args: {})
         persistent_load = staticmethod(lambda storage: None)
 
     def settings(log: Path) -> dict[str, str]:
@@ -5949,20 +5945,16 @@ def variants_table(flops_per_s: float = 0.0) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 VARIED = {name for table in (VARIANTS, ARCHS, ARCH_RECIPES, {"": TUNED}) for row in table.values() for name in row}
-MAIN_FLAGS = {  # what a word without a flag may be the value of
-    "tokenize": "txt", "hf_tokenize": "hf_dataset", "train": "data", "finetune": "data", "hf_finetune": "hf_dataset",
-    "distill": "teacher_model_path", "sample": "prompt", "chat": "model_checkpoint", "export": "model_checkpoint",
-    "eval": "model_checkpoint",
-}  # fmt: skip
+# A word without a flag may be the value of the first of these that the command has.
+MAIN_FLAGS = ("variant", "txt", "hf_dataset", "teacher_model_path", "data", "prompt", "model_checkpoint")
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def overview() -> str:
     """The commands, grouped by purpose."""
     lines = [__doc__.strip()]
-    for purpose in dict.fromkeys(c.purpose for c in COMMANDS.values()):
-        lines += ["", f"{purpose}:"]
-        lines += [f"  {name:<14}{c.about}" for name, c in COMMANDS.items() if c.purpose == purpose]
+    for purpose, those in itertools.groupby(COMMANDS.items(), lambda item: item[1].purpose):
+        lines += ["", f"{purpose}:", *(f"  {name:<14}{c.about}" for name, c in those)]
     return "\n".join([*lines, "", "python model.py COMMAND --help lists a command's flags and gives examples."])
 
 
@@ -6042,9 +6034,11 @@ def parse(argv: list[str]) -> tuple[str, Any]:
     given, unknown = parser.parse_known_intermixed_args(words)  # log names may come between flags
     if unknown:
         word = unknown[0]
-        near = nearest(word.partition("=")[0], [f for f in parser._option_string_actions if f != "-h"])
-        main = "variant" if name == "train" and word in VARIANTS else MAIN_FLAGS.get(name)
-        near = near or f" (did you mean --{main} {shlex.quote(word)}?)" * bool(main and word[:1] != "-")
+        flags = [f for f in parser._option_string_actions if f != "-h"]
+        main = [f"--{f}" for f in MAIN_FLAGS if f"--{f}" in flags and (f != "variant" or word in VARIANTS)]
+        near = nearest(word.partition("=")[0], flags)
+        if not near and main and word[:1] != "-":
+            near = f" (did you mean {main[0]} {shlex.quote(word)}?)"
         parser.error(f"unknown flag {word}{near}" if word[:1] == "-" else f"{word!r} does not belong to a flag{near}")
     values = vars(given)
     for f in fields(cls):
@@ -6062,9 +6056,9 @@ def parse(argv: list[str]) -> tuple[str, Any]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step. By default it returns those above 32 MB to the system each time,
-    and the page faults of getting them back took half of a training step with GPT-2's vocabulary. Not for one of many
-    processes: kept blocks and those that fully_shard frees came to more than the weights of a model apart."""
+    """Let glibc keep freed blocks for the next step. By default it returns those above 32 MB, and the page faults of
+    getting them back took half of a training step with GPT-2's vocabulary. Not for one of many processes: with what
+    fully_shard frees, kept blocks came to more than the weights of a model apart."""
     with suppress(OSError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
