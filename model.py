@@ -5990,12 +5990,13 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
     c, show_all = COMMANDS[name], "--help_all" in words
     table = f"\n\n{variants_table()}" if name == "train" and {"-h", "--help", "--help_all"} & set(words) else ""
     parser = argparse.ArgumentParser(
-        prog=f"model.py {name}", usage=f"python model.py {name} [flags]", add_help=False,
+        prog=f"model.py {name}", usage=f"python model.py {name} [flags]",
         description=f"{c.about[0].upper()}{c.about[1:]}.{table}",
         epilog="\n".join(["examples:", *(f"  python model.py {example}" for example in c.examples)]),
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30,
-                                          width=min(shutil.get_terminal_size().columns, 120)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--help_all", action="help", help="show the rarely used flags too")
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
     groups = defaultdict(list)
     home = {n: base for base in c.args.__mro__ for n in inspect.get_annotations(base)}  # first declared in
     for f in sorted(fields(c.args), key=lambda f: c.args.__mro__.index(home[f.name])):
@@ -6007,10 +6008,6 @@ def make_parser(name: str, words: list[str]) -> argparse.ArgumentParser:
         for f in flags:
             default = c.recipe.get(f.name, f.metadata.get("default", f.default))
             add_flag(group, f, None if f in varied else default, show_all)
-    group = parser.add_argument_group("help")
-    group.add_argument("-h", "--help", action="help", help="show this help")
-    group.add_argument("--help_all", action="help", help="show the rarely used flags too")
-    group.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
     return parser
 
 
