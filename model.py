@@ -2508,6 +2508,7 @@ class SamplingSettings(Settings):
     top_p: float = setting(1.0, "sample among the most likely tokens whose probabilities add up to this", gt=0, le=1)
     min_p: float = setting(0.05, "drop tokens less likely than this fraction of the most likely one", ge=0, le=1)
     repetition_penalty: float = setting(1.0, "above 1: lower the logits of tokens already in the text", gt=0)
+    seed: int = setting(1337, "random seed", ge=0, lt=2**63)
 
 
 def next_token_probs(logits: Tensor, s: SamplingSettings, seen: Tensor | None = None) -> Tensor:
@@ -2610,8 +2611,7 @@ def evaluating(model: GPT) -> Iterator[None]:
 
 def generate_text(
     model: GPT, tokenizer: Tokenizer, prompt: list[int], length: int, settings: SamplingSettings,
-    num_samples: int = 1, seed: int = 1337, stop: Iterable[str] = (),
-    on_text: Callable[[str], None] = lambda text: None,
+    num_samples: int = 1, stop: Iterable[str] = (), on_text: Callable[[str], None] = lambda text: None,
 ) -> list[str]:  # fmt: skip
     """Continuations of a prompt of token ids, drawn as one batch, of at most `length` tokens; see read_tokens. Only in
     the first process: the others help gather the model, and get no text. A prompt that ends in a space, "def ", is
@@ -2620,7 +2620,7 @@ def generate_text(
     if len(prompt) > 1 and tokenizer.bytes_of(prompt[-1]) == b" " and tokenizer.begins_with_space.sum() > 1:
         first, prompt = tokenizer.begins_with_space, prompt[:-1]
         first = F.pad(first, (0, model.config.vocab_size - len(first))).to(model.device)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(settings.seed)
     with evaluating(model):
         if rank() > 0:
             return [""] * num_samples
@@ -3869,7 +3869,7 @@ class Run:
             held_out = e.split.batch(e.windows, e.blocks[:1], self.block_size)
             ids = held_out["idx"][0, : 1 + int((held_out["targets"][0] >= 0).int().argmax())].tolist()
             prompt = tokenizer.decode(ids)
-        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(), seed=self.step)
+        (text,) = generate_text(self.model, tokenizer, ids, length, SamplingSettings(seed=self.step))
         say(f"--- sample at step {self.step} ---\n{prompt}{text}\n---")
         self.publish({"sample": prompt + text})
 
@@ -4991,12 +4991,6 @@ class DeviceArgs(Settings):
     quantize: str | None = setting(None, "8-bit weights, CPU only, slightly less accurate", ("int8",))
 
 
-class UseArgs(DeviceArgs):
-    """machine"""
-
-    seed: int = setting(1337, "random seed", ge=0, lt=2**63)
-
-
 # --- make data
 
 
@@ -5451,7 +5445,7 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
 # --- use
 
 
-class SampleArgs(ModelArgs, SamplingSettings, UseArgs, ContextArgs):
+class SampleArgs(ModelArgs, SamplingSettings, DeviceArgs, ContextArgs):
     """text"""
 
     prompt: str | None = setting(None, "the text to continue (default: standard input, if it is not a terminal)")
@@ -5476,13 +5470,13 @@ def sample(a: SampleArgs) -> None:
     out = functools.partial(print, end="", flush=True)
     out(prompt)
     stop = [s.replace("\\n", "\n").replace("\\t", "\t") for s in a.stop]
-    texts = generate_text(model, tokenizer, ids, a.length, a, a.num_samples, a.seed, stop, on_text=out)
+    texts = generate_text(model, tokenizer, ids, a.length, a, a.num_samples, stop, on_text=out)
     out("\n")
     for text in texts[1:]:
         out(f"---\n{prompt}{text}\n")
 
 
-class ChatArgs(ModelArgs, SamplingSettings, UseArgs):
+class ChatArgs(ModelArgs, SamplingSettings, DeviceArgs):
     """conversation"""
 
     system: str | None = setting(None, "the system message")
@@ -5499,7 +5493,7 @@ def chat(a: ChatArgs) -> None:
     opened = open_model(a.model_checkpoint, choose_device(a.device), a.variant)
     prepare_generation(opened.model, a.dtype, a.quantize)
     render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # raises now if the model has no chat template
-    session = ChatSession(opened.model, opened.tokenizer, a, a.length, a.seed)
+    session = ChatSession(opened.model, opened.tokenizer, a, a.length)
     session.messages = [{"role": "system", "content": a.system}] if a.system else []
     if opened.checkpoint and opened.checkpoint.data.get("is_chat") is False:
         say("this model was trained on text, not on conversations: finetune teaches it to answer", sys.stderr)
@@ -5535,10 +5529,10 @@ def chat(a: ChatArgs) -> None:
 class ChatSession:
     """A conversation whose keys and values stay in the cache from turn to turn: only new tokens are read."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SamplingSettings, length: int, seed: int) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SamplingSettings, length: int) -> None:
         self.model, self.tokenizer, self.settings, self.length = model, tokenizer, settings, length
         self.messages: list[dict[str, str]] = []
-        self.generator = torch.Generator(model.device).manual_seed(seed)
+        self.generator = torch.Generator(model.device).manual_seed(settings.seed)
         self.cache = KVCache(model, 1, min(model.config.context, 8192))  # to limit memory, whatever the model's context
         self.cached: list[int] = []  # the tokens in the cache
 

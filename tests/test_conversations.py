@@ -1041,7 +1041,7 @@ def fresh_answer(gpt, tokenizer, messages: list[dict], settings: model.SamplingS
                          ids=["greedy", "repetition penalty"])  # fmt: skip
 def test_the_cache_changes_no_answer(chatty, bpe, monkeypatch, settings):
     """Turn after turn, the answer is that of reading everything again, in pieces; and only what is new is read."""
-    session, read_lengths = model.ChatSession(chatty, bpe, settings, 12, 0), []
+    session, read_lengths = model.ChatSession(chatty, bpe, settings, 12), []
     original = chatty.hidden
 
     def hidden(idx, *args, **kwargs):
@@ -1064,7 +1064,7 @@ def test_the_cache_changes_no_answer(chatty, bpe, monkeypatch, settings):
 
 def test_the_oldest_turns_make_room(chatty, bpe):
     """A conversation of any length goes on; its system turn stays, and what the model no longer sees was still said."""
-    session = model.ChatSession(chatty, bpe, GREEDY, 30, 0)
+    session = model.ChatSession(chatty, bpe, GREEDY, 30)
     session.messages = [{"role": "system", "content": "Be kind."}]
     questions = [f"Question number {i} of this long conversation?" for i in range(15)]
     for question in questions:
@@ -1150,7 +1150,7 @@ def test_the_renderer_of_templates_outlives_ctrl_c():
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chatty, bpe):
     """What was said stays in the conversation and in the cache: the next answer is right."""
-    session = model.ChatSession(chatty, bpe, GREEDY, 12, 0)
+    session = model.ChatSession(chatty, bpe, GREEDY, 12)
     pieces = []
 
     def interrupted(piece: str) -> None:

@@ -438,7 +438,7 @@ def chat(trials: int, folder: Path) -> Counter:
 
     shape = dict(vocab_size=259, block_size=512, n_layer=2, n_head=4, n_embd=64)
     gpt = model.GPT(model.GPTConfig(**model.ARCHS["llama"], arch="llama", **shape))
-    session = model.ChatSession(gpt, model.byte_tokenizer(), model.SamplingSettings(), 30, 0)
+    session = model.ChatSession(gpt, model.byte_tokenizer(), model.SamplingSettings(), 30)
     sizes = []
     for i in range(trials):
         session.answer(f"round {i}", lambda text: None)
