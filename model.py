@@ -4921,12 +4921,12 @@ COMMANDS: dict[str, types.SimpleNamespace] = {}
 def command(purpose: str, **recipe: Any) -> Callable:
     """Make a function a command. Its docstring is its help and, a line each, its examples. Its flags are the fields of
     its argument's dataclass, grouped by the docstrings of the bases that declare them; `recipe` holds its own defaults
-    for settings declared elsewhere. Those of the purpose "train" begin a training, see there."""
+    for settings declared elsewhere. Those of the purpose "train" begin a run, see run_training."""
 
     def register(run: Callable) -> Callable:
         about, *examples = inspect.cleandoc(run.__doc__).splitlines()
         known = dict(args=run.__annotations__["a"], purpose=purpose, about=about, examples=examples, recipe=recipe)
-        called = training(run) if purpose == "train" else run
+        called = functools.partial(run_training, run) if purpose == "train" else run
         COMMANDS[run.__name__] = types.SimpleNamespace(run=called, **known)
         return run
 
@@ -5084,33 +5084,28 @@ def default_name(a: Any, kind: str) -> str:
     return f"{kind}d_{name}"
 
 
-def training(begin: Callable[[Any], dict[str, Any]]) -> Callable[[Any], None]:
-    """A training command, in the processes that torchrun set up, if any, from the function that begins it: this
-    prepares the arguments of start_run, unless --resume finds them in the run's last state."""
-
-    def run(a: RunArgs) -> None:
-        with processes():
-            device = choose_device(a.device or "auto")
-            reporters_in(a.report_to)  # reports mistakes before data is made
-            if a.overwrite and a.resume != "false":
-                raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
-            if len(lengths := [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]) > 1:
-                raise UserError(f"{' and '.join(lengths)} each set how long to train: give only one")
-            if distributed() and device.type == "mps":
-                raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
-            if distributed() and device.type == "cuda":
-                torch.cuda.set_device(device)
-            kind = begin.__name__
-            files = RunFiles(a.name or default_name(a, kind), a.overwrite)
-            state = from_first(lambda: files.latest(a.resume))
-            if not prepares():
-                wait_for(f"prepared on {MACHINE}")
-            known = resumed(a, kind, *state) if state else dict(begin(a), kind=kind, arguments=sys.argv[1:])
-            start_run(files, **known)
-            if isinstance(a, FinetuneArgs):
-                a.show_answer(known["model"], known["data"], "after")
-
-    return run
+@processes()
+def run_training(begin: Callable[[Any], dict[str, Any]], a: Any) -> None:
+    """Run a training command, in the processes that torchrun set up, if any: the function that begins it returns the
+    arguments of start_run, unless --resume finds them in the run's last state."""
+    device, kind = choose_device(a.device or "auto"), begin.__name__
+    reporters_in(a.report_to)  # reports mistakes before data is made
+    if a.overwrite and a.resume != "false":
+        raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
+    if len(lengths := [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]) > 1:
+        raise UserError(f"{' and '.join(lengths)} each set how long to train: give only one")
+    if distributed() and device.type == "mps":
+        raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
+    if distributed() and device.type == "cuda":
+        torch.cuda.set_device(device)
+    files = RunFiles(a.name or default_name(a, kind), a.overwrite)
+    state = from_first(lambda: files.latest(a.resume))
+    if not prepares():
+        wait_for(f"prepared on {MACHINE}")
+    known = resumed(a, kind, *state) if state else dict(begin(a), kind=kind, arguments=sys.argv[1:])
+    start_run(files, **known)
+    if isinstance(a, FinetuneArgs):
+        a.show_answer(known["model"], known["data"], "after")
 
 
 def start_run(
