@@ -5198,8 +5198,7 @@ def resumed(a: RunArgs, kind: str, last: Path, c: Checkpoint) -> dict[str, Any]:
         if teacher.setdefault("digest", digest) != digest:
             raise UserError(f"the teacher {opened.path} has other weights than when {last} was made: restore it")
     kept = ("block_size", "kind", "arguments", "variant", "lora_rank", "new_tokens", "distill", "teacher")
-    about = {k: getattr(c, k) for k in kept}
-    return dict(about, model=model, data=data, t=t, teacher_model=teacher_model, state=c)
+    return dict({k: getattr(c, k) for k in kept}, model=model, data=data, t=t, teacher_model=teacher_model, state=c)
 
 
 def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
@@ -5581,8 +5580,7 @@ def export(a: ExportArgs) -> None:
 
     output, gguf, dtype, quantize = Path(a.output_dir), a.format == "gguf", a.dtype or "float32", a.quantize or "f16"
     if a.dtype if gguf else a.quantize:
-        wrong, other = ("dtype", "hf") if gguf else ("quantize", "gguf")
-        raise UserError(f"--{wrong} is for --format {other}: add that, or leave --{wrong} out")
+        raise UserError("--dtype is for --format hf, --quantize is for --format gguf: give the one that fits")
     there = {p.name for p in (output.iterdir() if output.is_dir() else [output]) if p.exists()} - DESKTOP_FILES
     earlier = set(export_digests(output))
     if stranger := min(there - earlier, default=None):
