@@ -6124,90 +6124,72 @@ typedef struct {
     long layernorm, parallel, norm_before_rope, norm_after_rope, activation, is_glu;
 } Shape;
 
-// Vectors of LANES floats, and how to load them; compilers vectorise these conversions badly by themselves.
+// Vectors, and how to load them from other types, which compilers do badly by themselves.
 #if defined(__AVX512F__)
 #include <immintrin.h>
-#define LANES 16
 typedef __m512 vec;
-static vec load(const float *x) { return _mm512_loadu_ps(x); }
-static vec load_half(const void *w) { return _mm512_cvtph_ps(_mm256_loadu_si256(w)); }
-static vec load_int8(const void *w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(w))); }
-static float total(vec x) { return _mm512_reduce_add_ps(x); }
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+static vec from_half(const void *w) { return _mm512_cvtph_ps(_mm256_loadu_si256(w)); }
+static vec from_int8(const void *w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(w))); }
+#elif defined(__AVX2__) && defined(__F16C__)
 #include <immintrin.h>
-#define LANES 8
 typedef __m256 vec;
-static vec load(const float *x) { return _mm256_loadu_ps(x); }
-static vec load_half(const void *w) { return _mm256_cvtph_ps(_mm_loadu_si128(w)); }
-static vec load_int8(const void *w) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(w))); }
-static float total(vec x) {
-    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-}
+static vec from_half(const void *w) { return _mm256_cvtph_ps(_mm_loadu_si128(w)); }
+static vec from_int8(const void *w) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(w))); }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
-#define LANES 4
 typedef float32x4_t vec;
-static vec load(const float *x) { return vld1q_f32(x); }
-static vec load_half(const uint16_t *w) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(w))); }
-static vec load_int8(const int8_t *w) {
-    uint32_t four;
-    memcpy(&four, w, sizeof four);
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))));
+static vec from_half(const void *w) { return vcvt_f32_f16(vld1_f16(w)); }
+static vec from_int8(const void *w) {
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vld1_dup_s32(w))))));
 }
-static float total(vec x) { return vaddvq_f32(x); }
 #else
-#define LANES 4
 typedef float vec __attribute__((vector_size(16)));
-static vec load(const float *x) { return (vec){x[0], x[1], x[2], x[3]}; }
-static float from_half(uint16_t half) {
-    int32_t bits = ((int32_t)((uint32_t)half << 16) >> 3) & (int32_t)0x8fffffff;  // of half / 2^112, as a float
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x * 0x1p112f;
+typedef int32_t ints __attribute__((vector_size(16)));
+static vec from_half(const void *w) {
+    const uint16_t *x = w;
+    ints bits = {x[0], x[1], x[2], x[3]};
+    return (vec)(bits << 16 >> 3 & (int32_t)0x8fffffff) * 0x1p112f;  // the bits are those of half / 2^112 as a float
 }
-static vec load_half(const uint16_t *w) {
-    return (vec){from_half(w[0]), from_half(w[1]), from_half(w[2]), from_half(w[3])};
-}
-static vec load_int8(const int8_t *w) { return (vec){w[0], w[1], w[2], w[3]}; }
-static float total(vec x) { return x[0] + x[1] + x[2] + x[3]; }
+static vec from_int8(const void *w) { const int8_t *x = w; return (vec){x[0], x[1], x[2], x[3]}; }
 #endif
+enum { LANES = sizeof(vec) / sizeof(float) };
+typedef vec any_vec __attribute__((aligned(4)));
+static vec from_float(const void *w) { return *(const any_vec *)w; }
+static float total(vec x) {
+    float __attribute__((vector_size(16))) *part = (void *)&x, sum = part[0];
+    for (long i = 1; i < LANES / 4; i++) sum += part[i];
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
+}
 
-// w (n) times x (n), in SUMS running sums: with one, each addition waits for the one before it. But with AVX-512,
-// 16-bit weights were up to a quarter slower from memory with two or four; int8 was a tenth faster with two.
-#define DOT(NAME, TYPE, LOAD, SUMS)                                                \
-    static float NAME(const TYPE *w, const float *x, long n) {                     \
-        vec sum[SUMS];                                                             \
-        memset(sum, 0, sizeof sum);                                                \
-        long i = 0;                                                                \
-        for (; i + SUMS * LANES <= n; i += SUMS * LANES)                           \
-            for (long s = 0; s < SUMS; s++)                                        \
-                sum[s] += LOAD(w + i + s * LANES) * load(x + i + s * LANES);       \
-        for (; i + LANES <= n; i += LANES) sum[0] += LOAD(w + i) * load(x + i);    \
-        if (i < n) {                                                               \
-            TYPE w_rest[LANES] = {0};                                              \
-            float x_rest[LANES] = {0};                                             \
-            memcpy(w_rest, w + i, (n - i) * sizeof *w);                            \
-            memcpy(x_rest, x + i, (n - i) * sizeof *x);                            \
-            sum[0] += LOAD(w_rest) * load(x_rest);                                 \
-        }                                                                          \
-        for (long s = 1; s < SUMS; s++) sum[0] += sum[s];                          \
-        return total(sum[0]);                                                      \
+// w (n numbers of `size` bytes) times x (n), in running sums: with one, each addition waits for the one before it. But
+// with AVX-512, 16-bit weights were up to a quarter slower from memory with two or four; int8 was a tenth faster with
+// two. Inlined into each caller, with its constants.
+static inline __attribute__((always_inline)) float dot_of(
+    vec load(const void *), const char *w, long size, const float *x, long n, long sums) {
+    vec sum[8] = {0};
+    long i = 0;
+    for (; i + sums * LANES <= n; i += sums * LANES)
+        for (long s = 0, at = i; s < sums; s++, at += LANES) sum[s] += load(w + at * size) * from_float(x + at);
+    for (; i + LANES <= n; i += LANES) sum[0] += load(w + i * size) * from_float(x + i);
+    if (i < n) {
+        vec w_rest = {0}, x_rest = {0};
+        memcpy(&w_rest, w + i * size, (n - i) * size);
+        memcpy(&x_rest, x + i, (n - i) * sizeof *x);
+        sum[0] += load(&w_rest) * x_rest;
     }
-DOT(dot, float, load, 1)
-DOT(dot_half, uint16_t, load_half, (16 / LANES))
-DOT(dot_int8, int8_t, load_int8, (32 / LANES))
+    for (long s = 1; s < sums; s++) sum[0] += sum[s];
+    return total(sum[0]);
+}
+static float dot(const float *w, const float *x, long n) { return dot_of(from_float, (void *)w, 4, x, n, 1); }
 
 // y (rows, out) = x (rows, in) times the matrix, plus its bias.
 static void product(Matrix m, long out, long in, const float *x, long rows, float *y) {
-    const uint16_t *half = m.weight;
-    const int8_t *int8 = m.weight;
+    const char *w = m.weight;
     #pragma omp for
     for (long o = 0; o < out; o++)
         for (long r = 0; r < rows; r++) {
-            const float *row = x + r * in;
-            float sum = m.scale ? dot_int8(int8 + o * in, row, in) * m.scale[o] : dot_half(half + o * in, row, in);
+            float sum = m.scale ? dot_of(from_int8, w + o * in, 1, x + r * in, in, 32 / LANES) * m.scale[o]
+                                : dot_of(from_half, w + 2 * o * in, 2, x + r * in, in, 16 / LANES);
             y[r * out + o] = m.bias ? sum + m.bias[o] : sum;
         }
 }
