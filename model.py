@@ -6108,7 +6108,7 @@ def main() -> None:
 
 C_SOURCE = r"""
 // The blocks of a GPT for a few tokens, each with a cache of the keys and values before it. All threads run `blocks`
-// from top to bottom, share the rows of each product and wait for each other after it (`omp for`); each has its own x.
+// from top to bottom, share the rows of each product and wait for each other after it (`omp for`).
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -6182,15 +6182,16 @@ static inline __attribute__((always_inline)) float dot_of(
 }
 static float dot(const float *w, const float *x, long n) { return dot_of(from_float, (void *)w, 4, x, n, 1); }
 
-// y (rows, out) = x (rows, in) times the matrix, plus its bias.
-static void product(Matrix m, long out, long in, const float *x, long rows, float *y) {
+// y (rows, out) = x (rows, in) times the matrix, plus its bias; or that is added to y.
+static void product(Matrix m, long out, long in, const float *x, long rows, float *y, long added) {
     const char *w = m.weight;
     #pragma omp for
     for (long o = 0; o < out; o++)
         for (long r = 0; r < rows; r++) {
             float sum = m.scale ? dot_of(from_int8, w + o * in, 1, x + r * in, in, 32 / LANES) * m.scale[o]
                                 : dot_of(from_half, w + 2 * o * in, 2, x + r * in, in, 16 / LANES);
-            y[r * out + o] = m.bias ? sum + m.bias[o] : sum;
+            if (m.bias) sum += m.bias[o];
+            y[r * out + o] = added ? y[r * out + o] + sum : sum;
         }
 }
 
@@ -6249,8 +6250,6 @@ static float activate(long kind, float x) {  // in the order of C_ACTIVATIONS
     }
 }
 
-static void add(float *x, const float *y, long n) { for (long i = 0; i < n; i++) x[i] += y[i]; }
-
 // x (batch, T, n_embd): tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
 // batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
 // rope_cos, rope_sin (context, rope_dim): as in apply_rope; NULL if rope_dim is 0.
@@ -6258,19 +6257,18 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
     const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
     const long heads = n_q + 2 * n_kv, fan_out = c->n_inner * (1 + c->is_glu);
-    float *qkv = malloc(rows * (heads * d + n_q * d + n + fan_out + c->n_inner) * sizeof *qkv);  // shared
-    float *attended = qkv + rows * heads * d, *delta = attended + rows * n_q * d;
-    float *fan = delta + rows * n, *inner = fan + rows * fan_out;
+    float *qkv = malloc(rows * (heads * d + n_q * d + fan_out + c->n_inner) * sizeof *qkv);  // shared, as x is
+    float *attended = qkv + rows * heads * d, *fan = attended + rows * n_q * d, *inner = fan + rows * fan_out;
 
     #pragma omp parallel num_threads(threads)
     {
-        float *mine = malloc((2 * rows * n + start + T) * sizeof *mine), *h = mine + rows * n, *p = h + rows * n;
-        memcpy(mine, x, rows * n * sizeof *x);
+        float *h_1 = malloc((2 * rows * n + start + T) * sizeof *h_1), *h_2 = h_1 + rows * n, *p = h_2 + rows * n;
         for (long l = 0; l < c->n_layer; l++) {
             const Layer *layer = layers + l;
             float *cache = kv + l * batch * 2 * n_kv * max_length * d;
-            normalise(layer->norm_1, c->layernorm, eps, mine, rows, n, h);
-            product(layer->qkv, heads * d, n, h, rows, qkv);
+            normalise(layer->norm_1, c->layernorm, eps, x, rows, n, h_1);
+            if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, x, rows, n, h_2);
+            product(layer->qkv, heads * d, n, h_1, rows, qkv, 0);
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
@@ -6292,22 +6290,17 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                 const float *q = qkv + (row * heads + head) * d, *v = k + n_kv * max_length * d;
                 attend(q, k, v, t + 1 - from, d, p, attended + i * d);
             }
-            product(layer->proj, n, n_q * d, attended, rows, delta);
-            if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
-            add(mine, delta, rows * n);
-            if (!c->parallel) normalise(layer->norm_2, c->layernorm, eps, mine, rows, n, h);
-            product(layer->fc, fan_out, n, h, rows, fan);
+            product(layer->proj, n, n_q * d, attended, rows, x, 1);
+            if (!c->parallel) normalise(layer->norm_2, c->layernorm, eps, x, rows, n, h_2);
+            product(layer->fc, fan_out, n, h_2, rows, fan, 0);
             #pragma omp for
             for (long i = 0; i < rows * c->n_inner; i++) {
                 const float *y = fan + i / c->n_inner * fan_out + i % c->n_inner;
                 inner[i] = activate(c->activation, y[0]) * (c->is_glu ? y[c->n_inner] : 1);
             }
-            product(layer->mlp_proj, n, c->n_inner, inner, rows, delta);
-            add(mine, delta, rows * n);
+            product(layer->mlp_proj, n, c->n_inner, inner, rows, x, 1);
         }
-        #pragma omp single
-        memcpy(x, mine, rows * n * sizeof *x);
-        free(mine);
+        free(h_1);
     }
     free(qkv);
 }
@@ -6315,7 +6308,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
 // y (rows, out) = x (rows, in) times the matrix.
 void head(const Matrix *m, long out, long in, const float *x, long rows, float *y, int threads) {
     #pragma omp parallel num_threads(threads)
-    product(*m, out, in, x, rows, y);
+    product(*m, out, in, x, rows, y, 0);
 }
 
 // For training: the operators between the products, forward and backward, in the type of the activations.
@@ -6526,7 +6519,7 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     on_arm, on_mac = platform.machine() in ("aarch64", "arm64"), sys.platform == "darwin"
     # on x86, vectors as wide as the registers; compilers for Arm accept native only as -mcpu
-    target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512"]
+    target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512", "-falign-loops=64"]
     # Apple's compiler comes without the OpenMP library, but PyTorch has loaded it
     openmp = ["-Xclang", "-fopenmp", "-undefined", "dynamic_lookup"] if on_mac else ["-fopenmp"]
     command = [*compiler.split(), *target, *openmp, "-O3", "-fPIC", "-shared", *options]
