@@ -6153,6 +6153,7 @@ static vec from_half(const void *w) {
 static vec from_int8(const void *w) { const int8_t *x = w; return (vec){x[0], x[1], x[2], x[3]}; }
 #endif
 enum { LANES = sizeof(vec) / sizeof(float) };
+typedef union { uint32_t bits; float value; } Bits;
 typedef vec any_vec __attribute__((aligned(4)));
 static vec from_float(const void *w) { return *(const any_vec *)w; }
 static float total(vec x) {
@@ -6225,17 +6226,32 @@ static void rotate(float *x, const float *cos, const float *sin, long d, long ba
     }
 }
 
+// exp as in Cephes, in a form that compilers vectorise; below -87.7 it is 0, above 88 exp(88).
+static inline float exponential(float x) {
+    float y = x < -88 ? -88 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f);  // from -127 to 127
+    float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
+    p = ((((p * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r;
+    p = (p + 0.5f) * r * r + r + 1;
+    return p * (Bits){((int32_t)k + 127) * (1 << 23)}.value;  // 2^k; 0 if k is -127
+}
+
+static float log_sum_exp(const float *x, long n) {
+    float max = -INFINITY, sum = 0;
+    #pragma omp simd reduction(max : max)
+    for (long i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    #pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += exponential(x[i] - max);
+    return max + logf(sum);
+}
+
 // Softmax attention of q (d) to n keys and values (n, d).
 static void attend(const float *q, const float *k, const float *v, long n, long d, float *p, float *y) {
-    float scale = 1 / sqrtf(d), max = -INFINITY, sum = 0;
-    for (long s = 0; s < n; s++) {
-        p[s] = dot(q, k + s * d, d) * scale;
-        max = fmaxf(max, p[s]);
-    }
-    for (long s = 0; s < n; s++) sum += p[s] = expf(p[s] - max);
+    const float scale = 1 / sqrtf(d);
+    for (long s = 0; s < n; s++) p[s] = dot(q, k + s * d, d) * scale;
+    float log_sum = log_sum_exp(p, n);
     memset(y, 0, d * sizeof *y);
     for (long s = 0; s < n; s++, v += d) {
-        float share = p[s] / sum;
+        float share = exponential(p[s] - log_sum);
         for (long i = 0; i < d; i++) y[i] += share * v[i];
     }
 }
@@ -6314,15 +6330,9 @@ void head(const Matrix *m, long out, long in, const float *x, long rows, float *
 // For training: the operators between the products, forward and backward, in the type of the activations.
 #ifdef BFLOAT16
 typedef uint16_t real;
-static inline float get(real x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, sizeof y);
-    return y;
-}
+static inline float get(real x) { return (Bits){(uint32_t)x << 16}.value; }
 static inline real put(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    uint32_t bits = (Bits){.value = x}.bits;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
 }
 #else
@@ -6393,26 +6403,6 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
     }
 }
 
-// exp as in Cephes, in a form that compilers vectorise; below -87 it is 0, above 88 exp(88).
-static inline float exponential(float x) {
-    float y = x < -87 ? -87 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f), power;
-    float r = y - k * 0.693359375f + k * 2.12194440e-4f, p = 1.9875691500e-4f;
-    p = ((((p * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r;
-    p = (p + 0.5f) * r * r + r + 1;
-    int32_t bits = ((int32_t)k + 127) * (1 << 23);
-    memcpy(&power, &bits, sizeof power);
-    return x < -87 ? 0 : p * power;
-}
-
-static float log_sum_exp(const float *x, long n) {
-    float max = -INFINITY, sum = 0;
-    #pragma omp simd reduction(max : max)
-    for (long i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
-    #pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++) sum += exponential(x[i] - max);
-    return max + logf(sum);
-}
-
 // losses (rows): -log softmax of logits (rows, n) at the targets, of which -1 does not count; with_grad: the logits
 // become the gradient of their sum.
 void cross_entropy(long rows, long n, long with_grad, const int64_t *targets, real *logits, float *losses,
@@ -6455,29 +6445,24 @@ void kl_divergence(long rows, long n, long stride, long reverse, const int64_t *
         #pragma omp for
         for (long r = 0; r < rows; r++) {
             const float *x = teacher + r * n;
-            const real *y = student + r * stride;
-            float loss = 0;
-            if (targets[r] >= 0) {
-                for (long i = 0; i < n; i++) b[i] = get(y[i]) * (1 / T);
-                float log_sum_p = log_sum_exp(x, n), log_sum_q = log_sum_exp(b, n);
-                #pragma omp simd reduction(+ : loss)
-                for (long i = 0; i < n; i++) {
-                    float log_p = x[i] - log_sum_p, log_q = b[i] - log_sum_q;
-                    float p = exponential(log_p), q = exponential(log_q), w = reverse ? log_q - log_p : log_p - log_q;
-                    float share = reverse ? q : p;
-                    loss += share == 0 ? 0 : share * w;
-                    a[i] = share;
-                    b[i] = reverse ? w : q;
-                }
+            float loss = losses[r] = 0;
+            if (grad) memset(grad + r * stride, 0, stride * sizeof *grad);
+            if (targets[r] < 0) continue;
+            for (long i = 0; i < n; i++) b[i] = get(student[r * stride + i]) * (1 / T);
+            float log_sum_p = log_sum_exp(x, n), log_sum_q = log_sum_exp(b, n);
+            #pragma omp simd reduction(+ : loss)
+            for (long i = 0; i < n; i++) {
+                float log_p = x[i] - log_sum_p, log_q = b[i] - log_sum_q;
+                float p = exponential(log_p), q = exponential(log_q), share = reverse ? q : p;
+                float part = share == 0 ? 0 : share * (reverse ? log_q - log_p : log_p - log_q);
+                loss += part;
+                a[i] = reverse ? part : q;
+                b[i] = share;
             }
             losses[r] = loss * T * T;
             if (!grad) continue;
-            real *g = grad + r * stride;
-            memset(g, 0, stride * sizeof *g);
-            if (targets[r] < 0) continue;
             #pragma omp simd
-            for (long i = 0; i < n; i++)
-                g[i] = put((reverse ? a[i] == 0 ? 0 : a[i] * (b[i] - loss) : b[i] - a[i]) * T);
+            for (long i = 0; i < n; i++) grad[r * stride + i] = put((a[i] - b[i] * (reverse ? loss : 1)) * T);
         }
         free(a);
     }
@@ -6522,7 +6507,8 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
     target = [f"-mcpu={cpu}"] if on_arm else [f"-march={cpu}", "-mprefer-vector-width=512", "-falign-loops=64"]
     # Apple's compiler comes without the OpenMP library, but PyTorch has loaded it
     openmp = ["-Xclang", "-fopenmp", "-undefined", "dynamic_lookup"] if on_mac else ["-fopenmp"]
-    command = [*compiler.split(), *target, *openmp, "-O3", "-fPIC", "-shared", *options]
+    # without traps for faults in float arithmetic, loops with conditions are vectorised on AVX2 too
+    command = [*compiler.split(), *target, *openmp, "-O3", "-fno-trapping-math", "-fPIC", "-shared", *options]
     processor = platform.processor()
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
         processor = next((line for line in f if line.startswith(("flags", "Features"))), processor)
