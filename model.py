@@ -6202,27 +6202,22 @@ static void normalise(Norm norm, long layernorm, float eps, const float *x, long
         float mean = 0;
         if (layernorm)
             #pragma omp simd reduction(+ : mean)
-            for (long i = 0; i < n; i++) mean += x[i];
-        mean /= n;
+            for (long i = 0; i < n; i++) mean += x[i] / n;
         #pragma omp simd
         for (long i = 0; i < n; i++) y[i] = x[i] - mean;
         float scale = 1 / sqrtf(dot(y, y, n) / n + eps);
         #pragma omp simd
-        for (long i = 0; i < n; i++) y[i] *= scale;
-        if (norm.weight)
-            #pragma omp simd
-            for (long i = 0; i < n; i++) y[i] *= norm.weight[i];
-        if (norm.bias) for (long i = 0; i < n; i++) y[i] += norm.bias[i];
+        for (long i = 0; i < n; i++)
+            y[i] = y[i] * scale * (norm.weight ? norm.weight[i] : 1) + (norm.bias ? norm.bias[i] : 0);
     }
 }
 
-// RoPE on one head, as in apply_rope; backward: by the opposite angles.
-static void rotate(float *x, const float *cos, const float *sin, long d, long backward) {
-    const float *sin_1 = backward ? sin + d / 2 : sin, *sin_2 = backward ? sin : sin + d / 2;
+// RoPE on one head, as in apply_rope; by the opposite angles if direction is -1.
+static void rotate(float *x, const float *cos, const float *sin, long d, float direction) {
     for (long i = 0; i < d / 2; i++) {
         float a = x[i], b = x[i + d / 2];
-        x[i] = a * cos[i] + b * sin_1[i];
-        x[i + d / 2] = b * cos[i + d / 2] + a * sin_2[i];
+        x[i] = a * cos[i] + direction * b * sin[i];
+        x[i + d / 2] = b * cos[i] + direction * a * sin[i + d / 2];
     }
 }
 
@@ -6293,7 +6288,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                 Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
                     if (c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
-                    rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 0);
+                    rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 1);
                     if (c->norm_after_rope) normalise(norm, 0, eps, y, 1, d, y);
                 }
                 if (head >= n_q)
@@ -6356,51 +6351,42 @@ static void normalise_backward(float *g, const float *x, const float *weight, lo
 
 typedef struct { long batch, T, n_q, n_kv, d, rope_dim, norm_before, norm_after, rope_rows; } Heads;
 
-// Where a head of qkv (batch, T, n_q + 2 n_kv, d) lies in q (batch, n_q, T, d) or in k or v (batch, n_kv, T, d).
-static real *place(const Heads *c, long b, long t, long head, real *q, real *k, real *v) {
-    long is_k = head < c->n_q + c->n_kv;
-    if (head < c->n_q) return q + ((b * c->n_q + head) * c->T + t) * c->d;
-    return (is_k ? k : v) + ((b * c->n_kv + head - c->n_q - (is_k ? 0 : c->n_kv)) * c->T + t) * c->d;
-}
-
-// qkv -> q, k and v, with RMSNorm of q and k by their weights w (d) and RoPE as Heads says. backward: dqkv from the
-// gradients of q, k and v; dw (threads, 2, d), with a sum for each thread, so that results are deterministic.
+// qkv (batch, T, n_q + 2 n_kv, d) -> q (batch, n_q, T, d), k and v (batch, n_kv, T, d), with RMSNorm of q and k by
+// weights w (d) and RoPE as Heads says. backward: dqkv from the gradients of q, k and v; dw (threads, 2, d), with a sum
+// for each thread, so that results are deterministic.
 void heads(const Heads *c, const float *cos, const float *sin, const float *w_q, const float *w_k, float eps,
            long backward, const real *qkv, real *q, real *k, real *v, real *dqkv, float *dw, int threads) {
-    const long n = c->n_q + 2 * c->n_kv, d = c->d;
-    #pragma omp parallel num_threads(threads)
-    {
-        float *x = malloc(2 * d * sizeof *x), *g = x + d;
-        #pragma omp for
-        for (long row = 0; row < c->batch * c->T; row++)
-        for (long head = 0; head < n; head++) {
-            long i = row * n + head, is_k = head >= c->n_q, at = row % c->rope_rows * c->rope_dim;
-            real *apart = place(c, row / c->T, row % c->T, head, q, k, v);
-            if (head >= c->n_q + c->n_kv) {
+    const long n = c->n_q + 2 * c->n_kv, d = c->d, first[] = {0, c->n_q, c->n_q + c->n_kv};
+    #pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < c->batch * c->T; row++)
+        for (long head = 0, b = row / c->T, t = row % c->T, at = row % c->rope_rows * c->rope_dim; head < n; head++) {
+            long i = row * n + head, kind = (head >= first[1]) + (head >= first[2]);  // of q, k or v
+            long above = b * (kind ? c->n_kv : c->n_q) + head - first[kind];
+            real *apart = (kind == 0 ? q : kind == 1 ? k : v) + (above * c->T + t) * d;
+            if (kind == 2) {
                 memcpy(backward ? dqkv + i * d : apart, backward ? apart : qkv + i * d, d * sizeof *apart);
                 continue;
             }
-            Norm norm = {is_k ? w_k : w_q, 0};
+            Norm norm = {kind ? w_k : w_q, 0};
+            float x[d], g[d];
             for (long j = 0; j < d; j++) x[j] = get(qkv[i * d + j]);
             if (!backward) {
                 if (c->norm_before) normalise(norm, 0, eps, x, 1, d, x);
-                rotate(x, cos + at, sin + at, c->rope_dim, 0);
+                rotate(x, cos + at, sin + at, c->rope_dim, 1);
                 if (c->norm_after) normalise(norm, 0, eps, x, 1, d, x);
                 for (long j = 0; j < d; j++) apart[j] = put(x[j]);
                 continue;
             }
-            float *sums = dw + (2 * omp_get_thread_num() + is_k) * d;
+            float *sums = dw + (2 * omp_get_thread_num() + kind) * d;
             for (long j = 0; j < d; j++) g[j] = get(apart[j]);
             if (c->norm_after) {
-                rotate(x, cos + at, sin + at, c->rope_dim, 0);
+                rotate(x, cos + at, sin + at, c->rope_dim, 1);
                 normalise_backward(g, x, norm.weight, d, eps, sums);
             }
-            rotate(g, cos + at, sin + at, c->rope_dim, 1);
+            rotate(g, cos + at, sin + at, c->rope_dim, -1);
             if (c->norm_before) normalise_backward(g, x, norm.weight, d, eps, sums);
             for (long j = 0; j < d; j++) dqkv[i * d + j] = put(g[j]);
         }
-        free(x);
-    }
 }
 
 // losses (rows): -log softmax of logits (rows, n) at the targets, of which -1 does not count; with_grad: the logits
@@ -6477,22 +6463,18 @@ void accumulate(long n, const real *x, float *total, int threads) {
 // y (rows, n) = SiLU(gate) * value of x (rows, 2 n), gate before value; backward: dx from the gradient y.
 void swiglu(long rows, long n, long backward, const real *x, real *y, real *dx, int threads) {
     #pragma omp parallel for num_threads(threads)
-    for (long r = 0; r < rows; r++) {
-        const real *gate = x + r * 2 * n, *value = gate + n;
-        real *out = y + r * n, *d_gate = dx + r * 2 * n, *d_value = d_gate + n;
-        if (!backward)
-            for (long i = 0; i < n; i++) {
-                float a = get(gate[i]);
-                out[i] = put(a / (1 + exponential(-a)) * get(value[i]));
+    for (long r = 0; r < rows; r++)
+        #pragma omp simd
+        for (long i = 0; i < n; i++) {
+            long at = r * 2 * n + i;
+            float gate = get(x[at]), value = get(x[at + n]), s = 1 / (1 + exponential(-gate)), g = get(y[r * n + i]);
+            if (backward) {
+                dx[at] = put(g * value * s * (1 + gate * (1 - s)));
+                dx[at + n] = put(g * gate * s);
+            } else {
+                y[r * n + i] = put(gate * s * value);
             }
-        else
-            #pragma omp simd
-            for (long i = 0; i < n; i++) {
-                float a = get(gate[i]), s = 1 / (1 + exponential(-a)), g = get(out[i]);
-                d_gate[i] = put(g * get(value[i]) * s * (1 + a * (1 - s)));
-                d_value[i] = put(g * a * s);
-            }
-    }
+        }
 }
 """
 
