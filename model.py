@@ -6116,9 +6116,9 @@ C_SOURCE = r"""
 
 int omp_get_thread_num(void);  // from omp.h, which Macs lack
 
-typedef struct { const void *weight; const float *scale, *bias; } Matrix;  // (out, in), float16; int8 if scale (out)
-typedef struct { const float *weight, *bias; } Norm;
-typedef struct { Norm norm_1, norm_2, q_norm, k_norm; Matrix qkv, proj, fc, mlp_proj; } Layer;
+// A matrix (out, in) in float16, or int8 if it has a scale (out); or a norm, whose weight is float.
+typedef struct { const void *weight; const float *scale, *bias; } Module;
+typedef struct { Module norm_1, norm_2, q_norm, k_norm, qkv, proj, fc, mlp_proj; } Layer;
 typedef struct {
     long n_layer, n_embd, n_head, n_kv_head, head_dim, rope_dim, n_inner;
     long layernorm, parallel, norm_before_rope, norm_after_rope, activation, is_glu;
@@ -6184,7 +6184,7 @@ static inline __attribute__((always_inline)) float dot_of(
 static float dot(const float *w, const float *x, long n) { return dot_of(from_float, (void *)w, 4, x, n, 1); }
 
 // y (rows, out) = x (rows, in) times the matrix, plus its bias; or that is added to y.
-static void product(Matrix m, long out, long in, const float *x, long rows, float *y, long added) {
+static void product(Module m, long out, long in, const float *x, long rows, float *y, long added) {
     const char *w = m.weight;
     #pragma omp for
     for (long o = 0; o < out; o++)
@@ -6197,7 +6197,8 @@ static void product(Matrix m, long out, long in, const float *x, long rows, floa
 }
 
 // y (rows, n) may be x.
-static void normalise(Norm norm, long layernorm, float eps, const float *x, long rows, long n, float *y) {
+static void normalise(Module norm, long layernorm, float eps, const float *x, long rows, long n, float *y) {
+    const float *weight = norm.weight, *bias = norm.bias;
     for (long r = 0; r < rows; r++, x += n, y += n) {
         float mean = 0;
         if (layernorm)
@@ -6207,8 +6208,7 @@ static void normalise(Norm norm, long layernorm, float eps, const float *x, long
         for (long i = 0; i < n; i++) y[i] = x[i] - mean;
         float scale = 1 / sqrtf(dot(y, y, n) / n + eps);
         #pragma omp simd
-        for (long i = 0; i < n; i++)
-            y[i] = y[i] * scale * (norm.weight ? norm.weight[i] : 1) + (norm.bias ? norm.bias[i] : 0);
+        for (long i = 0; i < n; i++) y[i] = y[i] * scale * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
     }
 }
 
@@ -6285,7 +6285,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
                 long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // like the plain pass, which reads long prompts
                 float *y = qkv + i * d;
-                Norm norm = head < n_q ? layer->q_norm : layer->k_norm;
+                Module norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
                     if (c->norm_before_rope) normalise(norm, 0, eps, y, 1, d, y);
                     rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 1);
@@ -6317,7 +6317,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
 }
 
 // y (rows, out) = x (rows, in) times the matrix.
-void head(const Matrix *m, long out, long in, const float *x, long rows, float *y, int threads) {
+void head(const Module *m, long out, long in, const float *x, long rows, float *y, int threads) {
     #pragma omp parallel num_threads(threads)
     product(*m, out, in, x, rows, y, 0);
 }
@@ -6367,7 +6367,7 @@ void heads(const Heads *c, const float *cos, const float *sin, const float *w_q,
                 memcpy(backward ? dqkv + i * d : apart, backward ? apart : qkv + i * d, d * sizeof *apart);
                 continue;
             }
-            Norm norm = {kind ? w_k : w_q, 0};
+            Module norm = {kind ? w_k : w_q, 0, 0};
             float x[d], g[d];
             for (long j = 0; j < d; j++) x[j] = get(qkv[i * d + j]);
             if (!backward) {
@@ -6509,9 +6509,8 @@ def c_library(cpu: str = "native", *options: str) -> ctypes.CDLL | None:
                 made.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # no compiler, or none that works; no home folder
-        advice = {"darwin": "xcode-select --install brings one", "win32": "on Windows, use WSL"}
-        advised = advice.get(sys.platform, "gcc, with OpenMP")
-        say(f"without a C compiler ({advised}), training on a CPU is slower, generation several times", sys.stderr)
+        advice = "gcc, with OpenMP; on a Mac, xcode-select --install brings one; on Windows, use WSL"
+        say(f"without a C compiler ({advice}), training on a CPU is slower, generation several times", sys.stderr)
         return None
     for name, declared in re.findall(r"^void (\w+)\((.*?)\) {", C_SOURCE, re.MULTILINE | re.DOTALL):
         kinds = [ctypes.c_void_p if "*" in p else getattr(ctypes, f"c_{p.split()[0]}") for p in declared.split(",")]
@@ -6529,9 +6528,9 @@ def run_in_c(function: Callable, *arguments: Any) -> None:
     function(*given, torch.get_num_threads())
 
 
-def addresses(module: nn.Module | None, *names: str) -> list[int | None]:
-    """The addresses of a module's tensors of these names; None for one that it lacks."""
-    tensors = [getattr(module, name, None) for name in names]
+def addresses(module: nn.Module | None) -> list[int | None]:
+    """Module in C_SOURCE: the addresses of its tensors, None for one that it lacks."""
+    tensors = [getattr(module, name, None) for name in ("weight", "scale", "bias")]
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
@@ -6544,13 +6543,11 @@ class CEngine:
     def __init__(self, model: GPT) -> None:
         self.library, self.model, c, pointers = c_library(), model, model.config, []
         for block in model.blocks:
-            attn = block.attn
-            for norm in (block.norm_1, block.norm_2, getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)):
-                pointers += addresses(norm, "weight", "bias")
-            for place in block.linears():
-                pointers += addresses(getattr(*place), "weight", "scale", "bias")
+            qk_norms = (getattr(block.attn, name, None) for name in ("q_norm", "k_norm"))
+            for module in (block.norm_1, block.norm_2, *qk_norms, *(getattr(*place) for place in block.linears())):
+                pointers += addresses(module)
         self.layers = c_array(ctypes.c_void_p, *pointers)
-        self.head_matrix = c_array(ctypes.c_void_p, *addresses(model.lm_head or model.wte, "weight", "scale", "bias"))
+        self.head_matrix = c_array(ctypes.c_void_p, *addresses(model.lm_head or model.wte))
         sizes = c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.rope_dim, c.n_inner
         kinds = c.norm == "layernorm", c.parallel_residual, c.qk_norm == "before_rope", c.qk_norm == "after_rope"
         activation = C_ACTIVATIONS.index(ACTIVATIONS[c.activation])
