@@ -6144,18 +6144,15 @@ static vec from_int8(const void *w) {
 }
 #else
 typedef float vec __attribute__((vector_size(16)));
-typedef int32_t ints __attribute__((vector_size(16)));
 static vec from_half(const void *w) {
     const uint16_t *x = w;
-    ints bits = {x[0], x[1], x[2], x[3]};
+    int32_t __attribute__((vector_size(16))) bits = {x[0], x[1], x[2], x[3]};
     return (vec)(bits << 16 >> 3 & (int32_t)0x8fffffff) * 0x1p112f;  // the bits are those of half / 2^112 as a float
 }
 static vec from_int8(const void *w) { const int8_t *x = w; return (vec){x[0], x[1], x[2], x[3]}; }
 #endif
 enum { LANES = sizeof(vec) / sizeof(float) };
-typedef union { uint32_t bits; float value; } Bits;
-typedef vec any_vec __attribute__((aligned(4)));
-static vec from_float(const void *w) { return *(const any_vec *)w; }
+static vec from_float(const void *w) { vec x; memcpy(&x, w, sizeof x); return x; }
 static float total(vec x) {
     float __attribute__((vector_size(16))) *part = (void *)&x, sum = part[0];
     for (long i = 1; i < LANES / 4; i++) sum += part[i];
@@ -6203,7 +6200,7 @@ static void normalise(Module norm, long layernorm, float eps, const float *x, lo
         float mean = 0;
         if (layernorm)
             #pragma omp simd reduction(+ : mean)
-            for (long i = 0; i < n; i++) mean += x[i] / n;
+            for (long i = 0; i < n; i++) mean += x[i] * (1.0f / n);
         #pragma omp simd
         for (long i = 0; i < n; i++) y[i] = x[i] - mean;
         float scale = 1 / sqrtf(dot(y, y, n) / n + eps);
@@ -6220,6 +6217,8 @@ static void rotate(float *x, const float *cos, const float *sin, long d, float d
         x[i + d / 2] = b * cos[i] + direction * a * sin[i + d / 2];
     }
 }
+
+typedef union { uint32_t bits; float value; } Bits;
 
 // exp as in Cephes, in a form that compilers vectorise; below -87.7 it is 0, above 88 exp(88).
 static inline float exponential(float x) {
