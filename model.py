@@ -6,6 +6,7 @@
 #   "tiktoken==0.14.0",
 #   "tokenizers==0.23.3",
 #   "datasets==5.2.0",
+#   "filelock==4.3.1",
 #   "tqdm==4.70.1",
 #   "safetensors==0.8.0",
 # ]
@@ -28,6 +29,7 @@ import base64
 import codecs
 import ctypes
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -1400,51 +1402,33 @@ def beside(target: Path, what: str) -> Path:
 @contextmanager
 def locked(target: Path, wait: bool = False, lock: str = "lock") -> Iterator[None]:
     """Be the only program that writes `target`, by a lock that a crash releases. Raises UserError, naming the holder,
-    if another program has it."""
+    if another program has it. On a file system without locks every program succeeds."""
+    from filelock import FileLock, Timeout
+
     path = beside(target, lock)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        f = open(path, "a+")
-        if lock_file(f):
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):  # else its holder has just removed it
-                    break
-        else:
-            f.seek(0)
-            busy = f"{target} is being written by {f.read().strip() or 'another program'}"
-            if not wait:
-                f.close()
-                raise UserError(f"{busy}: wait for it, or choose another name")
-            say(f"{busy}: waiting for it")
-            while not lock_file(f):
-                time.sleep(0.1)
-        f.close()
-    with f:
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M')}")
-        f.flush()
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                path.unlink()
-
-
-def lock_file(f: io.TextIOWrapper) -> bool:
-    """Lock a file, unless another program has it locked. On a file system without locks every program succeeds."""
+    mine = FileLock(path, fallback_to_soft=False)
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            f.seek(1 << 20)  # beyond the holder's name, which others must be able to read
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine.acquire(timeout=0.1)
+    except Timeout:
+        holder = ""
+        with suppress(OSError):  # Windows lets nobody else read a locked file
+            holder = path.read_text()
+        busy = f"{target} is being written by {holder or 'another program'}"
+        if not wait:
+            raise UserError(f"{busy}: wait for it, or choose another name") from None
+        say(f"{busy}: waiting for it")
+        mine.acquire()
     except OSError as e:
-        return not isinstance(e, (BlockingIOError, PermissionError))
-    return True
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        with suppress(OSError):
+            path.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps an open file; filelock removes it there
+            path.unlink()
+        mine.release()
 
 
 @contextmanager

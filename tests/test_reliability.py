@@ -608,24 +608,14 @@ def is_running(pid: str) -> bool:
     return False
 
 
-def test_waiting_for_a_lock_on_windows(monkeypatch, tmp_path):
-    """Truth: msvcrt as it is documented; LK_LOCK would give up after ten seconds."""
-    answers = iter([PermissionError(), PermissionError(), PermissionError(), None, None, "held"])
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_file_system_without_locks(monkeypatch, tmp_path):
+    """Every program succeeds."""
 
-    def locking(descriptor: int, mode: str, n: int) -> None:
-        assert mode == "LK_NBLCK"
-        if (answer := next(answers)) is not None:
-            raise answer
+    def flock(*args) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    def on_windows(f) -> bool:
-        with monkeypatch.context() as patch:
-            patch.setattr(model.os, "name", "nt")
-            return lock_file(f)
-
-    lock_file = model.lock_file
-    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK="LK_NBLCK"))
-    monkeypatch.setattr(model, "lock_file", on_windows)
-    with pytest.raises(model.UserError, match="is being written"), model.locked(tmp_path / "x"):
+    monkeypatch.setattr("fcntl.flock", flock)
+    with model.locked(tmp_path / "x"), model.locked(tmp_path / "x", wait=True):
         pass
-    with model.locked(tmp_path / "x", wait=True):
-        assert next(answers) == "held"
+    assert not list(tmp_path.iterdir())
