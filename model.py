@@ -26,6 +26,7 @@ python model.py train --variant 26M --data poems --max_iters 5000
 import argparse
 import atexit
 import base64
+import bisect
 import codecs
 import ctypes
 import difflib
@@ -1802,34 +1803,31 @@ class Split:
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
+        self.bounds = None if self.starts is None else np.append(self.starts, n)  # of the conversations
         for i in range(0, n, max(4096, n // 1000)):  # a sample, 8 MB of 17 GB; batches check their own
             self.check(self.tokens[i : i + 4096])
 
     def check(self, ids: np.ndarray) -> None:
         """Raise UserError if the tokenizer lacks one of these ids, which would crash a GPU without an explanation."""
         if (largest := int(ids.max(initial=0))) >= self.tokenizer.n_vocab:
-            ends = f"tokenizer {self.tokenizer.describe()} ends at {self.tokenizer.n_vocab - 1}"
-            what = f"the {self.name} has token id {largest}, but {ends}"
-            raise UserError(f"{what}: name another tokenizer with --tokenizer")
+            what = f"the {self.name} has token id {largest}, but tokenizer {self.tokenizer.describe()} ends at"
+            raise UserError(f"{what} {self.tokenizer.n_vocab - 1}: name another tokenizer with --tokenizer")
 
     def windows(self, block_size: int) -> np.ndarray | range:
         """The first token of every block. Text is cut into consecutive blocks. Conversations are packed whole: a window
         ends before the first conversation that does not fit, and one longer than a block is cut."""
-        n = len(self.tokens)
-        windows: Any = range(0, n - block_size, block_size)
+        n, windows = len(self.tokens), range(0, len(self.tokens) - block_size, block_size)
         if self.starts is not None:
-            windows, begin = [], None
-            for start, end in zip(self.starts, np.append(self.starts[1:], n), strict=False):  # there may be none
-                if begin is None or end - begin > block_size + 1:
-                    begin = start
-                    windows.append(start)
+            windows, bounds, i = [], self.bounds.tolist(), 0
+            while i < len(self.starts):
+                windows.append(bounds[i])
+                i = max(i + 1, bisect.bisect_right(bounds, bounds[i] + block_size + 1) - 1)
             windows = np.array(windows, np.int64)
         if not len(windows):
-            if not n:
-                more = "more text" if self.starts is None else "more conversations"
-                raise UserError(f"the {self.name} is empty: tokenize again, with {more} or another --val_fraction")
-            short = f"the {self.name} has {n:,} tokens, fewer than a block of {block_size} and its target"
-            raise UserError(f"{short}: use a smaller --block_size or more text")
+            state = f"has {n:,} tokens, fewer than a block of {block_size} and its target" if n else "is empty"
+            more = "text" if self.starts is None else "conversations"
+            remedy = f"tokenize again, with more {more} or another --val_fraction, or use a smaller --block_size"
+            raise UserError(f"the {self.name} {state}: {remedy}")
         return windows
 
     def batch(self, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> dict[str, Tensor]:
@@ -1844,12 +1842,11 @@ class Split:
             ids, segments = np.zeros((2, len(begins), T + 1), np.int64)
             wanted = np.zeros((len(begins), T + 1), bool)
             for i, s in enumerate(begins):
-                j = np.searchsorted(self.starts, s)
-                ends = np.append(self.starts[j + 1 : j + T + 2], len(self.tokens))
-                whole = ends[ends <= s + T + 1]  # the conversations that fit
-                end = int(whole[-1]) if len(whole) else min(int(ends[0]), s + T + 1)
+                whole = int(self.bounds[np.searchsorted(self.bounds, s + T + 1, side="right") - 1])
+                end = whole if whole > s else s + T + 1  # of the conversations that fit, or of a part of the first
                 ids[i, : end - s], wanted[i, : end - s] = self.tokens[s:end], self.mask[s:end] == 1
-                segments[i] = np.searchsorted(ends, s + np.arange(T + 1), side="right")
+                segments[i] = np.searchsorted(self.bounds, s + np.arange(T + 1), side="right")
+            segments -= segments[:, :1].copy()
             wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # nothing precedes a conversation's first token
             arrays = {"idx": ids[:, :-1], "targets": np.where(wanted, ids, -1)[:, 1:], "segments": segments[:, :-1]}
         self.check(ids)
