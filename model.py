@@ -1323,8 +1323,6 @@ PIECE_CHARS = 1 << 20  # text goes to the tokenizer in pieces of about this leng
 
 
 def read_file(path: Path) -> str:
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
     with told_as(f"{path} cannot be read as text", UnicodeDecodeError):
         return path.read_text(encoding="utf-8")
 
@@ -1447,9 +1445,8 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 def file_digest(path: Path) -> str:
     """BLAKE2b of a file, 16 bytes in hexadecimal."""
-    digest, total = hashlib.blake2b(digest_size=16), path.stat().st_size
-    bar = progress_bar(total=total, unit="B", unit_scale=True, desc=f"check {path.name}", delay=2)
-    with open(path, "rb") as f, bar:
+    digest, what = hashlib.blake2b(digest_size=16), dict(total=path.stat().st_size, desc=f"check {path.name}", delay=2)
+    with open(path, "rb") as f, progress_bar(unit="B", unit_scale=True, **what) as bar:
         while block := f.read(1 << 24):
             digest.update(block)
             bar.update(len(block))
@@ -1776,13 +1773,11 @@ def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
 def map_tokens(path: Path, dtype: str, n: int | None = None) -> np.ndarray:
     """A file of numbers, n of them if known, as a memory map."""
     kind, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size if path.is_file() else -1
-    if size <= 0:
-        raise UserError(f"{path} is empty" if size == 0 else f"{path}: no such file")
-    if size % kind.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, not a whole number of {dtype} ids: truncated, or not a .bin file")
-    if n is not None and size != n * kind.itemsize:
-        counts = f"{size // kind.itemsize:,} tokens but should have {n:,}"
-        raise UserError(f"{path} has {counts}: truncated or replaced; run tokenize again")
+    if size < 0:
+        raise UserError(f"{path}: no such file")
+    if not size or size % kind.itemsize or n not in (None, size // kind.itemsize):
+        whole = "whole ids" if n is None else f"{n:,} ids"
+        raise UserError(f"{path} has {size:,} bytes, not {whole} of {dtype}: empty, truncated or replaced; make it again")
     return np.memmap(path, kind, "r")
 
 
