@@ -1456,76 +1456,74 @@ def file_digest(path: Path) -> str:
 MAX_DOWNLOAD = 100e9  # bytes
 
 
-def download(url: str, path: Path, retries: int = 3, timeout: float = 30.0) -> None:
+def download(url: str, path: Path, retries: int = 2, timeout: float = 30.0) -> None:
     """Fetch an http or https URL into a file. Raises UserError if the download fails, is incomplete, is larger than
     MAX_DOWNLOAD or the free disk space, or is slower than 1 kB/s."""
     import requests  # a dependency of tiktoken and datasets
     import urllib3
 
-    def get() -> None:
-        whole = {"Accept-Encoding": "identity"}
-        with requests.get(url, stream=True, timeout=timeout, headers=whole) as response, open(path, "wb") as f:
+    get = functools.partial(requests.get, stream=True, timeout=timeout, headers={"Accept-Encoding": "identity"})
+    try:
+        with get(url) as response, open(path, "wb") as f:
             response.raise_for_status()
             length = int(response.headers.get("Content-Length") or 0)
             limit, begun = min(MAX_DOWNLOAD, shutil.disk_usage(path.parent).free), time.monotonic()
+            read = getattr(response.raw, "read1", response.raw.read)  # urllib3 before 2.1 has no read1
             with progress_bar(total=length or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
-                read = getattr(response.raw, "read1", response.raw.read)  # urllib3 before 2.1 has no read1
                 while max(length, f.tell()) <= limit and (block := read(1 << 20)):
-                    f.write(block)
-                    bar.update(len(block))
+                    bar.update(f.write(block))
                     if (seconds := time.monotonic() - begun) > 2 * timeout and f.tell() < 1000 * seconds:
                         raise ValueError(f"the server sends less than 1 kB/s: gave up after {seconds:.0f} s")
             if max(length, f.tell()) > limit:
                 raise ValueError(f"it is larger than {limit / 1e9:,.1f} GB, the limit or the free disk space")
             if f.tell() < length:
                 raise urllib3.exceptions.ProtocolError(f"got only {f.tell()} of {length} bytes")
-
-    for attempt in range(retries):
-        try:
-            return get()
-        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as e:
-            status = getattr(getattr(e, "response", None), "status_code", 500)
-            if isinstance(e, ValueError) or status < 500 or attempt == retries - 1:
-                reason = str(getattr(e.args[0], "reason", e.args[0])).partition(" for url")[0]
-                raise UserError(f"cannot download {url}: {reason}") from None
-            time.sleep(2**attempt)
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as e:
+        status = getattr(getattr(e, "response", None), "status_code", 500)
+        if isinstance(e, ValueError) or status < 500 or not retries:
+            reason = str(getattr(e.args[0], "reason", e.args[0])).partition(" for url")[0]
+            raise UserError(f"cannot download {url}: {reason}") from None
+        time.sleep(2)
+        download(url, path, retries=retries - 1, timeout=timeout)
 
 
 def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
-    """The files that --txt names: files, folders (every text file below, but no records, in an order that mixes the
-    subfolders, so that the last tenth is a fair validation split), URLs, pipes, and - for standard input (all three
-    fetched into scratch first)."""
+    """The files that --txt names: files, folders (every text file below, but no records), URLs, pipes, and - for
+    standard input (all three fetched into scratch first)."""
     files = []
     for i, source in enumerate(sources):
-        path = Path(source)
+        path, fetched = Path(source), scratch / f"{i}.txt"
+        if path.is_dir():
+            files += folder_files(path, encoding)
+            continue
         if source == "-" or path.is_fifo():
-            pipe, path = sys.stdin.buffer if source == "-" else open(path, "rb"), scratch / f"pipe_{i}.txt"
-            with open(path, "wb") as f:
-                shutil.copyfileobj(pipe, f)
+            with open(fetched, "wb") as f:
+                shutil.copyfileobj(sys.stdin.buffer if source == "-" else open(path, "rb"), f)
         elif "://" in source:
             if not source.startswith(("http://", "https://")):
                 raise UserError(f"{source}: only http and https URLs can be fetched")
-            path = scratch / f"{i}.txt"
-            download(source, path)
-        elif path.is_dir():
-            visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-            there = [p for p in visible if p.is_file() and p.stat().st_size]
-            found = [p for p in there if p.suffix.lower() not in RECORD_FILES and not looks_binary(p, encoding)]
-            records = any(p.suffix.lower() in RECORD_FILES for p in there)
-            if not found:
-                hint = f"; for its records, use hf_tokenize --hf_dataset {source}" * records
-                raise UserError(f"{source} is a directory without text files{hint}")
-            if skipped := len(there) - len(found):  # where there is text, datasets reads the most common kind alone
-                hint = "; records need hf_tokenize and a folder of their own" * records
-                say(f"{source}: skipped {skipped:,} of {len(there):,} files, which are not text{hint}", sys.stderr)
-            files += in_mixed_order(found, path)
-            continue
+            download(source, fetched)
         elif not path.exists():
             raise UserError(f"{source}: no such file, folder or URL")
-        files.append(path)
+        files.append(fetched if fetched.exists() else path)
     if not (files := [p for p in files if p.stat().st_size]):
         raise UserError(f"{', '.join(sources)}: the source is empty, there is no text in it")
     return files
+
+
+def folder_files(folder: Path, encoding: str) -> list[Path]:
+    """The text files below a folder."""
+    visible = (p for p in folder.rglob("*") if not any(q.startswith(".") for q in p.relative_to(folder).parts))
+    there = [p for p in visible if p.is_file() and p.stat().st_size]
+    found = [p for p in there if p.suffix.lower() not in RECORD_FILES and not looks_binary(p, encoding)]
+    if not found:
+        raise UserError(
+            f"{folder} is a directory without text files; of records, use hf_tokenize --hf_dataset {folder}"
+        )
+    if skipped := len(there) - len(found):  # where there is text, datasets reads the most common kind alone
+        hint = "records need hf_tokenize and a folder of their own"
+        say(f"{folder}: skipped {skipped:,} of {len(there):,} files, which are not text; {hint}", sys.stderr)
+    return in_mixed_order(found, folder)
 
 
 def looks_binary(path: Path, encoding: str) -> bool:
@@ -1535,6 +1533,7 @@ def looks_binary(path: Path, encoding: str) -> bool:
 
 
 def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
+    """An order that mixes the subfolders, so that the last tenth is a fair validation split."""
     return sorted(files, key=lambda p: hashlib.md5(p.relative_to(root).as_posix().encode()).digest())
 
 
@@ -1547,16 +1546,17 @@ def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -
                 if bar is not None:
                     bar.update(len(block))
     except UnicodeError as e:
-        if not isinstance(e, UnicodeDecodeError):  # UTF-16 or UTF-32 without a BOM, before Python 3.13
-            raise UserError(f"{path}: {e}: name the right --encoding (perhaps utf-16-le)") from None
         line, decoder = 1, codecs.getincrementaldecoder(encoding)()
         with open(path, "rb") as f, suppress(UnicodeError):
             for data in f:
                 line += decoder.decode(data).count("\n")
-        wrong = f"{path}, line {line}: byte 0x{e.object[e.start]:02x} is not {e.encoding}"
+        what = str(e)  # UTF-16 or UTF-32 without a BOM, before Python 3.13
+        if isinstance(e, UnicodeDecodeError):
+            what = f"byte 0x{e.object[e.start]:02x} is not {e.encoding}"
+        remedy = "tokenize it with its --encoding (perhaps cp1252), or --errors replace"
         if looks_binary(path, "latin-1"):
-            raise UserError(f"{wrong}: it is compressed or binary, or needs --encoding utf-16") from None
-        raise UserError(f"{wrong}: tokenize it with its --encoding (perhaps cp1252), or --errors replace") from None
+            remedy = "it is compressed or binary, or needs --encoding utf-16 or utf-16-le"
+        raise UserError(f"{path}, line {line}: {what}: {remedy}") from None
 
 
 def split_point(text: str) -> int:
@@ -1776,8 +1776,8 @@ def map_tokens(path: Path, dtype: str, n: int | None = None) -> np.ndarray:
     if size < 0:
         raise UserError(f"{path}: no such file")
     if not size or size % kind.itemsize or n not in (None, size // kind.itemsize):
-        whole = "whole ids" if n is None else f"{n:,} ids"
-        raise UserError(f"{path} has {size:,} bytes, not {whole} of {dtype}: empty, truncated or replaced; make it again")
+        wanted = f"{'whole' if n is None else f'{n:,}'} {dtype} numbers"
+        raise UserError(f"{path} has {size:,} bytes, not {wanted}: empty, truncated or replaced; make it again")
     return np.memmap(path, kind, "r")
 
 
