@@ -1355,7 +1355,6 @@ def atomic_write(path: Path) -> Iterator[io.BufferedWriter]:
             f.flush()
             os.fsync(f.fileno())
         replace_file(temporary, path)
-        sync_folder(path.parent)
     except OSError as e:
         raise naming(path, e) from None
     finally:
@@ -1369,27 +1368,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """os.replace, retried for five seconds on Windows, where a virus scanner may have the file open."""
+    """os.replace, on the disk too, and retried for five seconds on Windows, where a virus scanner may have the file."""
     for _ in range(50 if os.name == "nt" else 0):
         with suppress(PermissionError):
             return os.replace(source, target)
         time.sleep(0.1)
     os.replace(source, target)
+    with suppress(OSError):  # where a folder cannot be opened, as on Windows
+        fd = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def naming(path: Path, e: OSError) -> OSError:
     """The error with the file's name, which that of a full disk lacks."""
     return e if e.filename or not e.errno else OSError(e.errno, e.strerror, str(path))
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that the names in it are on the disk too."""
-    with suppress(OSError):  # where a folder cannot be opened, as on Windows
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def beside(target: Path, what: str) -> Path:
@@ -1709,16 +1704,13 @@ def settle(folder: Path) -> None:
     part = beside(folder, "part")
     if not (part / "meta.json").exists():
         return
-    wanted = read_schema(Meta, part / "meta.json").files
+    wanted = set(DATA_FILES) & read_schema(Meta, part / "meta.json").files.keys()
     folder.mkdir(exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # from here to the new one the folder is incomplete
-    for name in DATA_FILES:
-        if name not in wanted:
-            (folder / name).unlink(missing_ok=True)
-        elif (part / name).exists():
+    for name in ("meta.json", *set(DATA_FILES) - wanted):  # until the new meta.json is there it is incomplete
+        (folder / name).unlink(missing_ok=True)
+    for name in (*wanted, "meta.json"):
+        if (part / name).exists():
             replace_file(part / name, folder / name)
-    replace_file(part / "meta.json", folder / "meta.json")
-    sync_folder(folder)
     shutil.rmtree(part, ignore_errors=True)
 
 
@@ -5566,7 +5558,6 @@ def export(a: ExportArgs) -> None:
             for file in earlier - digests.keys():
                 (output / file).unlink(missing_ok=True)
             write_json(output / EXPORT_LIST, digests)
-        sync_folder(output.parent)
     say(done)
     if a.push_to_hub:
         # files of an earlier push; quantizations lie side by side there too
