@@ -1737,7 +1737,7 @@ def tokenize_text(
         with DataWriter(folder, tokenizer, overwrite) as writer:
             for ids in encode_pieces(tokenizer, pieces("tokenize"), writer.dtype):
                 writer.write(ids)
-            return writer.finish(val_fraction, source or describe_sources(sources), total)
+            return writer.finish(val_fraction, source or [*map(describe_source, sources)], total)
 
 
 def evenly(pieces: Iterable[str], total: int, limit: int = 100_000_000) -> Iterator[str]:
@@ -1746,20 +1746,12 @@ def evenly(pieces: Iterable[str], total: int, limit: int = 100_000_000) -> Itera
     return (piece for i, piece in enumerate(pieces) if int((i + 1) * keep) > int(i * keep))
 
 
-def moved(sources: Any) -> Any:
-    """Sources without their folders, which may have been moved since."""
-    known = is_a(sources, list[dict[str, Any]]) and all(is_a(s.get("path"), str) for s in sources)
-    return [{**s, "path": Path(s["path"]).name} for s in sources] if known else sources
-
-
-def describe_sources(sources: list[str]) -> list[dict[str, Any]]:
+def describe_source(source: str) -> dict[str, Any]:
     """Where data came from; size and time tell whether a file is still the one that was read."""
-
-    def describe(path: Path) -> dict[str, Any]:
-        stat = path.stat()
-        return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-    return [describe(Path(s)) if Path(s).is_file() else {"path": s} for s in sources]
+    if not (path := Path(source)).is_file():
+        return {"path": source}
+    stat = path.stat()
+    return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def map_tokens(path: Path, dtype: str, n: int | None = None) -> np.ndarray:
@@ -1894,9 +1886,8 @@ class Data:
         parts = np.split(tokens, [len(tokens) - min(len(tokens) // 10, 10_000_000)])
         if file.name == "train.bin" and val.exists():
             parts = [tokens, map_tokens(val, "uint16")]
-        self.ids_digest, *begins = (  # the first million: these files may be large
-            hashlib.blake2b(np.ascontiguousarray(x[:1_000_000]), digest_size=16).hexdigest() for x in (tokens, *parts)
-        )
+        first = [np.ascontiguousarray(x[:1_000_000]) for x in (tokens, *parts)]  # these files may be large
+        self.ids_digest, *begins = (hashlib.blake2b(x, digest_size=16).hexdigest() for x in first)
         self.digest = digest_of(begins, [len(part) for part in parts])
         return [(part,) for part in parts]
 
@@ -1967,12 +1958,12 @@ def existing_data(folder: Path) -> Data | None:
 
 def found_or_made(folder: Path, find: Callable[[Path], Data | None], make: Callable[[Path], Any]) -> Data:
     """Existing data, or data made in a folder by one program while others, on other machines too, wait for it."""
-    if (data := find(folder)) is None:
-        with locked(folder, wait=True, lock="opening"):
-            if (data := find(folder)) is None:
-                make(folder)
-                data = Data(folder)
-    return data
+    if found := find(folder):
+        return found
+    with locked(folder, wait=True, lock="opening"):
+        if not (found := find(folder)):
+            make(folder)
+        return found or Data(folder)
 
 
 def tokenize_python_stdlib(folder: Path) -> None:
@@ -2029,14 +2020,17 @@ def open_all(specs: list[str], tokenizer: str | Tokenizer = "gpt2", vocab_size: 
 def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int | None) -> Data:
     """The data folder for one file of text or records, made if it does not exist yet."""
     name = path.stem if isinstance(tokenizer, str) else f"{path.stem}_{tokenizer.name}"
+    wanted = [{**describe_source(str(path)), "path": path.name}]  # it may have been moved since
 
     def find(folder: Path) -> Data | None:
         for data in filter(None, map(existing_data, (DATA_DIR / path.stem, folder))):
-            source = data.source.get("files") if isinstance(data.source, dict) else data.source
-            same, own = isinstance(tokenizer, str), data.tokenizer
-            if not same and own.digest == tokenizer.digest:
-                same = not data.is_chat or chat_template(own) == chat_template(tokenizer)
-            if same and moved(source) == moved(describe_sources([str(path)])):
+            files = data.source.get("files") if isinstance(data.source, dict) else data.source
+            files = files if is_a(files, list[dict[str, Any]]) else []
+            same = [{**f, "path": Path(str(f.get("path"))).name} for f in files] == wanted
+            if not isinstance(tokenizer, str):
+                templates = {chat_template(data.tokenizer), chat_template(tokenizer)} if data.is_chat else {None}
+                same = same and data.tokenizer.digest == tokenizer.digest and len(templates) == 1
+            if same:
                 return data
             if data.folder == folder:
                 other = f"{folder} was made from other data than {path}, or with another tokenizer or chat template"
@@ -2264,7 +2258,7 @@ class Records(ChatFormat):
         options = {f.name: getattr(self, f.name) for f in fields(Records) if f.name not in ("streaming", "num_proc")}
         path = Path(self.hf_dataset)
         files = [self.hf_dataset, *map(str, sorted(path.rglob("*")))]  # those of a folder, one by one
-        return {**options, "files": describe_sources(files) if path.exists() else None}
+        return {**options, "files": [*map(describe_source, files)] if path.exists() else None}
 
     def open(self) -> Any:
         """The `datasets` data set."""
