@@ -1568,13 +1568,12 @@ def text_pieces(blocks: Iterable[str]) -> Iterator[str]:
     text = ""
     for block in blocks:
         text += block
-        if len(text) >= PIECE_CHARS:
-            cut = split_point(text)
-            if not cut and len(text) >= 16 * PIECE_CHARS:  # no white space for megabytes: cut anywhere
-                cut = len(text)
-            if cut:
-                yield text[:cut]
-                text = text[cut:]
+        cut = split_point(text) if len(text) >= PIECE_CHARS else 0
+        if not cut and len(text) >= 16 * PIECE_CHARS:  # no white space for megabytes: cut anywhere
+            cut = len(text)
+        if cut:
+            yield text[:cut]
+            text = text[cut:]
     if text:
         yield text
 
@@ -1863,8 +1862,6 @@ class Data:
         self.ids_digest, self.source = meta.digest, meta.source
         self.digest = digest_of(meta.digest, sorted(meta.files.items()), meta.val_start)
         tokens = map_tokens(self.folder / "data.bin", meta.dtype, meta.n_tokens)
-        if meta.val_start > meta.n_tokens:
-            raise UserError(f"{where} is damaged: validation begins at token {meta.val_start:,} of {meta.n_tokens:,}")
         for name in DATA_FILES if prepares() else ():
             known = {"data.bin": meta.digest, **meta.files}.get(name)
             if known and file_digest(self.folder / name) != known:
