@@ -1512,9 +1512,7 @@ def folder_files(folder: Path, encoding: str) -> list[Path]:
     there = [p for p in visible if p.is_file() and p.stat().st_size]
     found = [p for p in there if p.suffix.lower() not in RECORD_FILES and not looks_binary(p, encoding)]
     if not found:
-        raise UserError(
-            f"{folder} is a directory without text files; of records, use hf_tokenize --hf_dataset {folder}"
-        )
+        raise UserError(f"{folder} is a directory without text files; for records: hf_tokenize --hf_dataset {folder}")
     if skipped := len(there) - len(found):  # where there is text, datasets reads the most common kind alone
         hint = "records need hf_tokenize and a folder of their own"
         say(f"{folder}: skipped {skipped:,} of {len(there):,} files, which are not text; {hint}", sys.stderr)
