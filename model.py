@@ -1923,8 +1923,7 @@ class Mixture(Data):
         self.tokenizer, self.folder, self.is_chat = data[0].tokenizer, data[0].folder, any(d.is_chat for d in data)
         self.parts = [f"{d.path}:{w}" for d, w in zip(data, weights, strict=True)]
         self.path = Path("+".join(Path(part).name for part in self.parts))
-        self.digest = digest_of(weights, [d.digest for d in data])
-        self.ids_digest = digest_of(weights, [d.ids_digest for d in data])
+        self.digest = self.ids_digest = digest_of(weights, [d.digest for d in data])
         shares = [w / sum(weights) for w in weights]
         self.splits = {name: MixedSplit([d.splits[name] for d in data], shares) for name in ("train", "val")}
 
@@ -5359,8 +5358,7 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
     if K > n_vocab:
         raise UserError(f"cache_teacher is {K}: the vocabulary has only {n_vocab:,} tokens")
     if K:
-        contents = data.digest if data.parts else data.ids_digest  # a mixture's block numbers depend on its splits
-        meta = dict(teacher=digest, data=contents, temperature=d.temperature, block_size=block_size, top_k=K)
+        meta = dict(teacher=digest, data=data.ids_digest, temperature=d.temperature, block_size=block_size, top_k=K)
         n_blocks = len(data.splits["train"].windows(block_size))
         cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K, n_vocab)
     return Distillation(teacher, d, n_vocab, cache)
