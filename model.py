@@ -2818,15 +2818,12 @@ def from_first(make: Callable[[], Any]) -> Any:
     return found if rank() == 0 else sent[0]
 
 
+torch.utils._pytree.register_dataclass(Checkpoint)
+
+
 def copied_to(x: Any, device: str) -> Any:
     """A copy of nested containers of tensors on another device; on "meta", of their shapes only."""
-    if isinstance(x, Checkpoint):
-        return replace(x, **copied_to(vars(x), device))
-    if isinstance(x, dict):
-        return {k: copied_to(v, device) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(copied_to(v, device) for v in x)
-    return x.detach().to(device, copy=True) if isinstance(x, Tensor) else x
+    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), x)
 
 
 def all_reduce(x: Tensor) -> Tensor:
