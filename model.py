@@ -2796,16 +2796,13 @@ def build_model(config: GPTConfig, state: dict[str, Tensor], path: Path, lora_ra
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def distributed() -> bool:
-    return torch is not later and torch.distributed.is_available() and torch.distributed.is_initialized()
+def world_size() -> int:
+    started = torch is not later and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
 
 
 def rank() -> int:
-    return torch.distributed.get_rank() if distributed() else 0
-
-
-def world_size() -> int:
-    return torch.distributed.get_world_size() if distributed() else 1
+    return torch.distributed.get_rank() if world_size() > 1 else 0
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -2869,30 +2866,23 @@ def part_of_rows(whole: Tensor, process: int) -> Tensor:
 
 
 def gathered(shard: Tensor, p: Tensor) -> Tensor | None:
-    """A tensor gathered from shards that are split like parameter p: on the CPU in the first process, None in the
-    others."""
-    if world_size() == 1 or not is_by_rows(shard, own_shard(p)):
+    """A tensor gathered from shards that are split like parameter p (a number is not): on the CPU in the first process,
+    None in the others."""
+    if world_size() == 1 or not shard.dim():
         return shard
-    size = math.ceil(len(p) / world_size())  # the largest part
-    padded = F.pad(shard, (0, 0) * (shard.dim() - 1) + (0, size - len(shard)))
-    whole = padded.new_empty(size * world_size(), *shard.shape[1:])
-    torch.distributed.all_gather_single(whole, padded)
-    return whole[: len(p)].cpu() if rank() == 0 else None
-
-
-def is_by_rows(x: Tensor, p: Tensor) -> bool:
-    """Whether an optimizer state x has one row for each row of its parameter p."""
-    return x.dim() == p.dim() and len(x) == len(p)
+    whole = p.from_local(shard, p.device_mesh, p.placements, shape=(len(p), *shard.shape[1:]), stride=shard.stride())
+    whole = whole.full_tensor()
+    return whole.cpu() if rank() == 0 else None
 
 
 def scattered(whole: Tensor, p: Tensor) -> Tensor:
-    """The first process's tensor, sent to all: each keeps its own rows if the tensor has the rows of parameter p."""
+    """The first process's tensor, sent to all: each keeps its own rows, split like those of parameter p."""
     if world_size() == 1:
         return whole
     device = own_shard(p).device
     whole = whole.to(device) if rank() == 0 else torch.empty_like(whole, device=device)
     torch.distributed.broadcast(whole, 0)
-    return part_of_rows(whole, rank()).clone() if is_by_rows(whole, p) else whole
+    return part_of_rows(whole, rank()).clone() if whole.dim() else whole
 
 
 def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none: Tensor) -> list[list[Tensor]]:
@@ -2914,7 +2904,7 @@ MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number for
 
 def prepares() -> bool:
     """Whether this process prepares the files of its machine."""
-    return not distributed() or os.environ.get("LOCAL_RANK", "0") == "0"
+    return world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def store() -> Any:
@@ -3406,7 +3396,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     except Exception:
-        if distributed():  # torchrun's SIGTERM, sent when another has ended, must not preempt end_all's report
+        if world_size() > 1:  # torchrun's SIGTERM, sent when another has ended, must not preempt end_all's report
             previous[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
@@ -5020,9 +5010,9 @@ def run_training(begin: Callable[[Any], dict[str, Any]], a: Any) -> None:
         raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
     if len(lengths := [f"--{k}" for k in ("max_iters", "epochs", "max_minutes") if getattr(a, k)]) > 1:
         raise UserError(f"{' and '.join(lengths)} each set how long to train: give only one")
-    if distributed() and device.type == "mps":
+    if world_size() > 1 and device.type == "mps":
         raise UserError("several processes need NVIDIA GPUs or --device cpu: on a Mac, do not use torchrun")
-    if distributed() and device.type == "cuda":
+    if world_size() > 1 and device.type == "cuda":
         torch.cuda.set_device(device)
     files = RunFiles(a.name or default_name(a, kind), a.overwrite)
     state = from_first(lambda: files.latest(a.resume))
