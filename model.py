@@ -3578,6 +3578,7 @@ class Run:
     t: TrainConfig
     files: RunFiles
     block_size: int
+    loss_fn: Callable
     about: dict[str, Any]  # stored in its checkpoints
     step: int = 0
     seconds: float = 0.0
@@ -3663,30 +3664,32 @@ class Run:
         on_device = [{k: v if k == "blocks" else send(v, device) for k, v in b.items()} for b in batches]
         return on_device, all_reduce(n_targets)
 
-    def start_clock(self) -> None:
-        """Time steps from here on; reports are not timed."""
-        self.timed = self.step, time.perf_counter()
+    def start(self) -> None:
+        """Send the first batch on its way, and time steps from here on; reports are not timed."""
+        self.model.train()
+        self.ahead, self.timed = self.batches(self.step), (self.step, time.perf_counter())
 
-    def set_rates(self, factor: float) -> None:
-        """Set the learning rates of a step to a fraction of their peaks."""
-        self.factor = factor
+    def train_step(self, factor: float) -> None:
+        """A step at this fraction of the peak learning rates. Nothing here waits for a GPU."""
+        self.factor, (batches, n_targets) = factor, self.ahead
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * factor
+        torch.manual_seed((self.t.seed * 1_000_003 + self.step) * 4096 + rank())  # dropout; see also Distillation
+        sums = accumulate_gradients(
+            model=self.model, batches=batches, n_targets=n_targets, loss_fn=self.loss_fn, scaler=self.scaler
+        )
+        if self.step + 1 < self.t.max_iters:
+            self.ahead = self.batches(self.step + 1)  # while a GPU is still at work on this step
+        self.update(sums)
 
-    def fit_into(self, minutes: float, loss_fn: Callable) -> None:
+    def fit_into(self, minutes: float) -> None:
         """Set the number of steps so that the run takes about this long on this machine: the time of a step is
         measured on some that change nothing, as their learning rates are 0."""
-        self.set_rates(0.0)
-        self.model.train()
-        (batches, n_targets), ends = self.batches(0), []  # end times of the steps, the first two of which warm up
+        self.t, ends = replace(self.t, max_iters=1 << 40), []  # end times of the steps, the first two of which warm up
+        self.start()
         # by one clock: a process that takes one step more would wait in it for the others
         while from_first(lambda: len(ends) < 5 or ends[-1] - ends[1] < 0.02 * 60 * minutes):
-            torch.manual_seed(self.step * 4096 + rank())  # as in fit: some losses make random choices
-            sums = accumulate_gradients(
-                model=self.model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=self.scaler
-            )
-            batches, n_targets = self.batches(self.step + 1)  # new ones: the teacher's answers to the old are cached
-            self.update(sums)
+            self.train_step(0.0)
             self.grad_norm.item()  # waits for a GPU
             ends.append(time.perf_counter())
         step = (ends[-1] - ends[1]) / (len(ends) - 2)
@@ -3696,7 +3699,7 @@ class Run:
         self.__post_init__()  # with fresh optimizers
 
     def update(self, sums: dict[str, Tensor]) -> None:
-        """Apply the gradients of a step and count it. Nothing here waits for a GPU."""
+        """Apply the gradients of a step and count it."""
         for shard, p in self.params.items():
             if shard is not p and p.grad is not None:
                 shard.grad, p.grad = p.grad.to_local(), None
@@ -3722,21 +3725,18 @@ class Run:
         self.bad = torch.stack((row, torch.maximum(row, self.bad[1]), self.bad[2] + bad, last))
         self.sums = {name: self.sums.get(name, 0) + torch.where(bad, 0.0, pair) for name, pair in sums.items()}
 
-    def ask(self, stop: list[int]) -> None:
-        """Let the processes agree whether to stop, by which signal, and whether to save, while a step is running: from
-        CPU to CPU, without waiting for a GPU."""
-        late = rank() == 0 and 0 < 60 * self.t.save_minutes < time.monotonic() - self.saved_at
-        self.asked, self.answer = None, torch.tensor([stop[0] if stop else 0, int(late)])
-        if world_size() > 1:
-            self.asked = torch.distributed.all_reduce(self.answer, torch.distributed.ReduceOp.MAX, async_op=True)
-
-    def due(self) -> set[str]:
-        """What to do after this step: any of record, evaluate, sample, save and stop."""
+    def due(self, stop: list[int]) -> set[str]:
+        """What to do after this step: any of record, evaluate, sample, save and stop. The processes agree whether to
+        stop, by which signal, and whether to save, from CPU to CPU, without waiting for a GPU."""
         t = self.t
+        late = rank() == 0 and 0 < 60 * t.save_minutes < time.monotonic() - self.saved_at
+        answer = torch.tensor([stop[0] if stop else 0, int(late)])
+        if world_size() > 1:
+            torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+        self.signal, save = answer.tolist()
+        asked = {"stop": self.signal, "save": save}
         due = {what for what, n in self.intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
-        if self.asked:
-            self.asked.wait()
-        return due | {what for what, flag in zip(("stop", "save"), self.answer.tolist(), strict=True) if flag}
+        return due | {what for what in asked if asked[what]}
 
     def report(self, due: set[str], bar: tqdm, prompt: str) -> None:
         """Do what is due. Between two steps, only this makes the host wait for a GPU."""
@@ -3775,7 +3775,7 @@ class Run:
             self.save(improved or "stop" in due and not has_model, totals)
         if "sample" in due:
             self.sample(prompt)
-        self.start_clock()
+        self.timed = self.step, time.perf_counter()
 
     def sample(self, prompt: str) -> None:
         """Show how the model continues a text or, for conversations, what it answers in the first validation one."""
@@ -3916,33 +3916,23 @@ def available_memory(container: Path = Path("/sys/fs/cgroup")) -> int:
     return found
 
 
-def fit(run: Run, loss_fn: Callable, prompt: str = "\n") -> None:
+def fit(run: Run, prompt: str = "\n") -> None:
     """Train a model and write its checkpoints and log. Everything random is a function of (seed, step), so a resumed
     run is bit for bit the same as one that was never stopped."""
-    t, model = run.t, run.model
-    model.train()
-    run.start_clock()
-    batches, n_targets = run.batches(run.step)
+    t = run.t
+    run.start()
     with stop_signals() as stop, progress_bar(total=t.max_iters, initial=run.step, unit="step", desc="train") as bar:
         while run.step < t.max_iters:
-            run.set_rates(lr_factor(run.step, t))
-            torch.manual_seed((t.seed * 1_000_003 + run.step) * 4096 + rank())  # dropout; see also Distillation
-            sums = accumulate_gradients(
-                model=model, batches=batches, n_targets=n_targets, loss_fn=loss_fn, scaler=run.scaler
-            )
-            if run.step + 1 < t.max_iters:
-                batches, n_targets = run.batches(run.step + 1)  # while a GPU is still at work on this step
-            run.ask(stop)
-            run.update(sums)
+            run.train_step(lr_factor(run.step, t))
             bar.update()
-            if due := run.due():
+            if due := run.due(stop):
                 run.report(due, bar, prompt)
             if "stop" in due and run.step < t.max_iters:  # else it is finished
                 bar.close()
                 from_first(run.wait_for_save)  # when one process has ended, torchrun ends the others
                 go_on = f"continue with --name {shlex.quote(run.files.run.name)} --resume"
                 say(f"stopped at step {run.step}: saved {run.files.last}; {go_on}")
-                raise SystemExit(128 + int(run.answer[0]))
+                raise SystemExit(128 + run.signal)
         run.wait_for_save()
 
 
@@ -5052,7 +5042,7 @@ def start_run(
             files.check_free()  # once more: the first check was before the data was made
         for path in (files.model, files.last, files.log) if rank() == 0 else ():  # what a kill left
             path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
-        run = Run(model, data, t, files, block_size, {k: v for k, v in about.items() if v})
+        run = Run(model, data, t, files, block_size, loss_fn, {k: v for k, v in about.items() if v})
         if state is not None:
             with told_as(f"{files.last} is damaged, or was made by another model.py"):
                 run.resume(state)
@@ -5066,10 +5056,10 @@ def start_run(
         compile_model(model, run.t, block_size, loss_fn)
         if run.t.max_minutes:
             say(f"measuring how many steps fit into {t.max_minutes:g} min")
-            run.fit_into(t.max_minutes, loss_fn)
+            run.fit_into(t.max_minutes)
         again = f", {run.passes:,.1f} passes over the data," * (run.passes > 1)
         say(f"{run.t.max_iters:,} steps of {t.batch_size} x {block_size} tokens{again} with {how}")
-        fit(run, loss_fn, "def " if data.path.name == STDLIB_DATA else "")
+        fit(run, "def " if data.path.name == STDLIB_DATA else "")
     use = ["python", sys.argv[0], "chat" if data.is_chat else "sample", "--model_checkpoint", files.model.name]
     say(f"done in {run.seconds:.0f} s: best val_loss {run.best:.4f} in {files.model}; try: {shlex.join(use)}")
 
