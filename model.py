@@ -3979,15 +3979,6 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-def lump_tail(log_q: Tensor, index: Tensor) -> Tensor:
-    """Reduce log-probabilities (rows, n) to the tokens in index (rows, K) and one more outcome, "any other token":
-    (rows, K + 1). Lumping outcomes can only lower a divergence (data-processing inequality), it stays 0 for equal
-    distributions, and the student keeps its own ranking within the tail; spreading the mass evenly or cutting it off
-    would teach it something false."""
-    tail = log_q.scatter(1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    return torch.cat((log_q.gather(1, index), tail), dim=1)
-
-
 def to_bits(x: np.ndarray, n: int) -> np.ndarray:
     """Integers (rows, m) as n bits each, (rows, m n), highest bit first."""
     return (x[..., None] >> np.arange(n)[::-1] & 1).astype(np.uint8).reshape(len(x), -1)
@@ -4076,8 +4067,9 @@ def divergence_loss(logits: Tensor, teacher: Any, counted: Tensor, temperature: 
         index, log_p = teacher
         if index.size(1) == logits.size(1):  # no tail
             log_q, log_p = log_q.gather(1, index), log_p[:, :-1]
-        else:
-            log_q = lump_tail(log_q, index)
+        else:  # lump it to one outcome: spreading its mass evenly, or cutting it off, would teach something false
+            tail = log_q.scatter(1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
+            log_q = torch.cat((log_q.gather(1, index), tail), dim=1)
     return (divergence(log_p.log_softmax(dim=-1), log_q, beta) * counted).sum()
 
 
