@@ -3745,7 +3745,8 @@ class Run:
         elapsed = time.perf_counter() - begun
         self.seconds += elapsed
         if evaluated := "evaluate" in due:
-            self.results = self.evaluate(self.model)
+            names = ("val_loss", "val_ppl", "val_bpb", "val_tokens")
+            self.results = dict(zip(names, self.evaluate(self.model).values(), strict=True))
         bad = self.check_finite()
         if evaluated or "record" in due:
             means = {name: total / max(n, 1) for name, (total, n) in totals.items()} if totals["loss"][1] else {}
@@ -4198,9 +4199,9 @@ def weights_digest(model: GPT) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def total_loss(model: GPT, batches: Iterable[dict[str, Tensor]], token_bytes: np.ndarray) -> list[float]:
-    """The summed loss of batches, in nats, their number of targets, and the bytes of text these stand for, over all
-    processes, each of which takes its share."""
+def measure(model: GPT, batches: Iterable[dict[str, Tensor]], token_bytes: np.ndarray) -> dict[str, float]:
+    """loss (nats per token), perplexity, bits_per_byte and tokens (that are targets) of batches, over all processes,
+    each of which takes its share."""
     total = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), torch.no_grad():
         for batch in itertools.islice(batches, rank(), None, world_size()):
@@ -4208,7 +4209,11 @@ def total_loss(model: GPT, batches: Iterable[dict[str, Tensor]], token_bytes: np
             batch = {k: v.to(model.device) for k, v in batch.items()}
             loss = language_modelling(model, batch)[0].item()
             total += torch.tensor([loss, len(targets), token_bytes[targets.numpy()].sum()], dtype=torch.float64)
-    return all_reduce(total).tolist()
+    nats, n, n_bytes = all_reduce(total).tolist()
+    bits = nats / math.log(2)
+    return {
+        "loss": nats / n, "perplexity": perplexity(nats, n), "bits_per_byte": bits / max(n_bytes, 1), "tokens": int(n),
+    }  # fmt: skip
 
 
 def perplexity(nats: float, n: float) -> float:
@@ -4226,12 +4231,10 @@ class Evaluator:
         check_targets(self.split, self.windows, self.blocks, block_size)
 
     def __call__(self, model: GPT) -> dict[str, float]:
-        """val_loss (nats per token), val_ppl, val_bpb (bits per byte of text), val_tokens."""
+        """What measure returns."""
         groups = (self.blocks[i : i + self.batch_size] for i in range(0, len(self.blocks), self.batch_size))
         batches = (self.split.batch(self.windows, blocks, self.block_size) for blocks in groups)
-        total, n, n_bytes = total_loss(model, batches, self.token_bytes)
-        bpb = total / math.log(2) / max(n_bytes, 1)
-        return {"val_loss": total / n, "val_ppl": perplexity(total, n), "val_bpb": bpb, "val_tokens": int(n)}
+        return measure(model, batches, self.token_bytes)
 
 
 def sliding_windows(
@@ -4259,17 +4262,14 @@ def sliding_windows(
 def evaluate_text(
     model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, stride: int, where: str = "the text"
 ) -> dict[str, float]:
-    """loss (nats per token), perplexity, bits_per_byte, word_perplexity (words split at white space), tokens."""
+    """What measure returns, and word_perplexity (words split at white space)."""
     if len(tokens) < 2:
         raise UserError(f"{where} has {len(tokens)} token(s): at least 2 are needed, one to predict the other from")
-    total, n, n_bytes = total_loss(model, sliding_windows(tokens, context, stride), tokenizer.token_bytes())
+    found = measure(model, sliding_windows(tokens, context, stride), tokenizer.token_bytes())
     documents = np.split(tokens, np.flatnonzero(np.isin(tokens, list(tokenizer.special.values()))))
     words = sum(len(tokenizer.without_special(tokenizer.decode(d.tolist())).split()) for d in documents)
-    return {
-        "loss": total / n, "perplexity": perplexity(total, n),
-        "bits_per_byte": total / math.log(2) / max(n_bytes, 1),
-        "word_perplexity": perplexity(total, words), "tokens": int(n),
-    }  # fmt: skip
+    tokens = found.pop("tokens")
+    return {**found, "word_perplexity": perplexity(found["loss"] * tokens, words), "tokens": tokens}
 
 
 def evaluate_tasks(opened: Opened, tasks: list[str], a: Any) -> list[dict[str, Any]]:
@@ -5578,8 +5578,7 @@ def eval(a: EvalArgs) -> None:
             elif a.stride:
                 raise UserError(f"--stride is for text, but {where} holds conversations: leave it out")
             else:  # as in training: only what the assistant says
-                m = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
-                measured = dict(zip(("loss", "perplexity", "bits_per_byte", "tokens"), m.values(), strict=True))
+                measured = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
             rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
     print(json.dumps(rows) if a.json else table(rows))
 

@@ -88,8 +88,9 @@ def test_perplexity_is_transformers(workdir, context, stride):
     expected = loss_of_transformers(hf, ids, context, stride) * 130
     for batch_tokens in (1, 100, 16384):
         batches = model.sliding_windows(ids.numpy(), context, stride, batch_tokens)
-        total, n, n_bytes = model.total_loss(gpt, batches, np.full(N_BYTES, 2))
-        assert (total, n, n_bytes) == (pytest.approx(expected, rel=1e-5), 130, 260)
+        found = model.measure(gpt, batches, np.full(N_BYTES, 2))
+        assert (found["loss"] * 130, found["tokens"]) == (pytest.approx(expected, rel=1e-5), 130)
+        assert found["bits_per_byte"] * 260 == pytest.approx(expected / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("arch, flags, context, stride", [

@@ -508,7 +508,7 @@ def test_evaluation_reads_the_same_blocks_every_time(workdir):
     assert min(starts[0]) == 10_000 and max(starts[0]) > 19_000 and max(gaps) - min(gaps) <= 16
     gpt = random_gpt(tiny_config("llama", vocab_size=259))
     results = [e(gpt) for e in evaluators]
-    assert results[0] == pytest.approx(results[1], rel=1e-5) and results[0]["val_tokens"] == 320
+    assert results[0] == pytest.approx(results[1], rel=1e-5) and results[0]["tokens"] == 320
 
 
 def test_the_best_model_is_kept(cli, text_file, monkeypatch):
