@@ -3092,15 +3092,12 @@ def set_precision(model: GPT, name: str, training: bool = False) -> GPT:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-OPTIMIZERS = ("adamw", "muon", "normuon")
-
-
 class Optimization(Settings):
     """optimizer"""
 
     batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
     grad_accum: int = setting(1, "micro-batches per batch: less memory, the same result", ge=1, le=1 << 20)
-    optimizer: str = setting("adamw", "muon and normuon train the block matrices, AdamW the rest", OPTIMIZERS)
+    optimizer: str = setting("adamw", "muon, normuon: for block matrices only", ("adamw", "muon", "normuon"))
     learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
@@ -3536,7 +3533,6 @@ def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callab
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(CHECKPOINT_DIR / kind / run, purge_step=step)
-        writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()), step)
 
         def log(values: dict[str, float | str], step: int) -> None:
             for name, value in values.items():
@@ -3546,6 +3542,7 @@ def reporter(kind: str, run: str, settings: dict[str, Any], step: int) -> Callab
                     writer.add_scalar(name, value, step)
             writer.flush()
 
+        log({"settings": "\n".join(f"{k}: {v}" for k, v in settings.items())}, step)
         return log
     begin = functools.partial(module.init, project="model.py", name=run, config=settings, resume="allow")
     if kind == "wandb":
@@ -3841,22 +3838,17 @@ class Run:
     ) -> dict[str, Any]:
         """The content of a checkpoint: with the optimizers, all that the run needs to resume; else a model to use."""
         model, data = self.model, self.data
-        metrics = {"seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step}
-        metrics["bad"] = self.bad.tolist()
         return {
-            **self.about,
-            "config": asdict(model.config),
-            "model": state,
-            "tokenizer": data.tokenizer.spec,
-            "step": self.step,
-            "block_size": self.block_size,
+            **self.about, "config": asdict(model.config), "model": state, "tokenizer": data.tokenizer.spec,
+            "step": self.step, "block_size": self.block_size, "log": list(self.records),
             "train_config": asdict(replace(self.t, dtype=str(model.compute_dtype).removeprefix("torch."))),
             "data": {"path": str(data.path), "digest": data.digest, "is_chat": data.is_chat, "parts": [*data.parts]},
-            "metrics": {**metrics, "last": self.results, "sums": sums},
-            "log": list(self.records),
-            "optimizer": optimizers,
-            "scaler": self.scaler.state_dict() if optimizers else None,
-        }
+            "metrics": {
+                "seconds": self.seconds, "best_val_loss": self.best, "best_step": self.best_step,
+                "bad": self.bad.tolist(), "last": self.results, "sums": sums,
+            },
+            "optimizer": optimizers, "scaler": self.scaler.state_dict() if optimizers else None,
+        }  # fmt: skip
 
     def save(self, best: bool, sums: dict[str, list[float]]) -> None:
         """Save the state to resume from, and the model if it is the best. From 300M parameters on this overlaps the

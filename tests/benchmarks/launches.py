@@ -73,7 +73,7 @@ def launches_of_a_step(variant: str, optimizer: str, recipe: str) -> Counter:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("variants", nargs="*", default=["26M", "120M"])
-    parser.add_argument("--optimizer", default="adamw", choices=model.OPTIMIZERS)
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon", "normuon"])
     parser.add_argument("--recipe", default="published", choices=["published", "tuned"])
     a = parser.parse_args()
     for variant in a.variants:
