@@ -2831,9 +2831,8 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def shard_model(model: GPT, fsdp: bool) -> None:
-    """Shard a model over the processes: each owns some rows of every parameter, of its gradient and of its optimizer
-    state. PyTorch's FSDP2 gathers a block's parameters for its passes, keeps them until the backward pass or (fsdp) no
-    longer than needed, and sums the gradients into the shards, while other blocks are computed."""
+    """Shard a model by FSDP2: each process owns some rows of every parameter, of its gradient and of its optimizer
+    state. A block's parameters are gathered for its passes and kept until the backward one, or (fsdp) not at all."""
     if world_size() == 1:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -2912,9 +2911,9 @@ def store() -> Any:
 
 
 def meet() -> dict[str, Any]:
-    """Arguments of init_process_group, with a part of the store for this start only: when torchrun restarts processes,
-    the old addresses are still in the store, and gloo and NCCL call them (pytorch/pytorch#167288). Each process posts a
-    key of its own; the first reposts all keys it sees, its own first, until each process has seen its key there."""
+    """Arguments of init_process_group, with a part of the store for this start only: that of one before has addresses
+    that gloo and NCCL would call (pytorch/pytorch#167288). Each process posts a key; the first reposts all it sees, its
+    own first, until each process has seen its key there."""
     whole, rank, n = next(torch.distributed.rendezvous("env://"))
     own, part = os.urandom(8).hex(), None
     whole.set(f"key {rank}", own)
@@ -3036,11 +3035,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:  # PyTorch's message lists every kind of device
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1 or mps") from None
     if device.type not in there or not there[device.type]():
-        raise UserError(f"device {name} is not available here, or PyTorch was not built for it: use --device cpu or "
-                        "auto")  # fmt: skip
+        raise UserError(f"device {name} is not available here, or PyTorch was not built for it: use --device cpu")
     if device.type == "cuda" and device.index is not None and device.index >= (n := torch.cuda.device_count()):
-        raise UserError(f"device {name} does not exist: this machine has {n} GPUs, from cuda:0 on; name another, or "
-                        "start fewer processes")  # fmt: skip
+        raise UserError(f"no device {name}: this machine has {n} GPUs; name one of them, or start fewer processes")
     return device
 
 
@@ -3234,13 +3231,11 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices.
-
-    The same update as torch.optim.Muon (tested), but matrices of one shape are orthogonalised as one batch, and a fused
-    matrix part by part: `rows` gives the rows of each part, for each parameter. With beta2 it is NorMuon (arXiv
-    2510.05491): each row is divided by the root of a running mean of its squared norm, where Muon divides by the norm
-    it has in an orthogonal matrix. Processes, which own some rows of every matrix, send them to the process that
-    orthogonalises it and get theirs back, so the work is divided among them."""
+    """Momentum orthogonalised by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), for matrices: as
+    torch.optim.Muon (tested), but those of one shape as one batch, and a fused matrix part by part, of these `rows`.
+    With beta2 it is NorMuon (arXiv 2510.05491): each row is divided by the root of a running mean of its squared norm,
+    where Muon divides by the norm it has in an orthogonal matrix. Processes, which own some rows of every matrix, send
+    them to the process that orthogonalises it and get theirs back, so the work is divided among them."""
 
     def __init__(
         self, params: list[Tensor], rows: list[list[int]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
@@ -3403,11 +3398,10 @@ def stop_signals() -> Iterator[list[int]]:
 
 def compile_model(model: GPT, t: TrainConfig, block_size: int, loss_fn: Callable | None = None) -> None:
     """torch.compile each block, which is as fast as the whole model and compiles only once, and on a GPU the loss; if
-    asked for, or if the run is long enough: on a GPU from 200 steps on. Two CPU cores gain a tenth, with narrow models
-    nothing, for half a minute at the start: from 1e15 FLOPs on, an hour there."""
+    asked for, or if it pays for its time at the start: two CPU cores gain a tenth, with narrow models nothing."""
     c, kind = model.config, model.device.type
     flops = training_flops_per_token(c) * t.max_iters * t.batch_size * block_size
-    pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and flops > 1e15
+    pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and flops > 1e15  # an hour
     if t.compile == "false" or t.compile == "auto" and not pays:
         return
     if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
