@@ -3472,24 +3472,6 @@ def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, di
     return model.loss(batch["idx"], batch["targets"], batch.get("segments")), {}
 
 
-def accumulate_gradients(
-    model: GPT, batches: list[dict[str, Tensor]], n_targets: Tensor, loss_fn: Callable, scaler: torch.amp.GradScaler
-) -> dict[str, Tensor]:
-    """Forward and backward over the micro-batches of a step, with n_targets targets over all processes; gradients add
-    up in p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
-    sums = {"loss": torch.stack((torch.zeros_like(n_targets), (n_targets > 0) / world_size()))}
-    for i, batch in enumerate(batches):
-        if model.sharded:  # weights and gradients stay whole until the last, unless memory is short (fsdp)
-            model.set_requires_gradient_sync(model.fsdp or i == len(batches) - 1)
-            model.set_reshard_after_backward(model.fsdp or i == len(batches) - 1)
-        loss, parts = loss_fn(model, batch)
-        loss = loss / n_targets.clamp(min=1)
-        scaler.scale(loss).backward()
-        sums["loss"][0] += loss.detach()
-        sums |= {name: sums.get(name, 0) + part for name, part in parts.items()}
-    return sums
-
-
 def check_targets(split: Split, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> None:
     """Raise UserError if none of these blocks of a split has a target."""
     if not any((split.batch(windows, [i], block_size)["targets"] >= 0).any() for i in blocks):
@@ -3660,15 +3642,28 @@ class Run:
         self.model.train()
         self.ahead, self.timed = self.batches(self.step), (self.step, time.perf_counter())
 
+    def accumulate_gradients(self, batches: list[dict[str, Tensor]], n_targets: Tensor) -> dict[str, Tensor]:
+        """Forward and backward over the micro-batches of a step, with n_targets targets over all processes; gradients
+        add up in p.grad. Returns the loss as (mean over these targets, 1; 0 if there are none), and its other parts."""
+        model, sums = self.model, {"loss": torch.stack((torch.zeros_like(n_targets), (n_targets > 0) / world_size()))}
+        for i, batch in enumerate(batches):
+            if model.sharded:  # weights and gradients stay whole until the last, unless memory is short (fsdp)
+                model.set_requires_gradient_sync(model.fsdp or i == len(batches) - 1)
+                model.set_reshard_after_backward(model.fsdp or i == len(batches) - 1)
+            loss, parts = self.loss_fn(model, batch)
+            loss = loss / n_targets.clamp(min=1)
+            self.scaler.scale(loss).backward()
+            sums["loss"][0] += loss.detach()
+            sums |= {name: sums.get(name, 0) + part for name, part in parts.items()}
+        return sums
+
     def train_step(self, factor: float) -> None:
         """A step at this fraction of the peak learning rates. Nothing here waits for a GPU."""
-        self.factor, (batches, n_targets) = factor, self.ahead
+        self.factor = factor
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * factor
         torch.manual_seed((self.t.seed * 1_000_003 + self.step) * 4096 + rank())  # dropout; see also Distillation
-        sums = accumulate_gradients(
-            model=self.model, batches=batches, n_targets=n_targets, loss_fn=self.loss_fn, scaler=self.scaler
-        )
+        sums = self.accumulate_gradients(*self.ahead)
         if self.step + 1 < self.t.max_iters:
             self.ahead = self.batches(self.step + 1)  # while a GPU is still at work on this step
         self.update(sums)

@@ -213,20 +213,20 @@ def download(requirement: str, folder: Path) -> Path:
 
 
 def at_each_step(monkeypatch: pytest.MonkeyPatch, before=None, after=None) -> None:
-    """Call before(step=..., ...) and after(step=..., sums=..., ...) around the forward and backward pass of each
-    training step, counted from 1 in each process, with the arguments of accumulate_gradients by name."""
-    original, calls = model.accumulate_gradients, itertools.count(1)
+    """Call before(step=..., model=...) and after(step=..., model=..., sums=...) around the forward and backward pass
+    of each training step, counted from 1 in each process."""
+    original, calls = model.Run.accumulate_gradients, itertools.count(1)
 
-    def accumulate_gradients(**arguments) -> dict:
+    def accumulate_gradients(run, *arguments) -> dict:
         step = next(calls)
         if before is not None:
-            before(step=step, **arguments)
-        sums = original(**arguments)
+            before(step=step, model=run.model)
+        sums = original(run, *arguments)
         if after is not None:
-            after(step=step, sums=sums, **arguments)
+            after(step=step, model=run.model, sums=sums)
         return sums
 
-    monkeypatch.setattr(model, "accumulate_gradients", accumulate_gradients)
+    monkeypatch.setattr(model.Run, "accumulate_gradients", accumulate_gradients)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int, number: int = signal.SIGINT) -> None:
@@ -265,13 +265,13 @@ class Torchrun(subprocess.Popen):
 sys.path.insert(0, {str(ROOT)!r})
 import model
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-steps, accumulate = itertools.count(), model.accumulate_gradients
+steps, accumulate = itertools.count(), model.Run.accumulate_gradients
 before_step = lambda step: None
 {patch}
-def accumulate_gradients(**arguments):
+def accumulate_gradients(*arguments):
     before_step(next(steps) + 1)
-    return accumulate(**arguments)
-model.accumulate_gradients = accumulate_gradients
+    return accumulate(*arguments)
+model.Run.accumulate_gradients = accumulate_gradients
 try:
     model.main()
 except SystemExit as e:

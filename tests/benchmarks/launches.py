@@ -58,15 +58,12 @@ def launches_of_a_step(variant: str, optimizer: str, recipe: str) -> Counter:
         run = model.Run.__new__(model.Run)
         run.model, run.t, run.step, run.sums, run.trained_rows = gpt, t, 0, {}, {}
         run.params, run.optimizers = {p: p for p in gpt.parameters()}, model.make_optimizers(gpt, t)
-        run.scaler = torch.amp.GradScaler("cuda", enabled=False)
+        run.scaler, run.loss_fn = torch.amp.GradScaler("cuda", enabled=False), model.language_modelling
         run.bad = torch.zeros(4, dtype=torch.int64, device="cuda")
         batch = {k: torch.randint(300, (2, 16)).to("cuda") for k in ("idx", "targets")}
         for _ in range(2):
             device.launches.clear()
-            sums = model.accumulate_gradients(
-                gpt, [batch], torch.full((), 32.0, device="cuda"), model.language_modelling, run.scaler
-            )
-            run.update(sums)
+            run.update(run.accumulate_gradients([batch], torch.full((), 32.0, device="cuda")))
         return Counter(device.launches)
 
 

@@ -139,7 +139,8 @@ def train_ours(steps: int, warmup: int, variant: str = "7M", **sizes: int) -> di
 
     model.keep_freed_memory()
     net = model.set_precision(model.GPT(c), t.dtype, training=True).train()
-    optimizers, scaler = model.make_optimizers(net, t), torch.amp.GradScaler("cpu", enabled=False)
+    optimizers, run = model.make_optimizers(net, t), model.Run.__new__(model.Run)
+    run.model, run.loss_fn, run.scaler = net, model.language_modelling, torch.amp.GradScaler("cpu", enabled=False)
     model.compile_model(net, t, net.config.block_size)
     params = list(net.parameters())
     batches = random_batches(warmup + steps, t.batch_size, c.block_size, c.vocab_size - 2)
@@ -149,9 +150,7 @@ def train_ours(steps: int, warmup: int, variant: str = "7M", **sizes: int) -> di
         for optimizer in optimizers:
             optimizer.zero_grad()
         batch = dict(zip(("idx", "targets"), batches[i], strict=True))
-        model.accumulate_gradients(
-            model=net, batches=[batch], n_targets=n_targets, loss_fn=model.language_modelling, scaler=scaler
-        )
+        run.accumulate_gradients([batch], n_targets)
         torch.nn.utils.clip_grad_norm_(params, t.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
