@@ -3822,9 +3822,7 @@ class Run:
             say(f"{self.files.log}: {e.strerror}; continuing without it", sys.stderr)
             self.written = 0
 
-    def checkpoint(
-        self, state: dict[str, Tensor], sums: dict[str, list[float]], optimizers: list[dict[str, Any]] | None = None
-    ) -> dict[str, Any]:
+    def checkpoint(self, state: dict[str, Tensor], sums: dict, optimizers: list | None = None) -> dict[str, Any]:
         """The content of a checkpoint: with the optimizers, all that the run needs to resume; else a model to use."""
         model, data = self.model, self.data
         return {
@@ -3980,9 +3978,7 @@ class TeacherCache:
     quarters of a nat); and the log-odds of all other tokens, the tail (8 bits, eighths of a nat from -12 on).
     """
 
-    def __init__(
-        self, folder: Path, meta: dict[str, Any], n_blocks: int, block_size: int, K: int, n_vocab: int
-    ) -> None:
+    def __init__(self, folder: Path, meta: dict, n_blocks: int, block_size: int, K: int, n_vocab: int) -> None:
         self.folder, self.K, self.n_low = folder, K, int(math.log2(n_vocab / K))
         self.widths = [K * self.n_low, K + (n_vocab - 1 >> self.n_low), 7 * K, 6, 8]
         shape, meta = (n_blocks, block_size, math.ceil(sum(self.widths) / 8)), {"format": 3, **meta}
@@ -4218,9 +4214,7 @@ class Evaluator:
         return measure(model, batches, self.token_bytes)
 
 
-def sliding_windows(
-    tokens: np.ndarray, context: int, stride: int, batch_tokens: int = 16384
-) -> Iterator[dict[str, Tensor]]:
+def sliding_windows(tokens: np.ndarray, context: int, stride: int, batch_tokens: int = 16384) -> Iterator[dict]:
     """Batches in which each token but the first is a target once. Windows of `context` tokens advance by `stride`; a
     token is scored in the first window that holds it, given all of that window before it. At a stride of `context`, a
     window has one more token, its last target, as a window's first token is not scored in it."""
@@ -4240,13 +4234,12 @@ def sliding_windows(
             bar.update(sum(end - first for _, end, first in group))
 
 
-def evaluate_text(
-    model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, stride: int, where: str = "the text"
-) -> dict[str, float]:
+def evaluate_text(opened: Opened, tokens: np.ndarray, context: int, stride: int, where: str) -> dict[str, float]:
     """What measure returns, and word_perplexity (words split at white space)."""
     if len(tokens) < 2:
         raise UserError(f"{where} has {len(tokens)} token(s): at least 2 are needed, one to predict the other from")
-    found = measure(model, sliding_windows(tokens, context, stride), tokenizer.token_bytes())
+    tokenizer = opened.tokenizer
+    found = measure(opened.model, sliding_windows(tokens, context, stride), tokenizer.token_bytes())
     documents = np.split(tokens, np.flatnonzero(np.isin(tokens, list(tokenizer.special.values()))))
     words = sum(len(tokenizer.without_special(tokenizer.decode(d.tolist())).split()) for d in documents)
     tokens = found.pop("tokens")
@@ -5555,7 +5548,7 @@ def eval(a: EvalArgs) -> None:
         for data in a.data or [None]:
             where, found = evaluation_data(data, opened)
             if not isinstance(found, Data):
-                measured = evaluate_text(model, opened.tokenizer, found, context, stride, where)
+                measured = evaluate_text(opened, found, context, stride, where)
             elif a.stride:
                 raise UserError(f"--stride is for text, but {where} holds conversations: leave it out")
             else:  # as in training: only what the assistant says
