@@ -1860,7 +1860,7 @@ class Data:
         self.ids_digest, self.source = meta.digest, meta.source
         self.digest = digest_of(meta.digest, sorted(meta.files.items()), meta.val_start)
         tokens = map_tokens(self.folder / "data.bin", meta.dtype, meta.n_tokens)
-        for name in DATA_FILES if prepares() else ():
+        for name in DATA_FILES if PREPARES else ():
             known = {"data.bin": meta.digest, **meta.files}.get(name)
             if known and file_digest(self.folder / name) != known:
                 raise UserError(f"{self.folder / name} is damaged: its digest differs; run tokenize again")
@@ -2899,11 +2899,7 @@ def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none:
 # data may take hours to make, they wait through torchrun's key-value store: collectives have time limits, so none is
 # used from `wait_for(f"prepared on {MACHINE}")` to the end of all_prepared.
 MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number for it
-
-
-def prepares() -> bool:
-    """Whether this process prepares the files of its machine."""
-    return world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+PREPARES = os.environ.get("LOCAL_RANK", "0") == "0"  # whether this process does it
 
 
 def store() -> Any:
@@ -2941,7 +2937,7 @@ def all_prepared(**same: Any) -> None:
     on. Raises UserError unless `same` is the same in all."""
     if world_size() == 1:
         return
-    if prepares():
+    if PREPARES:
         store().set(f"prepared on {MACHINE}", "")
     store().set(f"prepared {rank()}", json.dumps([platform.node(), same]))
     wait_for(*(f"prepared {i}" for i in range(world_size())))
@@ -4972,7 +4968,7 @@ def run_training(begin: Callable[[Any], dict[str, Any]], a: Any) -> None:
         torch.cuda.set_device(device)
     files = RunFiles(a.name or default_name(a, kind), a.overwrite)
     state = from_first(lambda: files.latest(a.resume))
-    if not prepares():
+    if not PREPARES:
         wait_for(f"prepared on {MACHINE}")
     known = resumed(a, kind, *state) if state else dict(begin(a), kind=kind, arguments=sys.argv[1:])
     start_run(files, **known)
