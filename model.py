@@ -3058,12 +3058,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         # is_bf16_supported() also counts GPUs that emulate it, ten times slower than float16
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware, which is twice as fast as float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # twice as fast as float32
+    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
 def set_precision(model: GPT, name: str, training: bool = False) -> GPT:

@@ -150,11 +150,12 @@ def test_nanogpt_data_can_be_resumed(cli, workdir):
 def test_resuming_keeps_the_precision_that_was_chosen(cli, text_file, monkeypatch):
     """A run must not change its precision because it goes on on another machine."""
     run = (*TRAIN, *INTERVALS, "--dtype", "auto")
-    monkeypatch.setattr(model, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert "in bfloat16" in cli(*run, "--name", "whole").ok().out
     stop_at(monkeypatch, 6)
     cli(*run, "--name", "parts")
-    monkeypatch.setattr(model, "cpu_has_bfloat16", lambda: False)
+    for instructions in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
     cli("train", "--name", "parts", "--resume").ok()
     assert_same_run("whole", "parts")
 

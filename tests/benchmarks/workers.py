@@ -72,8 +72,9 @@ def random_tokens(folder: str, n: int) -> dict:
 
 def limits() -> dict:
     """What the machine can do: matrix products of 2048 x 2048, and reading 1 GiB."""
-    fast = load().cpu_has_bfloat16()
     import torch
+
+    fast = load().choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
 
     def best(f: Callable) -> float:
         times = []
@@ -377,7 +378,7 @@ def quality(folder: str, text: str, n: int = 512) -> dict:
     results, exact = {}, None
     for label, options in {"float32": ("float32",), "bfloat16": ("bfloat16",), "auto": ("auto",),
                            "int8": ("auto", "int8")}.items():  # fmt: skip
-        if label == "bfloat16" and not model.cpu_has_bfloat16():
+        if label == "bfloat16" and model.choose_dtype("auto", torch.device("cpu")) != torch.bfloat16:
             continue
         opened = model.open_model(folder)
         net, tokenizer = opened.model, opened.tokenizer
@@ -396,7 +397,7 @@ def sample_transformers(folder: str, prompt: str, n: int, cold: bool = False) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    dtype = torch.bfloat16 if load().cpu_has_bfloat16() else torch.float32
+    dtype = load().choose_dtype("auto", torch.device("cpu"))
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     idx = tokenizer(prompt, return_tensors="pt").input_ids
     times = warmed_up(functools.partial(times_of_transformers, net, idx, do_sample=False), n, cold)
