@@ -2943,8 +2943,7 @@ def all_prepared(**same: Any) -> None:
     wait_for(*(f"prepared {i}" for i in range(world_size())))
     name, first = json.loads(store().get("prepared 0"))
     if differs := next((what for what, value in json.loads(json.dumps(same)).items() if value != first[what]), None):
-        here = f"machine {MACHINE} ({platform.node()})"
-        raise UserError(f"{here} and the first ({name}) differ in their {differs}, which must be the same on all")
+        raise UserError(f"machine {MACHINE} ({platform.node()}) and the first ({name}) differ in their {differs}")
 
 
 @contextmanager
@@ -3467,8 +3466,7 @@ def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, di
 def check_targets(split: Split, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> None:
     """Raise UserError if none of these blocks of a split has a target."""
     if not any((split.batch(windows, [i], block_size)["targets"] >= 0).any() for i in blocks):
-        what = f"the {split.name} has no target in blocks of {block_size} tokens"
-        raise UserError(f"{what}: its turns are longer, so raise --block_size")
+        raise UserError(f"the {split.name} has no target in blocks of {block_size} tokens: raise --block_size")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -3480,14 +3478,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict) and is_a(r.get("step"), int)]
 
 
-REPORTERS = ("tensorboard", "trackio", "wandb")
-
-
 def reporters_in(names: str | None) -> list[str]:
     """The names in --report_to. Raises UserError for one that is unknown or not installed."""
-    kinds = names.split(",") if names else []
-    if wrong := next((kind for kind in kinds if kind not in REPORTERS), None):
-        raise UserError(f"report_to is {wrong!r}: choose among {', '.join(REPORTERS)}{nearest(wrong, REPORTERS)}")
+    known, kinds = ("tensorboard", "trackio", "wandb"), names.split(",") if names else []
+    if wrong := next((kind for kind in kinds if kind not in known), None):
+        raise UserError(f"report_to is {wrong!r}: choose among {', '.join(known)}{nearest(wrong, known)}")
     for kind in kinds:
         need(kind, f"--report_to {kind}")
     return kinds
@@ -3712,9 +3707,8 @@ class Run:
         if world_size() > 1:
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
         self.signal, save = answer.tolist()
-        asked = {"stop": self.signal, "save": save}
         due = {what for what, n in self.intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
-        return due | {what for what in asked if asked[what]}
+        return due | ({"stop"} if self.signal else set()) | ({"save"} if save else set())
 
     def report(self, due: set[str], bar: tqdm, prompt: str) -> None:
         """Do what is due. Between two steps, only this makes the host wait for a GPU."""
@@ -4144,8 +4138,7 @@ def every_kth_layer(teacher: GPT, student: GPT) -> None:
     """Initialise a student with every k-th layer of the teacher (as DistilGPT2 was made, arXiv 1910.01108)."""
     for name in ("n_embd", "n_head", "n_kv_head", "head_dim", "n_inner"):
         if (ours := getattr(student.config, name)) != (theirs := getattr(teacher.config, name)):
-            widths = f"the teacher has {name} {theirs}, the student {ours}"
-            raise UserError(f"--init_from_teacher: widths must agree; {widths}")
+            raise UserError(f"--init_from_teacher: widths must agree: {name} is {theirs}, the student's {ours}")
     weights, last = teacher.state_dict(), (len(teacher.blocks) - 1, max(len(student.blocks) - 1, 1))
     for name, tensor in student.state_dict().items():
         source = re.sub(r"(?<=^blocks\.)\d+", lambda i: str(round(int(i[0]) * last[0] / last[1])), name)
