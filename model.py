@@ -3945,29 +3945,15 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-def to_bits(x: np.ndarray, n: int) -> np.ndarray:
-    """Integers (rows, m) as n bits each, (rows, m n), highest bit first."""
-    return (x[..., None] >> np.arange(n)[::-1] & 1).astype(np.uint8).reshape(len(x), -1)
-
-
-def from_bits(bits: np.ndarray, n: int, m: int) -> np.ndarray:
-    return bits.reshape(len(bits), m, n) @ (1 << np.arange(n)[::-1])
-
-
 class TeacherCache:
     """A teacher's top K probabilities at each position of each training block, computed when a block is first read.
 
-    Beside the data, in teacher_cache/: answers.bin, (blocks, block_size, bytes), the bits of each position; done.bin,
-    one byte per block; meta.json, with the teacher, data, temperature and shape it is for. A position has its K ids in
-    ascending order in Elias-Fano coding, 2 + log2(n_vocab / K) bits each: the low bits, then the high ones in unary.
-    Then 7 bits per id, how far its log-probability lies below the top one, in 127ths of the span; the span (6 bits,
-    quarters of a nat); and the log-odds of all other tokens, the tail (8 bits, eighths of a nat from -12 on).
-    """
+    Beside the data, in teacher_cache/: answers.bin, for each position K ids and, in float16, their log-probabilities
+    and the tail's, of all other tokens; done.bin, one byte per block; meta.json, with what it is for."""
 
     def __init__(self, folder: Path, meta: dict, n_blocks: int, block_size: int, K: int, n_vocab: int) -> None:
-        self.folder, self.K, self.n_low = folder, K, int(math.log2(n_vocab / K))
-        self.widths = [K * self.n_low, K + (n_vocab - 1 >> self.n_low), 7 * K, 6, 8]
-        shape, meta = (n_blocks, block_size, math.ceil(sum(self.widths) / 8)), {"format": 3, **meta}
+        self.folder, self.K, meta = folder, K, {"format": 4, **meta}
+        answer = np.dtype([("ids", token_dtype(n_vocab), (K,)), ("log_p", "<f2", (K + 1,))])
         remedy = "delete it, or run without --cache_teacher"
         with locked(folder, wait=True):
             there = read_json(folder / "meta.json", {})
@@ -3978,12 +3964,14 @@ class TeacherCache:
                 raise UserError(f"{folder} was made with {other}: {remedy}")
             folder.mkdir(parents=True, exist_ok=True)
             if not there:
-                say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes per token")
+                size = f"{n_blocks * block_size * answer.itemsize / 1e6:,.1f} MB when full"
+                say(f"teacher cache {folder}: {size}, {answer.itemsize} bytes per token")
                 write_json(folder / "meta.json", meta)
-            self.answers, self.done = self.open_array("answers.bin", *shape), self.open_array("done.bin", n_blocks)
+            self.answers = self.open_array("answers.bin", answer, n_blocks, block_size)
+            self.done = self.open_array("done.bin", np.dtype("u1"), n_blocks)
 
-    def open_array(self, name: str, *shape: int) -> np.memmap:
-        path, n_bytes = self.folder / name, math.prod(shape)
+    def open_array(self, name: str, dtype: np.dtype, *shape: int) -> np.memmap:
+        path, n_bytes = self.folder / name, math.prod(shape) * dtype.itemsize
         with open(path, "ab") as f:  # keeps what another process has written
             if hasattr(os, "posix_fallocate"):  # a full disk raises here; writing a memory map would be fatal
                 try:
@@ -3991,35 +3979,22 @@ class TeacherCache:
                 except OSError as e:
                     raise naming(path, e) from None
             f.truncate(n_bytes)
-        return np.memmap(path, "u1", "r+", shape=shape)
+        return np.memmap(path, dtype, "r+", shape=shape)
 
     def write(self, block: int, ids: Tensor, log_p: Tensor) -> None:
         """Store ids and log-probabilities (block_size, K) of a block. It is marked done last."""
-        ids, log_p = ids.cpu().numpy(), log_p.cpu().numpy().astype(np.float64)
-        order, high = ids.argsort(axis=1), np.zeros((len(ids), self.widths[1]), np.uint8)
-        ids, log_p = np.take_along_axis(ids, order, 1), np.take_along_axis(log_p, order, 1)
-        np.put_along_axis(high, (ids >> self.n_low) + np.arange(self.K), 1, 1)
-        below = log_p.max(axis=1, keepdims=True) - log_p
-        span = np.ceil(4 * below.max(axis=1, keepdims=True)).clip(1, 64)
-        below, top = np.rint(below * 4 / span * 127).clip(max=127), np.exp(log_p).sum(axis=1, keepdims=True)
-        tail = np.rint(8 * (12 + np.log((1 - top).clip(1e-9) / top))).clip(0, 255)
-        numbers = zip((ids, below, span - 1, tail), (self.n_low, 7, 6, 8), strict=True)
-        low, *rest = (to_bits(x.astype(np.int64), n) for x, n in numbers)
-        self.answers[block] = np.packbits(np.concatenate((low, high, *rest), axis=1), axis=1)
+        log_p = log_p.cpu().double()
+        tail = (1 - log_p.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6).log()
+        self.answers["ids"][block], self.answers["log_p"][block] = ids.cpu(), torch.cat((log_p, tail), dim=1)
         self.done[block] = 1
 
     def read(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
         """Token ids (rows, K) and log-probabilities (rows, K + 1), the tail's last, of whole blocks."""
-        bits = np.unpackbits(self.answers[blocks].reshape(-1, self.answers.shape[2]), axis=1)
-        low, high, below, span, tail, _ = np.split(bits, np.cumsum(self.widths), axis=1)
-        if (high.sum(axis=1) != self.K).any():
+        answers = self.answers[blocks].reshape(-1)
+        ids, log_p = (torch.from_numpy(answers[k].astype(t)) for k, t in (("ids", np.int64), ("log_p", np.float32)))
+        if ((log_p.exp().sum(dim=1) - 1).abs() > 0.05).any():
             raise UserError(f"{self.folder} is damaged: delete it, or run without --cache_teacher")
-        ids = high.nonzero()[1].reshape(-1, self.K) - np.arange(self.K) << self.n_low
-        ids += from_bits(low, self.n_low, self.K)
-        below = from_bits(below, 7, self.K) * ((1 + from_bits(span, 6, 1)) / (4 * 127))
-        tail = torch.from_numpy(from_bits(tail, 8, 1) / 8 - 12).float()
-        top = torch.from_numpy(-below).float().log_softmax(dim=1) + F.logsigmoid(-tail)
-        return torch.from_numpy(ids), torch.cat((top, F.logsigmoid(tail)), dim=1)
+        return ids, log_p
 
 
 def divergence_loss(logits: Tensor, teacher: Any, counted: Tensor, temperature: float, beta: float) -> Tensor:
