@@ -1063,37 +1063,32 @@ class Tokenizer:
     def vocab(self) -> dict[str, int]:
         return self.backend.get_vocab()
 
-    def encode(self, text: str, continues: bool = False) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str, dtype: Any = np.int64, continues: bool = False) -> np.ndarray:
         """Token ids of a text. If it continues another, it is encoded as if after a word or a line, without what the
-        tokenizer may put before a text."""
+        tokenizer may put before a text. Other threads run while tiktoken and tokenizers are at work."""
+        text = valid(text)
+        if self.kind == "byte":
+            return np.frombuffer(text.encode(), np.uint8).astype(dtype)
         if self.is_ours:
-            return self.encode_array(text).tolist()
+            with suppress(ValueError):  # its regex fails on a million white spaces in a row
+                return self.tiktoken.encode_to_numpy(text, disallowed_special=()).astype(dtype)
         encode = functools.partial(self.backend.encode, add_special_tokens=False)
         with told_as(f"tokenizer {self.name} cannot encode {text[:40]!r}"):  # if it has no unknown token
             if continues:
                 before = "a" if text[:1].isspace() else "\n"
-                known, ids = encode(before).ids, encode(before + valid(text)).ids
+                known, ids = encode(before).ids, encode(before + text).ids
                 if ids[: len(known)] == known:
-                    return ids[len(known) :]
-            return encode(valid(text)).ids
-
-    def encode_array(self, text: str, dtype: Any = np.int64, continues: bool = False) -> np.ndarray:
-        """encode for long texts, as an array: tiktoken then builds no Python list, so other threads run meanwhile."""
-        if self.kind == "byte":
-            return np.frombuffer(valid(text).encode(), np.uint8).astype(dtype)
-        if self.is_ours:
-            try:
-                return self.tiktoken.encode_to_numpy(valid(text), disallowed_special=()).astype(dtype)
-            except ValueError:  # its regex fails on a million white spaces in a row
-                return np.array(self.backend.encode(valid(text), add_special_tokens=False).ids, dtype)
-        return np.array(self.encode(text, continues), dtype)
+                    return np.array(ids[len(known) :], dtype)
+            return np.array(encode(text).ids, dtype)
 
     def prompt(self, text: str, context: int) -> list[int]:
         """The ids that a model continues, never empty. With our own tokenizers a single token begins a line, if it
         fits: training cuts text anywhere, so alone it is ambiguous ("def" may end another word)."""
         ids = self.bos + self.encode(text)
-        one = self.is_ours and len(self.encode(text.strip())) < 2
-        if one and len(begun := self.encode(f"\n{text}")) <= context:
+        if self.is_ours and len(self.encode(text.strip())) < 2 and len(begun := self.encode(f"\n{text}")) <= context:
             ids = begun
         return ids or ([self.eot] if self.eot is not None else self.encode("\n") or [0])
 
