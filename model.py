@@ -1044,20 +1044,25 @@ class Tokenizer:
 
     @functools.cached_property
     def backend(self) -> Any:
-        """The tokenizers.Tokenizer that gives the same ids."""
+        """The tokenizers.Tokenizer that gives the same ids. It reads special tokens as text, and never cuts or pads."""
         import tokenizers
 
         if self.is_ours:
-            return as_text(from_tiktoken(self))
-        with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
-            text = self.fields.json
-            if re.search(r"\\u00[4-7]", text):  # escaped letters
-                text = json.dumps(json.loads(text))
-            if re.search(r'"continuing_subword_prefix":\s*"[^"]', text) and re.search(r'"type":\s*"BPE"', text):
-                raise ValueError("a BPE with a continuing_subword_prefix")  # can abort the process
-            if '"Replace"' in text and growth(json.loads(text)) > 1e6:
-                raise ValueError("its replacements can make a text a million times longer")
-            return as_text(tokenizers.Tokenizer.from_str(self.fields.json))
+            backend = from_tiktoken(self)
+        else:
+            with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
+                text = self.fields.json
+                if re.search(r"\\u00[4-7]", text):  # escaped letters
+                    text = json.dumps(json.loads(text))
+                if re.search(r'"continuing_subword_prefix":\s*"[^"]', text) and re.search(r'"type":\s*"BPE"', text):
+                    raise ValueError("a BPE with a continuing_subword_prefix")  # can abort the process
+                if '"Replace"' in text and growth(json.loads(text)) > 1e6:
+                    raise ValueError("its replacements can make a text a million times longer")
+                backend = tokenizers.Tokenizer.from_str(self.fields.json)
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
@@ -1174,14 +1179,6 @@ def same_tokenizer(a: Tokenizer, a_is: Any, b: Tokenizer, b_is: Any, remedy: str
         raise UserError(f"{a_is} has tokenizer {a.describe()} but {b_is} has {other}: {remedy}")
 
 
-def as_text(backend: Any) -> Any:
-    """Make a tokenizers.Tokenizer read special tokens as plain text, and neither truncate nor pad."""
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
 def from_ranks(kind: str, tokens: list[bytes], name: str = "") -> Tokenizer:
     """One of our own tokenizers, from its ordinary tokens in id order."""
     special = {t: len(tokens) + i for i, t in enumerate((EOT, IM_START, IM_END))}
@@ -1195,13 +1192,12 @@ def from_tiktoken(tokenizer: Tokenizer) -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors
 
-    ranks, merges = tokenizer.tiktoken._mergeable_ranks, []
-    text = {token: "".join(BYTE_TO_UNICODE[b] for b in token) for token in ranks}
-    for token in ranks:
-        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges += sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    vocab, pairs = {text[t]: rank for t, rank in ranks.items()}, [(text[a], text[b]) for a, b in merges]
-    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
+    ids = {"".join(map(BYTE_TO_UNICODE.get, t)): i for t, i in tokenizer.tiktoken._mergeable_ranks.items()}
+    merges = []
+    for token in ids:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    backend = Backend(models.BPE(vocab=ids, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.kind != "byte")
     backend.decoder, backend.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
     backend.add_special_tokens(sorted(tokenizer.special, key=tokenizer.special.get))
