@@ -1006,8 +1006,6 @@ class Tokenizer:
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
             self.added = self.backend.get_added_tokens_decoder()
         self.byte_level = self.is_ours or '"ByteLevel"' in s.json
-        # text is then the tokens joined by spaces
-        self.no_decoder = not self.byte_level and "▁" not in s.json and self.backend.decoder is None
         if not self.n_vocab or not all(0 <= i < self.n_vocab for i in (*s.special.values(), *s.bos)):
             raise UserError(f"tokenizer {s.name} is empty, or has special tokens outside its vocabulary")
 
@@ -1128,21 +1126,19 @@ class Tokenizer:
             return b""
         if self.is_ours:
             return self.tiktoken.decode_single_token_bytes(token)
-        text, decoder = self.backend.id_to_token(token) or "", self.backend.decoder
-        if self.no_decoder:
-            return f" {text}".encode()
-        if type(decoder).__name__ == "WordPiece":  # a space before what does not continue a word
-            return decoder.decode(["a", text])[1:].encode()
-        if added := self.added.get(token):
-            plain = self.byte_level or added.special
-            return (added.content if plain else added.content.replace("▁", " ")).encode()
-        if type(decoder).__name__ == "BPEDecoder":  # a space after what ends a word
-            return decoder.decode([text, "a"])[:-1].encode()
+        added = self.added.get(token)
+        text = added.content if added else self.backend.id_to_token(token) or ""
+        if added and (self.byte_level or added.special):
+            return text.encode()
         if self.byte_level:
             return bytes(UNICODE_TO_BYTE[c] for c in text) if UNICODE_TO_BYTE.keys() >= set(text) else b""
         if re.fullmatch("<0x[0-9A-F]{2}>", text):  # SentencePiece's byte fallback
             return bytes([int(text[3:5], 16)])
-        return text.replace("▁", " ").encode()
+        if (decoder := self.backend.decoder) is None:  # a text is its tokens joined by spaces
+            return f" {text}".encode()
+        if type(decoder).__name__ == "BPEDecoder":  # a space after what ends a word
+            return decoder.decode([text, "a"])[:-1].encode()
+        return decoder.decode(["a", text])[1:].encode()  # a space before what begins a word
 
     def token_bytes(self) -> np.ndarray:
         """(n_vocab,) bytes of text that each token stands for; 0 for the special ones. For bits per byte."""
