@@ -1244,43 +1244,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
 
 
-class TokenizerConfig(Settings):
-    """What is read from a tokenizer_config.json, and from the special_tokens_map.json beside an old one."""
-
-    bos_token: str | dict[str, Any] | None = None
-    eos_token: str | dict[str, Any] | None = None
-    pad_token: str | dict[str, Any] | None = None
-    unk_token: str | dict[str, Any] | None = None
-    chat_template: str | list[dict[str, Any]] | None = None
-    added_tokens_decoder: dict[str, Any] | None = None
-
-
 def hf_tokenizer(path: Path, name: str = "") -> Tokenizer:
     """The tokenizer of a Hugging Face directory, or of a tokenizer.json and the files beside it."""
     file = path / "tokenizer.json" if path.is_dir() else path
     name = name or Path(os.path.abspath(file)).parent.name  # links are not followed: the Hub's cache has blobs/
-    config = vars(read_schema(TokenizerConfig, file.with_name("tokenizer_config.json"), {}))
-    if not config.pop("added_tokens_decoder"):  # before transformers 4.34, another file defined the special tokens
-        older = vars(read_schema(TokenizerConfig, file.with_name("special_tokens_map.json"), {}))
-        config |= {k: v for k, v in older.items() if v and k in config}
-    spec = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
-    if (template := file.with_name("chat_template.jinja")).is_file():
-        spec["chat_template"] = read_file(template)
-    elif isinstance(several := config["chat_template"], list):
-        default = next((t for t in several if t.get("name") == "default"), several[0] if several else {})
-        spec["chat_template"] = default.get("template")
-    with told_as(f"{file} is not a Hugging Face tokenizer.json"):
-        made = Tokenizer({**spec, "kind": "hf", "name": name, "json": read_file(file)})
-    eos = made.fields.eos_token or EOT
-    made.special.update({t: made.vocab[t] for t in (EOT, IM_START, IM_END) if t in made.vocab})
-    if eos in made.vocab and (EOT not in made.special or eos != IM_END):
-        made.special[EOT] = made.vocab[eos]
-    for other in ("generation_config.json", "config.json"):  # Llama 3's eos_token is not its end of turn
-        said = read_json(file.with_name(other), {})
-        if (ends := said.get("eos_token_id") if isinstance(said, dict) else None) is not None:
-            known, ends = {*made.special.values()}, ends if isinstance(ends, list) else [ends]
-            made.fields.ends = [i for i in made.added if i in ends and i not in known]
-            break
+    text, jinja = read_file(file), file.with_name("chat_template.jinja")
+    stems = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+    config, older, *others = (read_json(file.with_name(f"{stem}.json"), {}) for stem in stems)
+    with told_as(f"{file} and the files beside it are not a Hugging Face tokenizer", Exception, UserError):
+        if not config.get("added_tokens_decoder"):  # before transformers 4.34, another file defined the special tokens
+            config |= {k: v for k, v in older.items() if v}
+        if jinja.is_file():
+            config["chat_template"] = read_file(jinja)
+        elif isinstance(several := config.get("chat_template"), list):
+            config["chat_template"] = next((t for t in several if t["name"] == "default"), several[0])["template"]
+        known = {k: config.get(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")}
+        spec = {k: v["content"] if isinstance(v, dict) else v for k, v in known.items()}
+        made = Tokenizer({**spec, "kind": "hf", "name": name, "json": text})
+        eos, special = made.fields.eos_token or EOT, made.special
+        special.update({t: made.vocab[t] for t in (EOT, IM_START, IM_END) if t in made.vocab})
+        if eos in made.vocab and (EOT not in special or eos != IM_END):
+            special[EOT] = made.vocab[eos]
+        # Llama 3's eos_token is not its end of turn
+        ends = next((c["eos_token_id"] for c in others if c.get("eos_token_id") is not None), [])
+        ends = ends if isinstance(ends, list) else [ends]
+        made.fields.ends = [i for i in made.added if i in ends and i not in special.values()]
     plain, whole = made.encode("a"), made.backend.encode("a").ids  # what its post-processor puts before a text
     made.bos += next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
     return made
