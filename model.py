@@ -2039,21 +2039,18 @@ def messages_of(record: dict[str, Any], chat_format: str | None = None) -> list[
     columns, turns_of = FORMS[form]
     if not record.keys() >= set(columns):
         raise UserError(f"a record has no {form} conversation: its columns are {', '.join(record)}")
-    value = record[columns[0]]
-    try:
-        if len(columns) == 1 and not isinstance(value, list | None):
-            raise TypeError
+    with told_as(f"column {columns[0]} is not a list of turns", AttributeError, TypeError):
+        if len(columns) == 1 and not isinstance(record[columns[0]], list | None):
+            raise TypeError(f"it is {type(record[columns[0]]).__name__}")
         turns = [(ROLES.get(role, role), joined(content)) for role, content in turns_of(record)]
-    except (AttributeError, TypeError):
-        raise UserError(f"column {columns[0]} holds {str(value)[:60]!r}, but {form} needs a list of turns") from None
     if (said := record.get("system")) and isinstance(said, str) and turns and turns[0][0] != "system":
         turns.insert(0, ("system", said))  # from a column of its own
-    system = 1 if turns and turns[0][0] == "system" else 0
-    for i, (role, content) in enumerate(turns):
+    expected = itertools.cycle(("user", "assistant"))
+    for i, (role, content) in enumerate(turns, 1):
         if not isinstance(content, str):
             raise UserError(f"a turn's content is {type(content).__name__}, not text: {str(content)[:100]}")
-        if i >= system and role != ("user", "assistant")[(i - system) % 2]:
-            raise UserError(f"roles are out of order: turn {i + 1} is {role!r}, but user and assistant must alternate")
+        if (i, role) != (1, "system") and role != next(expected):
+            raise UserError(f"roles are out of order: turn {i} is {role!r}, but user and assistant must alternate")
     return [{"role": role, "content": content} for role, content in turns]
 
 
