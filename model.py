@@ -2155,8 +2155,8 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
     if template is None:
         raise UserError(f"{tokenizer.name} has no chat template: finetune the model on conversations first")
     clean = [{**m, "content": tokenizer.without_special(m["content"])} for m in messages]
-    named = {k: getattr(tokenizer.fields, k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    tokens = {k: token for k, token in named.items() if token}  # else undefined, which templates test for
+    # what there is not must be undefined: templates test for it
+    tokens = {k: token for k, token in vars(tokenizer.fields).items() if k.endswith("_token") and token}
     values = {"messages": clean, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
     with told_as("the chat template cannot be used", Exception, UserError):  # it can raise anything
         return render_template(template, values | tokens)
@@ -2175,8 +2175,7 @@ def encode_conversation(
         before = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
         after = render_chat(tokenizer, messages[: i + 1])
         if not after.startswith(before):
-            raise UserError("this chat template changes earlier turns when they are answered: training on it is not "
-                            "supported")  # fmt: skip
+            raise UserError("a chat template that changes earlier turns when they are answered cannot be trained on")
         whole = tokenizer.encode_rendered(after)  # encoded alone, a turn may get the space that begins a text
         n = common_prefix(tokenizer.encode_rendered(before), whole)
         k = min(common_prefix(ids, whole), n)
@@ -2226,9 +2225,10 @@ class Records(ChatFormat):
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         path, kinds = Path(self.hf_dataset), {**RECORD_FILES, ".txt": "text"}
-        if not path.exists() and path.suffix.lower() in kinds:
+        kind = kinds.get(path.suffix.lower())
+        if kind and not path.exists():
             raise UserError(f"{path}: no such file")
-        if path.is_file() and path.suffix.lower() not in kinds:
+        if path.is_file() and not kind:
             raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
         for file in (path, *path.rglob("*")):
             if file.is_file() and RECORD_FILES.get(file.suffix.lower()) == "json":
@@ -2239,9 +2239,8 @@ class Records(ChatFormat):
             "csv": {"keep_default_na": False},  # NA and None are text
             "json": {"chunksize": 1 << 26},  # the first chunk decides which fields there are
         }
-        missing = f"{path} is not a local data set, and cannot be read from the Hub"
         # datasets, huggingface_hub, pyarrow and httpx each have exceptions of their own
-        with told_as(f"cannot read {path}" if path.exists() else missing):
+        with told_as(f"cannot read {path}" + ", which is not a local data set, from the Hub" * (not path.exists())):
             if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # by save_to_disk
                 table = datasets.load_from_disk(str(path))
                 splits = table if isinstance(table, dict) else {self.hf_split.partition("[")[0]: table}
@@ -2250,7 +2249,7 @@ class Records(ChatFormat):
                 table = splits[self.hf_split]
                 return table.to_iterable_dataset() if self.streaming else table
             if path.is_file():  # it serves as any split
-                file, kind = {self.hf_split.partition("[")[0]: glob.escape(str(path))}, kinds[path.suffix.lower()]
+                file = {self.hf_split.partition("[")[0]: glob.escape(str(path))}
                 return datasets.load_dataset(kind, data_files=file, **options, **own.get(kind, {}))
             where = dict(path=self.hf_dataset, name=self.hf_config, revision=self.hf_revision)
             kind = datasets.load_dataset_builder(**where).name  # of files of several kinds, the most common
@@ -2350,26 +2349,25 @@ def tokenize_records(
             say(f"resuming after {writer.n_tokens:,} tokens")
             position, n_bad, first_bad, n_empty = writer.state
             records.load_state_dict(position)
+        rows = map(encode, records)
         if r.num_proc > 1:
             workers_end_with_program()
             kind = Features(ids=[Value("int64")], mask=[Value("uint8")], error=Value("string"))
             rows = records.map(encode, num_proc=r.num_proc, remove_columns=records.column_names, features=kind)
-        else:
-            rows = map(encode, records)
         for row in readable(rows, r.hf_dataset):
-            if row["error"] and not r.skip_bad:
-                remedy = "fix it, or skip it with --skip_bad of tokenize, hf_tokenize or hf_finetune"
-                raise UserError(f"{row['error']}: {remedy}")
-            if row["error"]:
-                n_bad, first_bad = n_bad + 1, first_bad or row["error"]
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
-            if len(ids):
-                is_chat, was_chat = mask is not None, writer.files["starts.bin"].tell() > 0
-                if writer.n_tokens and is_chat != was_chat:
-                    raise UserError(f"{r.hf_dataset} mixes conversations and other text: make a data set of each")
-                ids = np.concatenate((separator, ids)) if writer.n_tokens and not is_chat else ids
-                writer.write(ids, np.asarray(mask) if is_chat else None)
-            n_empty += not len(ids) and not row["error"]
+            if row["error"]:
+                if not r.skip_bad:
+                    raise UserError(f"{row['error']}: fix it, or use tokenize, hf_tokenize or hf_finetune --skip_bad")
+                n_bad, first_bad = n_bad + 1, first_bad or row["error"]
+            elif not len(ids):
+                n_empty += 1
+            elif writer.n_tokens and (mask is None) != (writer.files["starts.bin"].tell() == 0):
+                raise UserError(f"{r.hf_dataset} mixes conversations and other text: make a data set of each")
+            elif mask is None:
+                writer.write(np.concatenate((separator, ids)) if writer.n_tokens else ids)
+            else:
+                writer.write(ids, np.asarray(mask))
             bar.update()
             if r.max_tokens and writer.n_tokens >= r.max_tokens:
                 break
