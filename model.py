@@ -1037,10 +1037,19 @@ class Tokenizer:
     @functools.cached_property
     def backend(self) -> Any:
         """The tokenizers.Tokenizer that gives the same ids. It reads special tokens as text, and never cuts or pads."""
-        import tokenizers
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, processors
 
-        if self.is_ours:
-            backend = from_tiktoken(self)
+        if self.is_ours:  # tiktoken merges any two tokens whose bytes form a token, so all such pairs are listed
+            ids = {"".join(map(BYTE_TO_UNICODE.get, t)): i for t, i in self.tiktoken._mergeable_ranks.items()}
+            merges = []
+            for token in ids:
+                pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+                merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+            backend = Backend(models.BPE(vocab=ids, merges=merges))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.kind != "byte")
+            backend.decoder, backend.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+            backend.add_special_tokens(sorted(self.special, key=self.special.get))
         else:
             with told_as(f"tokenizer {self.name} has no valid tokenizer.json"):  # the Rust side raises plain Exception
                 text = self.fields.json
@@ -1050,7 +1059,7 @@ class Tokenizer:
                     raise ValueError("a BPE with a continuing_subword_prefix")  # can abort the process
                 if '"Replace"' in text and growth(json.loads(text)) > 1e6:
                     raise ValueError("its replacements can make a text a million times longer")
-                backend = tokenizers.Tokenizer.from_str(self.fields.json)
+                backend = Backend.from_str(self.fields.json)
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -1173,24 +1182,6 @@ def from_ranks(kind: str, tokens: list[bytes], name: str = "") -> Tokenizer:
     special = {t: len(tokens) + i for i, t in enumerate((EOT, IM_START, IM_END))}
     ranks = "" if kind == "byte" else "\n".join(base64.b64encode(t).decode() for t in tokens)
     return Tokenizer({"kind": kind, "name": name or kind, "ranks": ranks, "special": special})
-
-
-def from_tiktoken(tokenizer: Tokenizer) -> Any:
-    """A tokenizers.Tokenizer with the ids of one of ours. tiktoken merges any two tokens whose bytes form a token, so
-    all such pairs are listed."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, processors
-
-    ids = {"".join(map(BYTE_TO_UNICODE.get, t)): i for t, i in tokenizer.tiktoken._mergeable_ranks.items()}
-    merges = []
-    for token in ids:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
-        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-    backend = Backend(models.BPE(vocab=ids, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.kind != "byte")
-    backend.decoder, backend.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    backend.add_special_tokens(sorted(tokenizer.special, key=tokenizer.special.get))
-    return backend
 
 
 def gpt2_tokenizer() -> Tokenizer:
