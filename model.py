@@ -2002,9 +2002,7 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int | None)
 # Conversations and records
 # ----------------------------------------------------------------------------------------------------------------------
 
-RECORD_FILES = {
-    ".parquet": "parquet", **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"), ".csv": "csv", ".arrow": "arrow",
-}  # fmt: skip
+RECORD_FILES = {f".{k}": k for k in ("parquet", "json", "csv", "arrow")} | {".jsonl": "json", ".ndjson": "json"}
 ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "bing", "model"), "assistant")}
 FORMS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of conversations: the columns that identify one, its turns
     "messages": (("messages",), lambda r: [(t.get("role"), t.get("content")) for t in r["messages"] or []]),
@@ -2153,9 +2151,7 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_genera
         return render_template(template, values | tokens)
 
 
-def encode_conversation(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], train_on_all: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_conversation(tokenizer: Tokenizer, messages: list[dict[str, str]], train_on_all: bool) -> list[np.ndarray]:
     """Token ids of a rendered conversation, as apply_chat_template gives them, and the target mask: what the
     assistant says and its end of turn, or everything. If a template rewrites earlier answers (Qwen 3's drops their
     thinking) only the last one counts."""
@@ -2173,7 +2169,7 @@ def encode_conversation(
         end = max((j + 1 for j in range(n, len(whole)) if whole[j] in specials), default=len(whole))
         mask = mask[:k] + [0] * (n - k) + [1] * (end - n) + [0] * (len(whole) - end)
         ids = whole
-    return np.array(ids, np.int64), np.array([1] * len(ids) if train_on_all else mask, np.uint8)
+    return [np.array(ids, np.int64), np.array([1] * len(ids) if train_on_all else mask, np.uint8)]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -2302,17 +2298,16 @@ def workers_end_with_program() -> None:
 def encode_record(r: Records, tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
     """Token ids of a record, its target mask if it is a conversation, or its error: `datasets` may run this in another
     process, from which a UserError would come back as another class."""
+    row: dict[str, Any] = {"ids": np.array([], np.int64), "mask": None, "error": None}
     try:
-        content, mask = r.content(record), None
-        if isinstance(content, str):
-            ids = tokenizer.encode_array(content)
+        if isinstance(content := r.content(record), str):
+            row["ids"] = tokenizer.encode_array(content)
         else:
-            ids, mask = encode_conversation(tokenizer, content, r.train_on_all)
-        return {"ids": ids, "mask": mask, "error": None}
+            row["ids"], row["mask"] = encode_conversation(tokenizer, content, r.train_on_all)
     except UserError as e:
         text = json.dumps({**record}, ensure_ascii=False, default=str)  # as it may stand in the record's file
-        where = f"in the record {text[:100]}{' ...' * (len(text) > 100)}"
-        return {"ids": np.array([], np.int64), "mask": None, "error": f"{e} ({where})"}
+        row["error"] = f"{e} (in the record {text[:100]}{' ...' * (len(text) > 100)})"
+    return row
 
 
 def tokenize_records(
