@@ -63,7 +63,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -1215,14 +1215,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     options = dict(initial_alphabet=bpe.pre_tokenizer.alphabet(), show_progress=False)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size - 3, **options)
-    at_once = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if at_once := at_once and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait until all is learned
-    try:
+    with ExitStack() as afterwards:
+        in_main = threading.current_thread() is threading.main_thread()  # others cannot set a handler
+        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait until all is learned
+            afterwards.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
         bpe.train_from_iterator(bounded_words(texts), trainer)
-    finally:
-        if at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     vocab = bpe.get_vocab()
     tokens = [bytes(UNICODE_TO_BYTE[c] for c in token) for token in sorted(vocab, key=vocab.get)]
     return from_ranks("bpe", tokens, f"bpe-{len(tokens) + 3}")
