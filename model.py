@@ -986,7 +986,7 @@ class Tokenizer:
         self.fields = s = from_dict(TokenizerSpec, spec, "the tokenizer")
         self.kind, self.name, self.special, self.bos, self.is_ours = s.kind, s.name, s.special, s.bos, s.kind != "hf"
         if self.is_ours:
-            import tiktoken
+            from tiktoken import Encoding
 
             with told_as(f"tokenizer {s.name} has no valid ranks"):
                 tokens = [base64.b64decode(t) for t in s.ranks.split()] or [bytes([b]) for b in range(256)]
@@ -994,8 +994,7 @@ class Tokenizer:
                 self.n_vocab, pattern = len(tokens) + len(s.special), r"[\s\S]" if s.kind == "byte" else GPT2_PATTERN
                 if {*ranks.values(), *s.special.values()} != set(range(self.n_vocab)):
                     raise ValueError("tokens without an id, or two with the same id")
-                own = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens=s.special)
-                self.tiktoken = tiktoken.Encoding(s.name, **own)
+                self.tiktoken = Encoding(s.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=s.special)
         else:
             self.n_vocab = max(self.vocab.values(), default=-1) + 1
             self.added = self.backend.get_added_tokens_decoder()
@@ -1187,8 +1186,7 @@ def from_ranks(kind: str, tokens: list[bytes], name: str = "") -> Tokenizer:
 def gpt2_tokenizer() -> Tokenizer:
     import tiktoken
 
-    remedy = "go online once, or use --tokenizer bpe, which learns a vocabulary from your text, or --tokenizer byte"
-    with told_as(f"GPT-2's vocabulary is not on this machine and could not be fetched ({remedy})"):
+    with told_as("cannot fetch GPT-2's vocabulary (go online once, or use --tokenizer bpe or --tokenizer byte)"):
         ranks = tiktoken.get_encoding("r50k_base")._mergeable_ranks
     return from_ranks("gpt2", sorted(ranks, key=ranks.get))
 
@@ -2248,16 +2246,14 @@ class Records(ChatFormat):
             if messages or messages is not None and not record.get("text"):
                 return messages
         if column not in record:
-            columns = ", ".join(record)
-            raise UserError(f"no column {column!r}: the columns are {columns}; hf_tokenize --hf_text_column names one")
+            raise UserError(f"no column {column!r}, only {', '.join(record)}: hf_tokenize --hf_text_column names one")
         value = record[column]
         if isinstance(value, list) and value and isinstance(value[0], (str, dict)):
-            form = "utterances" if isinstance(value[0], str) else "messages" if "role" in value[0] else "sharegpt"
+            form = "utterances" if isinstance(value[0], str) else "sharegpt"  # which reads messages too
             return messages_of({FORMS[form][0][0]: value}, form)
         if isinstance(value, str) or value is None or value == []:
             return value or ""
-        kind = f"{type(value).__name__} {str(value)[:60]!r}"
-        raise UserError(f"column {column!r} holds {kind}, but must hold text or a list of turns")
+        raise UserError(f"column {column!r} must be text or a list of turns, not {type(value).__name__} {value!r:.60}")
 
     def texts(self, limit: int = 100_000_000) -> Iterator[str]:
         """What a vocabulary is learned from: the first 100 MB."""
