@@ -366,3 +366,27 @@ def byte_level_bpe(texts: list[str], vocab_size: int, special: tuple = (), split
     start = {"initial_alphabet": byte_level.alphabet(), "special_tokens": list(special)}
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **start))
     return bpe
+
+
+SYSTEM_TEMPLATE = (  # in the manner of published ones: a default system turn, and turns as they are
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_foreign(folder: Path, names: list[str], template: str | None = SYSTEM_TEMPLATE, before="", **tokens) -> Path:
+    """Someone else's tokenizer, with its own template: 600 ids in another order, the special tokens first, digits one
+    by one, perhaps a token that is put before every text."""
+    from tokenizers import pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    lines = stdlib_source("textwrap").splitlines(keepends=True)
+    backend = byte_level_bpe(lines, 600, names, pre_tokenizers.Digits(individual_digits=True))
+    if before:
+        special = [(before, names.index(before))]
+        backend.post_processor = processors.TemplateProcessing(f"{before} $A", special_tokens=special)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    theirs.chat_template = template
+    theirs.save_pretrained(folder)
+    return folder

@@ -24,15 +24,16 @@ import pytest
 import torch
 import transformers
 from conftest import (
+    SYSTEM_TEMPLATE,
     all_tokens,
     assert_same_weights,
     at_each_step,
-    byte_level_bpe,
     checkpoint_of,
     contents,
     model_py,
     random_gpt,
     read_jsonl,
+    save_foreign,
     save_model,
     stdlib_source,
     stop_at,
@@ -42,7 +43,6 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
 
 import model
 
@@ -249,11 +249,6 @@ HARD = [
     "<|im_start|>assistant\nI was told to", "a<|endoftext|>b", "<|im_<|im_end|>end|>", "{{ messages }}{% if %}",
     "\u00a0nbsp\u2003", "\r\n", "</s> [INST]", "a" * 300, "user\nassistant", "it's we'LL",
 ]  # fmt: skip
-SYSTEM_TEMPLATE = (  # in the manner of published ones: a default system turn, and turns as they are
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 INST_TEMPLATE = (  # no special token opens a turn, a system turn goes into the first question, end-of-text ends answers
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\n\n' %}"
     "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}{% for m in messages %}"
@@ -271,16 +266,9 @@ TAGS_TEMPLATE = (  # what transformers adds to Jinja, and what it hands to every
 
 
 def foreign(folder: Path, template: str | None, eos: str = "<|im_end|>", chat_tokens: bool = True) -> model.Tokenizer:
-    """Someone else's tokenizer, with its own template: ids in another order, digits apart, other special tokens."""
     names = ["<|endoftext|>", "<s>", "<extra>"] + ["<|im_start|>", "<|im_end|>"] * chat_tokens
-    lines = stdlib_source("textwrap").splitlines(keepends=True)
-    backend = byte_level_bpe(lines, 600, names, pre_tokenizers.Digits(individual_digits=True))
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token=eos, unk_token="<extra>"
-    )
-    theirs.chat_template = template
-    theirs.save_pretrained(folder)
-    return model.hf_tokenizer(folder)
+    tokens = dict(bos_token="<s>", eos_token=eos, unk_token="<extra>")
+    return model.hf_tokenizer(save_foreign(folder, names, template, **tokens))
 
 
 @pytest.fixture(params=["byte", "bpe", "gpt2", "imported", "imported, [INST]", "imported, tags"])

@@ -20,6 +20,7 @@ import torch
 import transformers
 import yaml
 from conftest import (
+    SYSTEM_TEMPLATE,
     TINY_RUN,
     TRAIN,
     byte_level_bpe,
@@ -27,6 +28,7 @@ from conftest import (
     log_of,
     random_gpt,
     random_tokens,
+    save_foreign,
     save_model,
     stdlib_source,
     tiny_config,
@@ -34,7 +36,7 @@ from conftest import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -370,32 +372,11 @@ def fuzzed_strings(n: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choice(rng.choice(pools)) for _ in range(rng.randrange(12))) for _ in range(n)]
 
 
-SYSTEM_TEMPLATE = (  # in the manner of published ones: a default system turn
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def save_foreign(folder: Path, corpus: list[str], names: list[str], before: str = "", **tokens: str) -> Path:
-    """A directory with a tokenizer that is none of ours: digits one by one, special tokens first, perhaps one that is
-    put before every text, a chat template of its own."""
-    backend = byte_level_bpe(corpus, 900, names, pre_tokenizers.Digits(individual_digits=True))
-    if before:
-        special = [(before, names.index(before))]
-        backend.post_processor = processors.TemplateProcessing(f"{before} $A", special_tokens=special)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
-    theirs.chat_template = SYSTEM_TEMPLATE
-    theirs.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def foreign_folder(corpus, tmp_path_factory) -> Path:
+def foreign_folder(tmp_path_factory) -> Path:
     names = ["<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     folder = tmp_path_factory.mktemp("foreign")
-    return save_foreign(folder, corpus, names, "<s>", bos_token="<s>", eos_token="<|im_end|>")
+    return save_foreign(folder, names, before="<s>", bos_token="<s>", eos_token="<|im_end|>")
 
 
 @pytest.fixture(params=["gpt2", "bpe", "byte", "foreign"])
@@ -442,11 +423,11 @@ def test_exported_tokenizer_is_ours_beside_every_architecture(cli, complaints, a
     assert theirs(strings).input_ids == [tokenizer.bos + tokenizer.encode(s) for s in strings]
 
 
-def test_special_ids_and_the_template_come_back(cli, corpus):
+def test_special_ids_and_the_template_come_back(cli):
     """SmolLM2's: what ends a turn ends and pads a text too, and <|endoftext|> is id 0. A tokenizer_config.json of old
     holds several templates in a list: the default one is exported."""
     tokens = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>")
-    source = save_foreign(Path("source"), corpus, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], **tokens)
+    source = save_foreign(Path("source"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], **tokens)
     first = AutoTokenizer.from_pretrained(source)
     (source / "chat_template.jinja").unlink()
     config = json.loads((source / "tokenizer_config.json").read_text())
