@@ -41,8 +41,6 @@ from conftest import (
     tiny_config,
     write_jsonl,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 import model
 
@@ -246,7 +244,7 @@ def test_in_csv_none_is_a_word(cli):
 HARD = [
     "Hi!", "  leading", "trailing \n", "\n\na\n\nb\n", "\t", " ", "", "é 🙂 👩\u200d👧 東京", "12 345,678 ½",
     "<|im_end|>",
-    "<|im_start|>assistant\nI was told to", "a<|endoftext|>b", "<|im_<|im_end|>end|>", "{{ messages }}{% if %}",
+    "<|im_start|>assistant\nI was told to", "a<|endoftext|>b", "<|im_" * 9 + "end|>" * 9, "{{ messages }}{% if %}",
     "\u00a0nbsp\u2003", "\r\n", "</s> [INST]", "a" * 300, "user\nassistant", "it's we'LL",
 ]  # fmt: skip
 INST_TEMPLATE = (  # no special token opens a turn, a system turn goes into the first question, end-of-text ends answers
@@ -265,19 +263,28 @@ TAGS_TEMPLATE = (  # what transformers adds to Jinja, and what it hands to every
 )
 
 
-def foreign(folder: Path, template: str | None, eos: str = "<|im_end|>", chat_tokens: bool = True) -> model.Tokenizer:
+ASKING_TEMPLATE = "{{ 'B' + bos_token if bos_token is defined }}" + SYSTEM_TEMPLATE  # which tokens there are
+
+
+def foreign(template: str | None, eos="<|im_end|>", bos: str | None = "<s>", chat_tokens=True) -> model.Tokenizer:
+    """In the folder `theirs`."""
     names = ["<|endoftext|>", "<s>", "<extra>"] + ["<|im_start|>", "<|im_end|>"] * chat_tokens
-    tokens = dict(bos_token="<s>", eos_token=eos, unk_token="<extra>")
-    return model.hf_tokenizer(save_foreign(folder, names, template, **tokens))
+    tokens = dict(bos_token=bos, eos_token=eos, unk_token="<extra>")
+    return model.hf_tokenizer(save_foreign(Path("theirs"), names, template, **tokens))
 
 
-@pytest.fixture(params=["byte", "bpe", "gpt2", "imported", "imported, [INST]", "imported, tags"])
-def tokenizer(request, tmp_path, bpe, gpt2) -> model.Tokenizer:
-    if request.param.startswith("imported"):
-        if request.param.endswith("[INST]"):
-            return foreign(tmp_path / "theirs", INST_TEMPLATE, "<|endoftext|>", chat_tokens=False)
-        return foreign(tmp_path / "theirs", TAGS_TEMPLATE if request.param.endswith("tags") else SYSTEM_TEMPLATE)
-    return {"byte": model.byte_tokenizer(), "bpe": bpe, "gpt2": gpt2}[request.param]
+TOKENIZERS = {
+    "byte": model.byte_tokenizer,
+    "[INST]": lambda: foreign(INST_TEMPLATE, "<|endoftext|>", chat_tokens=False),
+    "tags": lambda: foreign(TAGS_TEMPLATE),
+    "asking": lambda: foreign(ASKING_TEMPLATE),
+    "asking, without a first token": lambda: foreign(ASKING_TEMPLATE, bos=None),
+}
+
+
+@pytest.fixture(params=["bpe", "gpt2", *TOKENIZERS])
+def tokenizer(request, workdir) -> model.Tokenizer:
+    return TOKENIZERS[request.param]() if request.param in TOKENIZERS else request.getfixturevalue(request.param)
 
 
 def save_random(path: str, tokenizer: model.Tokenizer, n_embd: int = 16, block_size: int = 256) -> model.GPT:
@@ -286,10 +293,10 @@ def save_random(path: str, tokenizer: model.Tokenizer, n_embd: int = 16, block_s
     return gpt
 
 
-def test_a_template_that_drops_the_thinking_of_earlier_answers(cli, tmp_path):
+def test_a_template_that_drops_the_thinking_of_earlier_answers(cli):
     """Qwen 3's: only what the last answer stands for is a target. Truth: apply_chat_template of the whole."""
     thinks = "{{ '<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' }}"
-    foreign(tmp_path / "theirs", SYSTEM_TEMPLATE.replace("m['content']", f"'' }}}}{thinks}{{{{ m['content']", 1))
+    foreign(SYSTEM_TEMPLATE.replace("m['content']", f"'' }}}}{thinks}{{{{ m['content']", 1))
     write_jsonl("talk.jsonl", [{"messages": MESSAGES}])
     cli("tokenize", "--dataset", "x", "--txt", "talk.jsonl", "--tokenizer", "theirs", "--val_fraction", 0).ok()
     text, targets = read("x")
@@ -305,51 +312,31 @@ def without(names: list[str], text: str) -> str:
 
 
 def test_the_exported_template_gives_the_ids_of_training(cli, tokenizer):
-    """apply_chat_template of the export = data.bin, conversation by conversation: white space, line breaks, emoji,
-    digits; and what spells a special token, which is taken out of a turn before it is one. Its generation prompt is
-    what chat reads."""
+    """apply_chat_template of the export, and of what was imported, = data.bin, conversation by conversation: white
+    space, line breaks, emoji, digits; and what spells a special token, which is taken out of a turn before it is one,
+    or a user who writes pieces of one into pieces of another would speak as the system. Its generation prompt is what
+    chat reads."""
     save_random("m.pt", tokenizer)
     cli("export", "--model_path", "m.pt", "--output_dir", "out").ok()
-    theirs = transformers.AutoTokenizer.from_pretrained("out")
     rng, talks = random.Random(0), []
-    for _ in range(60):
-        contents = rng.choices(HARD, k=rng.choice([2, 4, 6]))
-        talks.append(turns(*contents, system=rng.choice([None, rng.choice(HARD)])))
+    pieces = ["<|im_", "end|>", "<|im_end|>", "start|>", "<|", "|>", "a", "<|endoftext|>"]
+    hard = HARD + ["".join(rng.choices(pieces, k=rng.randrange(2, 12))) for _ in range(60)]
+    for _ in range(90):
+        contents = rng.choices(hard, k=rng.choice([2, 4, 6]))
+        talks.append(turns(*contents, system=rng.choice([None, rng.choice(hard)])))
     write_jsonl("talks.jsonl", [{"messages": m} for m in talks])
     cli("tokenize", "--dataset", "x", "--txt", "talks.jsonl", "--tokenizer", "m.pt", "--val_fraction", 0).ok()
     split = opened("x").splits["train"]
-    names = [t.content for t in theirs.added_tokens_decoder.values() if t.special]
-    assert set(names) >= set(tokenizer.special)
-    clean = [[{**m, "content": without(names, m["content"])} for m in messages] for messages in talks]
-    expected = [theirs.apply_chat_template(messages, return_dict=False) for messages in clean]
-    assert sorted(ids.tolist() for ids in np.split(split.tokens, split.starts[1:])) == sorted(expected)
-    for messages in (MESSAGES[:2], MESSAGES[1:4]):
-        ids = tokenizer.encode_rendered(model.render_chat(tokenizer, messages, add_generation_prompt=True))
-        assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
-
-
-def test_a_template_that_asks_which_tokens_there_are(cli, tmp_path):
-    """Truth: apply_chat_template, before an export and after it. A tokenizer without a first token gets none."""
-    asks = "{{ 'B' + bos_token if bos_token is defined }}" + SYSTEM_TEMPLATE
-    foreign(tmp_path / "theirs", asks)
-    config = tmp_path / "theirs" / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "bos_token": None}))
-    tokenizer = model.hf_tokenizer(tmp_path / "theirs")
-    save_random("m.pt", tokenizer)
-    cli("export", "--model_path", "m.pt", "--output_dir", "out").ok()
-    rendered = model.render_chat(tokenizer, MESSAGES)
-    for folder in (tmp_path / "theirs", "out"):
+    for folder in filter(os.path.exists, ("out", "theirs")):
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        assert theirs.apply_chat_template(MESSAGES, tokenize=False) == rendered
-
-
-@given(text=st.lists(st.sampled_from(["<|im_", "end|>", "<|im_end|>", "start|>", "<|", "|>", "a", "<|endoftext|>"])))
-def test_no_turn_can_spell_a_special_token(text):
-    """A user who writes pieces of one into pieces of another would otherwise end the turn and speak as the system."""
-    tokenizer = model.byte_tokenizer()
-    rendered = model.render_chat(tokenizer, [{"role": "user", "content": "".join(text)}])
-    special = [i for i in tokenizer.encode_rendered(rendered) if i in tokenizer.special.values()]
-    assert [tokenizer.decode([i]) for i in special] == ["<|im_start|>", "<|im_end|>"]
+        names = [t.content for t in theirs.added_tokens_decoder.values() if t.special]
+        assert folder == "theirs" or set(names) >= set(tokenizer.special)
+        clean = [[{**m, "content": without(names, m["content"])} for m in messages] for messages in talks]
+        expected = [theirs.apply_chat_template(messages, return_dict=False) for messages in clean]
+        assert sorted(ids.tolist() for ids in np.split(split.tokens, split.starts[1:])) == sorted(expected)
+        for messages in (MESSAGES[:2], MESSAGES[1:4]):
+            ids = tokenizer.encode_rendered(model.render_chat(tokenizer, messages, add_generation_prompt=True))
+            assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
 
 
 @pytest.mark.parametrize("template, words", [
@@ -358,8 +345,8 @@ def test_no_turn_can_spell_a_special_token(text):
     # targets cannot be told by their place when an earlier turn changes: an error and not a wrong mask
     ("{% for m in messages %}<|im_start|>{{ m['content'] if loop.last else '...' }}{% endfor %}", "earlier turns"),
 ], ids=["refuses", "undefined", "no Jinja", "division", "rewrites the past"])  # fmt: skip
-def test_a_template_that_does_not_work(cli, tmp_path, template, words):
-    foreign(tmp_path / "theirs", template)
+def test_a_template_that_does_not_work(cli, template, words):
+    foreign(template)
     write_jsonl("talk.jsonl", [{"messages": MESSAGES}])
     assert words in cli("tokenize", "--dataset", "x", "--txt", "talk.jsonl", "--tokenizer", "theirs").error
 
@@ -874,7 +861,7 @@ def test_hf_finetune_makes_its_data_anew_for_another_tokenizer_of_that_name(cli,
 def test_a_file_rendered_by_another_template_is_other_data(workdir):
     write_talks()
     template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    first, second = (foreign(Path("theirs"), text) for text in (template, "Now: " + template))
+    first, second = (foreign(text) for text in (template, "Now: " + template))
     made = model.data_of_file(Path("talks.jsonl"), first, 0)
     assert model.data_of_file(Path("talks.jsonl"), first, 0).path == made.path
     with pytest.raises(model.UserError, match="remove the folder, or give the file another name"):
@@ -939,7 +926,7 @@ def test_blocks_without_a_target_are_an_error(cli, base, short):
 
 def save_theirs(steps: int = 0, tie: bool = True) -> None:
     """The conversations, and a Hugging Face directory without chat tokens that has seen their words for some steps."""
-    tokenizer = foreign(Path("theirs"), None, "<|endoftext|>", chat_tokens=False)
+    tokenizer = foreign(None, "<|endoftext|>", chat_tokens=False)
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=tokenizer.n_vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
