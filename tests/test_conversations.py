@@ -1,6 +1,7 @@
 """Conversations: from the forms people have to tokens, targets, finetuning and a chat in the terminal."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import threading
 import time
 import types
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import datasets
 import numpy as np
@@ -115,8 +117,8 @@ TWO = MESSAGES[1:]
 KIND = turns("Hi!", "Hello.", system="Be kind.")
 
 
-def sharegpt(*names: str) -> dict:
-    return {"conversations": [{"from": n, "value": m["content"]} for n, m in zip(names, TWO, strict=True)]}
+def sharegpt(*names: str, of: list[dict] = TWO) -> dict:
+    return {"conversations": [{"from": n, "value": m["content"]} for n, m in zip(names, of, strict=True)]}
 
 
 FORMS = {
@@ -125,9 +127,9 @@ FORMS = {
     "sharegpt, other names": (sharegpt("user", "assistant", "human", "chatgpt"), TWO),
     "utterances": ({"utterances": [m["content"] for m in TWO], "emotions": [0, 1, 2, 3]}, TWO),
     "messages with a system turn": ({"messages": KIND}, KIND),
-    "sharegpt with a system turn": ({"conversations": [
-        {"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Hello."},
-    ]}, KIND),
+    "sharegpt with a system turn": (sharegpt("system", "human", "gpt", of=KIND), KIND),
+    "a system turn in a column of its own": ({"system": "Be kind.", **sharegpt("human", "gpt", of=TWO[:2])}, KIND),
+    "and where it was already": ({"system": "No.", **sharegpt("system", "human", "gpt", of=KIND)}, KIND),
     "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, turns("Add.\n\n2 and 2", "4")),
     "alpaca, no input": ({"instruction": "Add.", "input": "", "output": "4"}, turns("Add.", "4")),
     "alpaca, input left out": ({"instruction": "Add.", "output": "4", "text": "x"}, turns("Add.", "4")),
@@ -157,9 +159,8 @@ def test_every_form_of_conversation(cli, record, messages):
 ])  # fmt: skip
 def test_chat_format_says_which_columns_count(cli, chat_format, wanted):
     record = {
-        "messages": turns("a", "b"), "utterances": ["e", "f"], "instruction": "g", "input": "h", "output": "i",
-        "conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}],
-        "prompt": "j", "completion": "k", "text": "l",
+        "messages": turns("a", "b"), **sharegpt("human", "gpt", of=turns("c", "d")), "utterances": ["e", "f"],
+        "instruction": "g", "input": "h", "output": "i", "prompt": "j", "completion": "k", "text": "l",
     }  # fmt: skip
     flags = () if chat_format is None else ("--chat_format", chat_format)
     expected = tokenized(cli, {"messages": wanted})
@@ -222,13 +223,6 @@ def test_empty_conversations_are_passed_over(cli, column):
     expected = tokenized(cli, kept)
     assert tokenized(cli, nothing, empty, kept, empty) == tokenized(cli, empty, nothing, kept, nothing) == expected
     assert "3 record(s) without text or an assistant turn" in hub(cli, "records.jsonl").ok().err
-
-
-def test_a_system_turn_in_a_column_of_its_own(cli):
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
-    told = [{"from": "system", "value": "Be brief."}, *turns]
-    assert tokenized(cli, {"system": "Be brief.", "conversations": turns}) == tokenized(cli, {"conversations": told})
-    assert tokenized(cli, {"system": "No.", "conversations": told}) == tokenized(cli, {"conversations": told})
 
 
 def test_in_csv_none_is_a_word(cli):
@@ -422,6 +416,7 @@ def test_text_files(cli, flags):
         for file in list(Path("local").glob("*.txt")):
             file.unlink()
         Path("local/README.md").write_text("What these texts are.")
+        Path("local/meta.json").write_text('{"a": 1}')
 
 
 @pytest.mark.parametrize("saved_to_disk", [False, True], ids=["a file each", "saved to disk"])
@@ -460,28 +455,22 @@ def test_max_tokens(cli, flags):
 @pytest.mark.parametrize("flags", [(), ("--num_proc", 2), ("--streaming",), ("--tokenizer", "bpe")])
 def test_records_that_cannot_be_used(cli, flags):
     """They are shown as they begin, so that they can be found; and left out on request."""
-
-    def talk(*turns: tuple[str, str]) -> dict:
-        return {"conversations": [{"from": name, "value": text} for name, text in turns]}
-
-    good = [talk(("human", f"{i}?"), ("gpt", f"{i}.")) for i in range(9)]
-    bad = [talk(("gpt", f"Answer {i}"), ("human", "?")) for i in (1, 2)]
-    run = ("hf_tokenize", "--hf_dataset", "a.jsonl", "--tokenizer", "byte", "--val_fraction", 0)
-    run = (*run, *flags)
+    good = [sharegpt("human", "gpt", of=turns(f"{i}?", f"{i}.")) for i in range(9)]
+    bad = [sharegpt("gpt", "human", of=turns(f"Answer {i}", "?")) for i in (1, 2)]
+    run = functools.partial(hub, cli, "a.jsonl", "--val_fraction", 0, *flags)
     write_jsonl("a.jsonl", [bad[0], *good, bad[1]])
-    error = cli(*run, "--dataset", "x").error
-    assert "turn 1 is 'assistant'" in error and "--skip_bad" in error and '"value": "Answer' in error
+    run().fails_with("turn 1 is 'assistant'", "--skip_bad", '"value": "Answer')
     assert not Path("data/x").exists()
     if "--streaming" in flags:
-        assert "--num_proc" in cli(*run, "--dataset", "x", "--num_proc", 2).error
-    left_out = cli(*run, "--dataset", "x", "--skip_bad").ok().err
+        assert "--num_proc" in run("--num_proc", 2).error
+    left_out = run("--skip_bad").ok().err
     assert "skipped 2 unusable record(s)" in left_out and '"value": "Answer' in left_out
     write_jsonl("a.jsonl", good)
-    cli(*run, "--dataset", "y").ok()
+    run(name="y").ok()
     assert sorted(read("x")[0].split("<|im_start|>user")) == sorted(read("y")[0].split("<|im_start|>user"))
     write_jsonl("a.jsonl", bad)
-    result = cli(*run, "--dataset", "z", "--skip_bad")
-    assert "skipped 2 unusable record(s)" in result.err and "no token is a target" in result.error
+    result = run("--skip_bad", name="z")
+    assert "skipped 2 unusable record(s)" in result.err and NO_TARGET in result.error
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
@@ -512,15 +501,6 @@ def test_conversations_by_subject_are_mixed(cli):
     assert read("x")[0] == "<|endoftext|>".join(t["utterances"][1] for t in talks)
 
 
-def test_a_folder_of_texts_and_something_else(cli):
-    """A text is a document still, and not each of its lines."""
-    Path("local").mkdir()
-    for name, text in {"a.txt": "one\n\ntwo\n", "b.txt": "three", "meta.json": '{"a": 1}'}.items():
-        Path("local", name).write_text(text)
-    hub(cli, "local").ok()
-    assert read("x")[0] == "one\n\ntwo\n<|endoftext|>three"
-
-
 def test_records_with_a_field_that_comes_late(cli):
     """After the 10 MB by which `datasets` decides which fields there are; in a file whose name is no pattern."""
     long = [{"utterances": ["Why?", "So. " * 30_000]}] * 100
@@ -548,10 +528,13 @@ def test_conversations_are_mixed_whatever_the_first_record_is(cli):
     assert sorted(order) == list(range(30)) != order
 
 
-def test_no_data_set(cli):
-    """A file that is not there is told at once, and not after asking the Hub for it."""
+def test_no_data_set(cli, base):
+    """A file that is not there is told at once, and not after asking the Hub for it. A run has one source, not one that
+    is heeded and one that is passed over."""
     assert "nosuch.parquet: no such file" in hub(cli, "nosuch.parquet").error
     assert "needs --hf_dataset" in cli("hf_tokenize", "--dataset", "x", *BYTES).error
+    for flags in ((), ("--hf_dataset", "talks.jsonl", "--data", "talks.jsonl")):
+        assert "needs --hf_dataset" in cli("hf_finetune", "--model_checkpoint", base, *flags).error
 
 
 @pytest.mark.parametrize("flags", [("--val_fraction", 0), ()], ids=["nothing held out", "one conversation"])
@@ -562,33 +545,22 @@ def test_a_split_without_conversations(cli, base, flags):
     assert words in finetune(cli, data="few").error
 
 
-def lose_connection(monkeypatch, after: int) -> None:
-    """The connection is lost, once, after so many records."""
-    encode, records = model.encode_record, itertools.count()
-
-    def encode_record(*args):
-        if next(records) == after:
-            raise ConnectionError("the connection is lost")
-        return encode(*args)
-
-    monkeypatch.setattr(model, "encode_record", encode_record)
-
-
 def test_a_lost_connection_loses_nothing(cli, monkeypatch, saves_each_record):
     """Streaming goes on where it was saved, and remembers what kind of records those were."""
-    write_jsonl("a.jsonl", [{"text": line} for line in stdlib_source("textwrap").splitlines()[:20]])
-    hub(cli, "a.jsonl", "--streaming", name="whole").ok()
-    lose_connection(monkeypatch, after=15)
-    assert "connection is lost" in hub(cli, "a.jsonl", "--streaming").error
-    again = hub(cli, "a.jsonl", "--streaming").ok()
-    assert "resuming after" in again.out and read("x") == read("whole")
-
-
-def test_text_then_conversations_across_a_stop(cli, monkeypatch, saves_each_record):
-    write_jsonl("a.jsonl", [{"text": "some text"}] * 5 + [{"utterances": ["a", "b"]}] * 5)
-    lose_connection(monkeypatch, after=5)
-    assert "connection is lost" in hub(cli, "a.jsonl", "--streaming").error
-    assert "conversations and other text" in hub(cli, "a.jsonl", "--streaming").error
+    texts, encode = [{"text": f"text {i}"} for i in range(20)], model.encode_record
+    run = functools.partial(hub, cli, "a.jsonl", "--streaming")
+    write_jsonl("a.jsonl", texts)
+    run(name="whole").ok()
+    for name, ending in (("texts", texts[15:]), ("mixed", [{"utterances": ["a", "b"]}])):
+        write_jsonl("a.jsonl", texts[:15] + ending)
+        answers = [DEFAULT] * 15 + [ConnectionError("the connection is lost")] + [DEFAULT] * 5
+        monkeypatch.setattr(model, "encode_record", Mock(wraps=encode, side_effect=answers))
+        assert "connection is lost" in run(name=name).error
+        again = run(name=name)
+        if name == "texts":
+            assert "resuming after" in again.ok().out and read(name) == read("whole")
+        else:
+            assert "conversations and other text" in again.error
 
 
 def test_a_missing_column_lists_those_there_are(cli):
@@ -720,7 +692,8 @@ def test_finetuning_lowers_the_held_out_loss(cli, base):
                stdin=b"What is red and big?\n")  # fmt: skip
     assert said.ok().out == "The big apples.\n" and "trained on text" not in said.err
     Path("text.txt").write_text("The apples are red and big. " * 100)
-    finetune(cli, "--name", "text", data="text.txt").ok()
+    out = finetune(cli, "--name", "text", "--eval_interval", 5, data="text.txt", iters=10).ok().out
+    assert val_losses(out)[1] < val_losses(out)[0] and "longer than a block" not in out
     assert "trained on text" in cli("chat", "--model_checkpoint", "text_model.pt", stdin=b"").ok().err
 
 
@@ -868,23 +841,11 @@ def test_a_file_rendered_by_another_template_is_other_data(workdir):
         model.data_of_file(Path("talks.jsonl"), second, 0)
 
 
-def test_hf_finetune_has_one_source(cli, base):
-    """Not one that is heeded and one that is passed over."""
-    for flags in ((), ("--hf_dataset", "talks.jsonl", "--data", "talks.jsonl")):
-        assert "needs --hf_dataset" in cli("hf_finetune", "--model_checkpoint", base, *flags).error
-
-
 def test_finetuning_with_another_tokenizers_data(cli, base):
     cli("tokenize", "--dataset", "other", "--txt", "talks.jsonl", "--tokenizer", "bpe", "--vocab_size", 300).ok()
     finetune(cli, data="other").fails_with("bpe-300", "byte", "base.pt")
     cli("tokenize", "--dataset", "same", "--txt", "talks.jsonl", "--tokenizer", base).ok()
     finetune(cli, data="same").ok()
-
-
-def test_finetuning_on_plain_text(cli, base, text_file):
-    flags = ("--eval_interval", 5, "--prompt", "def ", "--sample_length", 5)
-    out = finetune(cli, *flags, data="input.txt", iters=10).ok().out
-    assert val_losses(out)[1] < val_losses(out)[0] and "longer than a block" not in out
 
 
 def test_conversations_longer_than_a_block_are_counted(cli, base):
