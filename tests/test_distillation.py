@@ -722,6 +722,7 @@ def test_a_student_checkpoint_of_another_tokenizer(distill):
     (("--n_embd", 64, "--n_head", 4, "--arch", "qwen3", "--init_from_teacher"), ["--init_from_teacher", "teacher"]),
     (("--teacher_variant", "120M"), ["teacher.pt", "120M", "n_layer"]),
     (("--teacher_model_path", "hf"), ["--teacher_variant", "120M"]),
+    (("--teacher_model_path", "hf", "--teacher_variant", "7M"), ["120M, 300M, 700M, 1B"]),
 ])  # fmt: skip
 def test_bad_combinations(distill, flags, words):
     distill(*STUDENT, *flags).fails_with(*words)
