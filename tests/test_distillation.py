@@ -79,11 +79,13 @@ class Case:
         self.targets = random_tokens(192, vocab_size=self.n)
         self.targets[torch.rand(192, generator=generator) < 0.2] = -1
 
-    def teacher(self, temperature: float) -> torch.Tensor:
-        return (self.teacher_logits[:, : self.n] / temperature).log_softmax(-1)
-
-    def check(self, d: DistillConfig, log_p: torch.Tensor, index: torch.Tensor | None = None) -> None:
-        """Ours equals plain PyTorch with full logits: the loss, its parts, its gradients by hidden states and head."""
+    def check(self, d: DistillConfig, K: int = 0) -> None:
+        """Ours equals plain PyTorch with full logits: the loss, its parts, its gradients by hidden states and head.
+        With K: of the teacher's K likeliest tokens and, as one more outcome, all others."""
+        log_p, index = (self.teacher_logits[:, : self.n] / d.temperature).log_softmax(-1), None
+        if K:
+            p, index = log_p.exp().topk(K)
+            log_p = torch.cat((p, 1 - p.sum(-1, keepdim=True)), dim=1).log()
         sums, by = torch.zeros(2, dtype=torch.float64), (self.h, self.gpt.head_weight)
         objective = Distillation(torch.nn.Identity(), d, self.n)
         teacher = (lambda rows: log_p[rows]) if index is None else lambda rows: (index[rows], log_p[rows])
@@ -106,8 +108,7 @@ class Case:
 @pytest.mark.parametrize("kind, beta", DIVERGENCES)
 def test_loss_and_gradients_equal_autograd(monkeypatch, kind, beta, alpha, temperature, chunk):
     """64 divides the 192 rows, 80 does not."""
-    case = Case(monkeypatch, chunk)
-    case.check(DistillConfig(temperature, alpha, kind, beta), case.teacher(temperature))
+    Case(monkeypatch, chunk).check(DistillConfig(temperature, alpha, kind, beta))
 
 
 def test_small_gradients_of_float16_are_kept():
@@ -134,13 +135,7 @@ def test_small_gradients_of_float16_are_kept():
     ({}, 1), ({}, 7), ({}, 99),
 ], ids=str)  # fmt: skip
 def test_soft_cap_paddings_and_tails_equal_autograd(monkeypatch, variation, K, kind, beta):
-    """With K: of the teacher's K likeliest tokens and, as one more outcome, all others."""
-    case, index = Case(monkeypatch, 80, **variation), None
-    log_p = case.teacher(2.0)
-    if K:
-        p, index = log_p.exp().topk(K)
-        log_p = torch.cat((p, 1 - p.sum(-1, keepdim=True)), dim=1).log()
-    case.check(DistillConfig(2.0, 0.5, kind, beta), log_p, index)
+    Case(monkeypatch, 80, **variation).check(DistillConfig(2.0, 0.5, kind, beta), K)
 
 
 @pytest.mark.parametrize("K", [0, 7])
@@ -153,12 +148,7 @@ def test_the_divergence_is_one_graph(monkeypatch, kind, K):
     compiler = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.divergence_loss, dynamic=False, fullgraph=True, backend=compiler)
     monkeypatch.setattr(model, "divergence_loss", compiled)
-    case, index = Case(monkeypatch, 80), None
-    log_p = case.teacher(2.0)
-    if K:
-        p, index = log_p.exp().topk(K)
-        log_p = torch.cat((p, 1 - p.sum(-1, keepdim=True)), dim=1).log()
-    case.check(DistillConfig(2.0, 0.5, kind), log_p, index)
+    Case(monkeypatch, 80).check(DistillConfig(2.0, 0.5, kind), K)
     assert compiler.frame_count == 4  # both sizes, with the gradient and without
 
 
