@@ -306,10 +306,8 @@ def without(names: list[str], text: str) -> str:
 
 
 def test_the_exported_template_gives_the_ids_of_training(cli, tokenizer):
-    """apply_chat_template of the export, and of what was imported, = data.bin, conversation by conversation: white
-    space, line breaks, emoji, digits; and what spells a special token, which is taken out of a turn before it is one,
-    or a user who writes pieces of one into pieces of another would speak as the system. Its generation prompt is what
-    chat reads."""
+    """apply_chat_template of the export, and of what was imported, = data.bin, and its generation prompt is what chat
+    reads. What spells a special token is taken out of a turn: else a user could speak as the system."""
     save_random("m.pt", tokenizer)
     cli("export", "--model_path", "m.pt", "--output_dir", "out").ok()
     rng, talks = random.Random(0), []
@@ -487,8 +485,7 @@ def test_other_tokenizers(cli, tokenizer, gpt2):
 
 
 def test_conversations_by_subject_are_mixed(cli):
-    """Half is of apples, then half of pears: the tenth held out is of both, though the first is empty. Text stays in
-    its order."""
+    """Half is of apples, then half of pears: the tenth held out is of both. Text stays in its order."""
     talks = [{"utterances": [f"{fruit}?", f"{fruit} {i}."]} for fruit in ("apple", "pear") for i in range(100)]
     write_jsonl("talks.jsonl", [{"utterances": []}, *talks])
     write_jsonl("text.jsonl", [{"text": t["utterances"][1]} for t in talks])
@@ -522,8 +519,7 @@ def test_the_first_record_that_cannot_be_used_is_told_at_once(cli, monkeypatch):
 
 
 def test_no_data_set(cli, base):
-    """A file that is not there is told at once, and not after asking the Hub for it. A run has one source, not one that
-    is heeded and one that is passed over."""
+    """A missing file is told at once, without asking the Hub; and no source is heeded while another is passed over."""
     assert "nosuch.parquet: no such file" in hub(cli, "nosuch.parquet").error
     assert "needs --hf_dataset" in cli("hf_tokenize", "--dataset", "x", *BYTES).error
     for flags in ((), ("--hf_dataset", "talks.jsonl", "--data", "talks.jsonl")):
@@ -691,8 +687,7 @@ def test_finetuning_lowers_the_held_out_loss(cli, base):
 
 
 def test_lora_trains_adapters_only(cli, base):
-    """What is saved to go on from holds the base's weights bit for bit; what is saved to use is W + 2 B A; and the
-    two models say the same."""
+    """The last state has the base's weights bit for bit; the model to use is W + 2 B A; the two say the same."""
     out = finetune(cli, "--lora_rank", 4, "--eval_interval", 20, iters=20).ok().out
     first, last = model.load_checkpoint(Path(base)).model, checkpoint_of("finetuned_base")["model"]
     adapters = {name: tensor for name, tensor in last.items() if "lora" in name}
@@ -773,8 +768,7 @@ def test_a_run_from_the_current_folder_is_named_after_it(cli, base, monkeypatch)
 
 
 def test_hf_finetune_makes_its_data_once_and_of_what_was_named(cli, base):
-    """Two data sets of one name are not mistaken for each other, nor two columns, nor yesterday's contents. A run is
-    not replaced unasked, when there is new data either."""
+    """Other data of that name, another column and new contents are told apart; no run is replaced unasked."""
     write_jsonl("a/talks/x.jsonl", TALKS[:30])
     write_jsonl("b/talks/x.jsonl", [{"utterances": ["Really other", "words here."], "more": ["c", "d"]}] * 40)
 

@@ -52,8 +52,7 @@ def plain_divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, beta: 
 
 
 def plain_parts(logits, targets, log_p: torch.Tensor, d: DistillConfig, index=None) -> list[torch.Tensor]:
-    """Divergence and cross-entropy, summed over the targets that count, of full logits. With an index, log_p is of
-    these tokens and of any other."""
+    """Divergence and cross-entropy of full logits, summed. With an index, log_p is of these tokens and of any other."""
     q = (logits[:, : 100 if index is not None else log_p.size(-1)] / d.temperature).softmax(-1)
     if index is not None:
         top = q.gather(1, index)
@@ -195,8 +194,7 @@ def assert_close_all(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rto
 @pytest.mark.parametrize("segments", [False, True], ids=["text", "packed documents"])
 @pytest.mark.parametrize("teacher_vocab, teacher_cap", [(100, 0.0), (90, 0.0), (150, 5.0)])
 def test_a_live_teacher_equals_two_plain_forward_passes(teacher_vocab, teacher_cap, segments):
-    """Truth: both models' full logits, plain PyTorch, down to the gradients of every weight of the student; and the
-    parts of the loss, each with the number of targets that it is the sum of."""
+    """Truth: full logits in plain PyTorch: gradients of every weight, the loss's parts and their numbers of targets."""
     teacher = random_gpt(tiny_config("nanochat", vocab_size=teacher_vocab, logit_softcap=teacher_cap), 1)
     student = random_gpt(tiny_config(n_layer=1), 2)
     n, batch, d = min(teacher_vocab, 100), batch_of(), DistillConfig(3.0, 0.7, "jsd", 0.3)
@@ -256,8 +254,7 @@ def test_dropout_and_mode_of_the_models():
 
 @pytest.mark.parametrize("T", [32, 31, 1])
 def test_the_second_half_is_the_students_own(T):
-    """Truth: a student so sure of itself that drawing is taking the most likely token, one full pass per token. A block
-    of one token is all prompt."""
+    """Truth: the likeliest tokens, by full passes of a student that is sure. A block of one token is all prompt."""
     teacher, student = pair(tie_word_embeddings=False)
     with torch.no_grad():
         student.lm_head.weight *= 1e6
@@ -274,8 +271,7 @@ def test_the_second_half_is_the_students_own(T):
 
 
 def test_the_students_text_is_drawn_from_its_own_distribution():
-    """Truth: a student to which one token is as likely as the other 99 together: half of its 272 tokens, within four
-    standard deviations of 8.2, each row another and each draw anew."""
+    """Truth: one token is as likely as all others: half of 272, +- 4 standard deviations of 8.2; each draw anew."""
     teacher, student = pair(tie_word_embeddings=False)
     with torch.no_grad():
         for p in (student.norm_f.weight, student.norm_f.bias, student.lm_head.weight):
@@ -305,8 +301,7 @@ def test_an_on_policy_batch_is_scored_by_the_teacher_alone(monkeypatch, kind, be
 
 
 def test_on_policy_is_a_fraction_of_the_steps(monkeypatch):
-    """Truth: the binomial distribution: 400 draws at 0.25 lie within 100 +- 4 standard deviations of 8.7. All processes
-    and micro-batches of a step draw alike, whatever else is random in them."""
+    """Truth: 400 draws at 0.25 are 100 +- 4 standard deviations of 8.7. All processes and micro-batches draw alike."""
     teacher, student = pair()
     objective, written = Distillation(teacher, DistillConfig(on_policy=0.25), 100), []
     monkeypatch.setattr(objective, "student_writes", lambda student, batch: written.append(seed) or batch)
@@ -461,8 +456,7 @@ RUNS = {
 
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_a_resumed_run_is_the_run_never_stopped(distill, monkeypatch, flags):
-    """Truth: the uninterrupted run, bit for bit, and its log: the parts of a record's loss are from before the stop and
-    after it."""
+    """Bit for bit, and in its log, where the parts of a record's loss are from before the stop and after it."""
     run = (*STUDENT, "--max_iters", 9, "--log_interval", 3, "--eval_interval", 6, *flags, "--name")
     distill(*run, "whole").ok()
     stop_at(monkeypatch, 4)
@@ -521,8 +515,7 @@ def test_the_log_shows_the_parts_of_the_loss(distill, flags, scale, rest):
 
 
 def test_two_processes_equal_one(distill):
-    """Truth: the run of one process: the log, the parts of the loss in it, and the teacher's cache. The two make the
-    cache, and the data, and each has its part of a batch in two micro-batches."""
+    """In the log, the parts of the loss, and the teacher's cache, which the two make, as they make the data."""
     run = (*STUDENT, "--max_iters", 3, "--log_interval", 1, "--cache_teacher", 64)
     distill(*run, "--name", "one").ok()
     cached = contents("data/text/teacher_cache").values()
@@ -544,8 +537,7 @@ def test_a_student_becomes_its_teacher(distill):
 
 
 def test_cached_and_live_teacher_train_alike(distill, monkeypatch):
-    """Truth: the live run, within 1% all along the curve; the size of the cache's files; and a second student of the
-    same blocks, for which the teacher is not run."""
+    """Within 1% all along the curve; for a second student of the same blocks the teacher is not run."""
     teacher = mild_gpt()
     with torch.no_grad():
         teacher.head_weight.mul_(8)  # as sure as a trained one
@@ -648,8 +640,7 @@ ONE_STEP = (*TINY_RUN[8:], "--batch_size", 2, "--max_iters", 1, "--learning_rate
 
 @pytest.mark.parametrize("tied, n_vocab", [(True, 257), (False, 250)])  # with 250 the tables are shorter, too
 def test_a_student_without_a_variant_is_the_teacher_with_half_its_layers(distill, tied, n_vocab):
-    """And with the data's chat tokens, which the teacher lacks: the data's tokenizer goes into the checkpoint, which
-    with fewer rows than that could not be opened."""
+    """And with rows for the data's chat tokens, which the teacher lacks: the checkpoint has the data's tokenizer."""
     teacher = mild_gpt(vocab_size=n_vocab, tie_word_embeddings=tied)
     spec = json.loads(model.byte_tokenizer().backend.to_str())
     spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if i < n_vocab - 1}

@@ -143,8 +143,7 @@ def half_gpt(arch: str, **overrides) -> model.GPT:
 @pytest.mark.parametrize("arch, overrides", DECODED)
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_pass(arch, overrides, how):
-    """Prompts of different lengths in one batch, read in two goes, then token by token; each row must be what it is in
-    one float32 pass of PyTorch's kernel, in C of the same 16-bit or 8-bit weights."""
+    """Prompts are read in two goes, then token by token: each row is what it is in one pass of the same weights."""
     gpt = half_gpt(arch, attn_implementation="eager" if how == "eager" else "auto", **overrides)
     plain, c, rows = half_gpt(arch, **overrides), gpt.config, random_tokens(3, 24)
     if how.startswith("in C"):
@@ -284,8 +283,7 @@ def test_the_loss_in_c_hides_no_fault(dtype):
     ("forward_kl", "native"), ("reverse_kl", "native"), pytest.param("reverse_kl", "x86-64", marks=needs_x86),
 ])  # fmt: skip
 def test_the_divergence_in_c(kind, march, dtype, rtol, monkeypatch):
-    """Truth: torch's kl_div in float64 of the same numbers. A student of 100 tokens, padded to 128, 90 of them the
-    teacher's, of which one never comes; every third row does not count."""
+    """Truth: kl_div in float64. 100 tokens, padded to 128, 90 the teacher's, one impossible; a third do not count."""
     library = model.c_library(march, *["-DBFLOAT16"] * (dtype == torch.bfloat16))
     monkeypatch.setattr(model, "training_library", lambda x: library)
     student, teacher, targets = 3 * torch.randn(40, 128), 3 * torch.randn(40, 90), random_tokens(40, vocab_size=90)
@@ -396,8 +394,7 @@ def test_gradient_of_the_loss_is_the_numerical_derivative(arch, overrides):
     {}, dict(tie_word_embeddings=False), dict(logit_softcap=3.0), dict(logit_softcap=3.0, tie_word_embeddings=False),
 ])  # fmt: skip
 def test_fused_loss_equals_cross_entropy_of_full_logits(overrides, rows, fused, monkeypatch):
-    """160 rows in chunks that divide them or not; targets of -1 do not count; padding rows of the head get nothing.
-    By hand, and in the form that a GPU compiles."""
+    """In chunks that divide 160 rows or not, by hand and as a GPU compiles it; neither -1 nor padding counts."""
     monkeypatch.setattr(model, "LOSS_CHUNK_ELEMENTS", rows * 128)
     gpt, idx = random_gpt(tiny_config("llama", block_size=80, **overrides)), random_tokens(2, 81)
     x, y = idx[:, :-1], idx[:, 1:].clone()

@@ -143,8 +143,7 @@ def assert_same_logits(gpt: model.GPT, theirs: transformers.PreTrainedModel):
 
 @every_model
 def test_transformers_opens_an_export_as_its_own(cli, complaints, arch, overrides):
-    """The class of the architecture, no warning, our logits, and 50 greedy tokens that are `sample`'s. Read back it is
-    the model bit for bit, and so is the export of that. NTK-aware scaling comes back as the larger theta that it is."""
+    """Its class, no warning, our logits and greedy tokens; read back it is the model bit for bit, as is its export."""
     gpt = small(arch, **overrides)
     folder = export(cli, gpt)
     theirs = open_theirs(folder)
@@ -359,8 +358,7 @@ def test_a_tokenizer_larger_than_the_model(cli):
 
 @functools.cache
 def fuzzed_strings(n: int, seed: int = 0) -> list[str]:
-    """Short strings of all of Unicode but lone surrogates: letters of many scripts, digits, marks, spaces, controls,
-    emoji, unassigned code points, and English to join them."""
+    """All of Unicode but lone surrogates: scripts, digits, marks, spaces, controls, emoji, unassigned, and English."""
     rng = random.Random(seed)
     every = [chr(i) for i in range(0x30000) if not 0xD800 <= i < 0xE000]
     spaces = [c for c in every if c.isspace()] * 3 + list("\n\t \r\x00\x1c\x7f\u200b\ufeff")
@@ -386,9 +384,8 @@ def tokenizer(request) -> model.Tokenizer:
 
 
 def test_exported_tokenizer_is_ours(cli, complaints, tokenizer, shakespeare):
-    """Our ids of 10,000 fuzzed strings, Tiny Shakespeare and code, which it decodes to what they were; of prompts, with
-    what is put before a text, if anything; and special tokens in a text are special over there only. Generation ends at
-    the end of a turn and at the end of a text."""
+    """Our ids, of prompts too, and they are decoded to what they were; special tokens in a text are special over there
+    only. Generation ends at the end of a turn and at the end of a text."""
     folder = export(cli, small(tokenizer=tokenizer, n_embd=8, block_size=1 << 18), tokenizer=tokenizer)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.model_max_length == 1 << 18
@@ -423,8 +420,7 @@ def test_exported_tokenizer_is_ours_beside_every_architecture(cli, complaints, a
 
 
 def test_special_ids_and_the_template_come_back(cli):
-    """SmolLM2's: what ends a turn ends and pads a text too, and <|endoftext|> is id 0. A tokenizer_config.json of old
-    holds several templates in a list: the default one is exported."""
+    """SmolLM2's: what ends a turn ends and pads a text too. Of several templates, as of old, the default counts."""
     tokens = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>")
     source = save_foreign(Path("source"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], **tokens)
     first = AutoTokenizer.from_pretrained(source)
@@ -444,8 +440,7 @@ def test_special_ids_and_the_template_come_back(cli):
 
 
 def test_model_card(cli, text_file):
-    """The hub's own reader finds what was measured, in metadata that are YAML whatever the model is called. The command
-    in it can be run again."""
+    """The hub's own reader finds what was measured, whatever the model is called; its command can be run again."""
     args = (*TRAIN, "--name", "it's said", "--max_iters", 4, "--eval_interval", 2)
     cli(*args).ok()
     last = log_of("it's said")[-1]
@@ -469,8 +464,7 @@ def test_model_card(cli, text_file):
     (["été"], ["été"]), (["one:0.3", "data/two 2/data.bin"], ["one", "two 2"]),
 ], ids=str)  # fmt: skip
 def test_the_data_sets_in_a_model_card(cli, text_file, data, names):
-    """Their names, however --data named them, those of a mixture one by one. The hub refuses a card, and the push with
-    it, whose data sets could not be among its own."""
+    """However --data named them, one by one; and spelt as the hub wants them, or it refuses the card and the push."""
     for name in names:
         cli("tokenize", "--dataset", name, "--txt", "input.txt", "--tokenizer", "byte").ok()
     cli("train", "--data", *data, *TINY_RUN, "--max_iters", 1).ok()
@@ -621,8 +615,7 @@ def test_push_to_hub(cli, hub, flags, private):
 
 
 def test_a_push_again(cli, hub):
-    """What an earlier push left and this one lacks is gone: transformers would read weights in one file before shards,
-    and take the template of a chat model."""
+    """What this one lacks is gone: transformers would prefer one file to shards, and take an old template."""
     save(small())
     cli(*EXPORT, "out", "--push_to_hub", "me/tiny").ok()
     base = model.Tokenizer({"kind": "byte", "name": "byte", "special": {model.EOT: 256}})  # without chat tokens
@@ -827,8 +820,7 @@ def error_of(cli, folder: Path | str, command: str = "sample") -> str:
 
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "llama", "qwen3", "nanochat"])
 def test_tensors_that_do_not_fit(cli, arch):
-    """Each in turn is left out, or has another shape, whatever the layout in the file (transposed, interleaved,
-    mirrored); or there is one too many: the error names it."""
+    """Each in turn is left out or misshapen, whatever its layout; or there is one too many: the error names it."""
     exported = export(cli, small(arch, n_layer=1))
     file = exported / "model.safetensors"
     whole, shapes = file.read_bytes(), [(3,), (2, 32), (320, 32), (2, 2, 2), (0,), ()]
@@ -937,8 +929,7 @@ def test_a_directory_that_is_no_model(cli, llama):
 
 @pytest.fixture
 def hub_cache(cli, monkeypatch) -> Path:
-    """The hub's cache with tiny/model in it, at two revisions: main, and v1 with other weights. As there, what lies
-    in the folders of the revisions are links."""
+    """The hub's cache with tiny/model at two revisions: main, and v1 with other weights, both made of links."""
     cache = Path("hub").resolve()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     repo = cache / "models--tiny--model"
@@ -1029,8 +1020,7 @@ python _model_.py export --variant 120M --model_path finetuned_120M_model.pt --o
 
 @pytest.fixture
 def stand_ins(cli, monkeypatch, shakespeare) -> None:
-    """Everything that the published commands fetch, in folders of these names, and variants of a size for a test; a
-    vocabulary of bytes instead of GPT-2's, which costs every command a second."""
+    """All that the published commands fetch, by its name, with bytes for GPT-2's vocabulary; and small variants."""
     monkeypatch.setattr(model, "gpt2_tokenizer", model.byte_tokenizer)
     export(cli, small("gpt2"), to="openai-community/gpt2")
     talks = [{"utterances": [f"Say {i}.", f"It is {i}, sir."]} for i in range(400)]
@@ -1044,8 +1034,7 @@ def stand_ins(cli, monkeypatch, shakespeare) -> None:
 
 
 def test_published_command_lines_run_as_printed(cli, stand_ins):
-    """In the order of NGen3's README; what it leaves to the reader (the conversations, distilling a 120M) is made in
-    between. The variants are small here and the runs short; the words are the published ones."""
+    """In the order of NGen3's README; what it leaves to the reader is made in between."""
     short = ("--max_iters", 2, "--eval_tokens", 64)
     for line in PUBLISHED_COMMANDS.strip().splitlines():
         line = line.replace("_data_tinyshakespeare_", "data/tinyshakespeare")

@@ -444,8 +444,7 @@ def small_disk(tmp_path_factory):
 
 
 def test_a_full_disk_at_every_write(cli, text_file, small_disk, monkeypatch):
-    """A disk of a few sizes: whatever is there afterwards is whole, one sentence names the file, and with room the run
-    goes on to the same end."""
+    """Whatever is there is whole, one sentence names the file, and with room the run goes on to the same end."""
     cli(*RUN).ok()
     whole = checkpoint_of()["model"]
     size = sum(map(len, contents().values()))

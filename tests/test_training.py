@@ -51,8 +51,7 @@ RUNS = {
 
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_a_stopped_and_resumed_run_is_the_run_never_stopped(cli, text_file, monkeypatch, flags):
-    """Stopped in its first step, at an evaluation, between two records of the log, at a record, and in the last step
-    but one; each time in what would be another process, with another random state."""
+    """Stopped at its first step, at an evaluation, at a record and beside it; each time with another random state."""
     run = (*TRAIN, *INTERVALS, *flags)
     cli(*run, "--name", "whole").ok()
     stop_at(monkeypatch, 1, 4, 2, 2, 3)
@@ -455,8 +454,7 @@ def test_a_step_without_a_target_does_not_end_a_run(cli, workdir):
 
 
 def test_epochs(cli, text_file, monkeypatch):
-    """60,000 bytes: 54,000 for training are 3,374 blocks of 16 and a target, a half of which make 5 batches of 400
-    (rounded up). So many steps are the work that compiling is chosen by."""
+    """54,000 bytes are 3,374 blocks of 16: half of them are 5 batches of 400. By so many steps compiling is chosen."""
     work = []
     monkeypatch.setattr(model, "compile_model", lambda gpt, t, *rest: work.append(t.max_iters))
     cli("train", *BYTES, *TINY_RUN, "--batch_size", 400, "--epochs", 0.5, "--sample_interval", -1).ok()
@@ -709,8 +707,7 @@ def test_recipes(cli, text_file):
 
 
 def test_weight_decay_by_how_often_the_data_is_seen(cli, text_file):
-    """54,000 bytes are 3,374 blocks of 16 and a target: 14 steps of 1,024 see them 4.2 times. What is asked for, or
-    published, is as it is; a run keeps its decay when it is resumed and made longer."""
+    """14 steps of 1,024 see 3,374 blocks 4.2 times. What is asked for or published stays; so it does on resuming."""
     short = ("train", *BYTES, *TINY_SHAPE, *HERE, "--batch_size", 1024, "--sample_interval", -1, "--overwrite")
 
     def decays() -> set[float]:
