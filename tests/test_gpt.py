@@ -475,11 +475,6 @@ def test_hooks_see_every_module(training):
     assert torch.equal(gpt.logits(gpt.norm_f(dict(seen)["blocks.1"])), logits)
 
 
-def test_without_positions_a_text_has_no_end():
-    gpt = random_gpt(tiny_config("gpt2", pos_embd="none"))
-    assert gpt(random_tokens(1, 40)).shape == (1, 40, 100)
-
-
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "nanochat"])
 def test_gradient_checkpointing_gives_the_same_gradients(arch):
     """With dropout as well: the recomputed pass must drop the same elements."""

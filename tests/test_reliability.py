@@ -170,13 +170,12 @@ def test_saves_between_evaluations(cli, text_file, monkeypatch):
 
 def test_resume_auto_starts_goes_on_and_ends(cli, text_file, monkeypatch):
     cli(*RUN, "--name", "whole").ok()
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        assert cli(*RUN, "--name", "parts", "--resume", "auto").code == 128 + signal.SIGINT
-    assert "at step 5" in cli(*RUN, "--name", "parts", "--resume", "auto").ok().out
-    assert "done" in cli(*RUN, "--name", "parts", "--resume", "auto").ok().out
+    stop_at(monkeypatch, 5)
+    run = (*RUN, "--name", "parts", "--resume", "auto")
+    assert cli(*run).code == 128 + signal.SIGINT
+    assert "at step 5" in cli(*run).ok().out and "done" in cli(*run).ok().out
     assert_same_run("whole", "parts")
-    assert "learning_rate" in cli(*RUN, "--name", "parts", "--resume", "auto", "--learning_rate", 1).error
+    assert "learning_rate" in cli(*run, "--learning_rate", 1).error
 
 
 def test_a_best_model_alone_is_nothing_to_resume(cli, text_file):
@@ -236,11 +235,11 @@ def test_a_disk_that_fills_up_while_saving(cli, text_file, monkeypatch, in_backg
 def test_overwriting_leaves_the_old_run_until_the_new_has_a_state(cli, text_file, monkeypatch):
     cli(*RUN).ok()
     before = contents("checkpoints")
-    error = cli(*RUN, "--overwrite", "--learning_rate", 1e30, "--warmup_iters", 0).error
-    assert "not finite" in error and "--learning_rate" in error and contents("checkpoints") == before
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        cli(*RUN, "--overwrite", "--seed", 7)
+    diverging = cli(*RUN, "--overwrite", "--learning_rate", 1e30, "--warmup_iters", 0)
+    diverging.fails_with("not finite", "--learning_rate")
+    assert contents("checkpoints") == before
+    stop_at(monkeypatch, 2)
+    cli(*RUN, "--overwrite", "--seed", 7)
     assert names() == {"7M_model.pt", "7M_model_last.pt", "7M_model.jsonl"}
     assert checkpoint_of()["train_config"]["seed"] == 7 and checkpoint_of(last=False)["step"] == 2
     assert [r["step"] for r in log_of()] == [2]
