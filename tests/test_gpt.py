@@ -115,13 +115,26 @@ def has_compiler() -> bool:
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C compiler with OpenMP")
 needs_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs x86 hardware")
+IN_C = [  # on processors with AVX2 and without, too
+    pytest.param(*case, marks=[needs_compiler, *[needs_x86] * (case[0] != "native")])
+    for case in (("native", 1), ("native", 3), ("x86-64-v3", 3), ("x86-64", 3))
+]
+
+
+def compile_for(monkeypatch: pytest.MonkeyPatch, march: str, threads: int = 1) -> None:
+    """The C is that of another processor, and runs in so many threads."""
+    original = model.c_library
+    monkeypatch.setattr(model, "c_library", lambda cpu="native", *options: original(march, *options))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+
 DECODED = [
     *((arch, {}) for arch in ARCHS),
     ("gpt2", dict(norm_position="post", pos_embd="none", bias="none", embd_norm=True)),
     ("gpt2", dict(logit_softcap=5.0, activation="geglu")),
     ("gpt2", dict(n_embd=36, n_inner=50, activation="gelu", n_kv_head=2)),  # no multiple of a vector's length
     ("gpt_neox", dict(rope_pct=0.5, parallel_residual=True, activation="relu")),
-    ("llama", dict(n_kv_head=1, rope_scaling="yarn", rope_factor=2.0)),
+    ("llama", dict(n_kv_head=1, n_embd=40, head_dim=18, rope_scaling="yarn", rope_factor=2.0)),
     ("llama", dict(norm_position="post", n_kv_head=2, tie_word_embeddings=False)),
     ("llama", dict(norm="none", n_kv_head=2)),
     ("qwen3", dict(n_kv_head=2, rope_pct=0.5)),
@@ -137,18 +150,21 @@ def half_gpt(arch: str, **overrides) -> model.GPT:
     return gpt
 
 
-@pytest.mark.parametrize("how", [
-    "eager", "sdpa", pytest.param("in C", marks=needs_compiler), pytest.param("in C, int8", marks=needs_compiler),
+@pytest.mark.parametrize("how, threads, quantize", [
+    ("eager", 1, None), ("auto", 1, None),
+    *(pytest.param(*c.values, q, marks=c.marks) for c in IN_C for q in (None, "int8")),
 ])  # fmt: skip
 @pytest.mark.parametrize("arch, overrides", DECODED)
 @torch.no_grad()
-def test_cached_decoding_equals_the_full_pass(arch, overrides, how):
+def test_cached_decoding_equals_the_full_pass(arch, overrides, how, threads, quantize, monkeypatch):
     """Prompts are read in two goes, then token by token: each row is what it is in one pass of the same weights."""
-    gpt = half_gpt(arch, attn_implementation="eager" if how == "eager" else "auto", **overrides)
+    in_c = how not in ("eager", "auto")
+    gpt = half_gpt(arch, attn_implementation="auto" if in_c else how, **overrides)
     plain, c, rows = half_gpt(arch, **overrides), gpt.config, random_tokens(3, 24)
-    if how.startswith("in C"):
+    if in_c:
+        compile_for(monkeypatch, how, threads)
         for each in (gpt, plain):
-            model.prepare_generation(each, "auto", "int8" if how == "in C, int8" else None)
+            model.prepare_generation(each, "auto", quantize)
         assert isinstance(gpt.engine, model.CEngine) == (c.norm_position == "pre" and c.norm != "none")
         plain.engine = None
     expected = plain(rows)
@@ -184,23 +200,6 @@ def test_what_the_c_does_not_know_is_generated_without_it():
     assert gpt.engine is None
 
 
-@needs_compiler
-@needs_x86
-@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])  # AVX2; plain C
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@torch.no_grad()
-def test_the_decoder_on_other_processors_and_threads(march, quantize, monkeypatch):
-    gpt, idx = half_gpt("llama", n_kv_head=2, n_embd=72, n_head=4, head_dim=18), random_tokens(1, 12)
-    model.prepare_generation(gpt, "auto", quantize)
-    cache = [model.KVCache(gpt, 1, 12) for _ in range(2)]
-    expected = gpt(idx, cache[0])
-    gpt.engine.library = model.c_library(march)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    logits = gpt(idx, cache[1])
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(cache[1].kv, cache[0].kv, atol=1e-5, rtol=1e-5)
-
-
 def loss_and_gradients(gpt: model.GPT, segments: torch.Tensor | None) -> list[torch.Tensor]:
     idx = random_tokens(3, 25, vocab_size=gpt.config.vocab_size)
     gpt.zero_grad()
@@ -225,19 +224,18 @@ TRAINED = [
     *((arch, {}) for arch in ARCHS),
     ("qwen3", dict(n_kv_head=2, rope_pct=0.5, gradient_checkpointing=True)),
     ("llama", dict(n_embd=36, n_head=3, head_dim=10, n_inner=50, rope_scaling="yarn", rope_factor=4.0)),
-    ("nanochat", dict(n_kv_head=1, norm_weight=True)),
+    ("nanochat", dict(n_kv_head=1, norm_weight=True, n_embd=72, head_dim=18)),
     ("gpt2", dict(norm="rmsnorm", norm_position="post", n_kv_head=2)),
 ]
 
 
-@needs_compiler
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("march, threads", IN_C)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("arch, overrides", TRAINED)
-def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, threads, monkeypatch):
+def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, march, threads, monkeypatch):
+    compile_for(monkeypatch, march, threads)
     gpt = random_gpt(tiny_config(arch, **overrides)).train()
     segments = torch.arange(24).expand(3, 24) // 9 if packed else None
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     ours, again = loss_and_gradients(gpt, segments), loss_and_gradients(gpt, segments)
     model.set_precision(gpt, "bfloat16", training=True)
     short = loss_and_gradients(gpt, segments)
@@ -249,19 +247,6 @@ def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, threa
     assert all(map(torch.equal, ours, again))  # the same sums in the same order
     assert_close_each(ours, plain)
     assert mean_error(short, plain) <= 1.5 * mean_error(plain_short, plain)
-
-
-@needs_compiler
-@needs_x86
-@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])  # AVX2; plain C
-def test_training_in_c_on_other_processors(march, monkeypatch):
-    gpt = random_gpt(tiny_config("qwen3", n_embd=72, n_head=4, n_kv_head=2, head_dim=18, n_inner=50)).train()
-    found, in_c = [], model.c_library(march)
-    assert in_c is not None
-    for library in (in_c, None):
-        monkeypatch.setattr(model, "training_library", lambda x, library=library: library)
-        found.append(loss_and_gradients(gpt, None))
-    assert_close_each(*found)
 
 
 @needs_compiler
@@ -284,8 +269,7 @@ def test_the_loss_in_c_hides_no_fault(dtype):
 ])  # fmt: skip
 def test_the_divergence_in_c(kind, march, dtype, rtol, monkeypatch):
     """Truth: kl_div in float64. 100 tokens, padded to 128, 90 the teacher's, one impossible; a third do not count."""
-    library = model.c_library(march, *["-DBFLOAT16"] * (dtype == torch.bfloat16))
-    monkeypatch.setattr(model, "training_library", lambda x: library)
+    compile_for(monkeypatch, march)
     student, teacher, targets = 3 * torch.randn(40, 128), 3 * torch.randn(40, 90), random_tokens(40, vocab_size=90)
     student[:, 100:], targets[::3] = -math.inf, -1
     if kind == "forward_kl":
