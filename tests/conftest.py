@@ -35,6 +35,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path  # noqa: E402
 import model  # noqa: E402
 
 torch.set_num_threads(1)
+os.umask(0o022)  # new files are for all to read, whatever the shell says
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
