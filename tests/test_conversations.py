@@ -962,23 +962,17 @@ def fresh_answer(gpt, tokenizer, messages: list[dict], settings: model.SamplingS
                          ids=["greedy", "repetition penalty"])  # fmt: skip
 def test_the_cache_changes_no_answer(chatty, bpe, monkeypatch, settings):
     """Turn after turn, the answer is that of reading everything again, in pieces; and only what is new is read."""
-    session, read_lengths = model.ChatSession(chatty, bpe, settings, 12), []
-    original = chatty.hidden
-
-    def hidden(idx, *args, **kwargs):
-        read_lengths.append(idx.shape[1])
-        return original(idx, *args, **kwargs)
-
+    session, hidden, messages = model.ChatSession(chatty, bpe, settings, 12), Mock(wraps=chatty.hidden), []
     monkeypatch.setattr(chatty, "hidden", hidden)
-    messages = []
     for text in ("Hello", "And you?", "  12 + 7\n", "", "Hello"):
         messages.append({"role": "user", "content": text})
         expected, pieces = fresh_answer(chatty, bpe, messages, settings), []
-        read_lengths.clear()
+        hidden.reset_mock()
         assert session.answer(text, pieces.append) == "".join(pieces) == expected
         assert len(list(filter(None, pieces))) > 3
         new = model.render_chat(bpe, messages[-2:], add_generation_prompt=True)  # the last answer, which was text since
-        assert read_lengths[0] <= len(bpe.encode_rendered(new)) and set(read_lengths[1:]) <= {1}
+        first, *rest = [call.args[0].shape[1] for call in hidden.call_args_list]
+        assert first <= len(bpe.encode_rendered(new)) and set(rest) <= {1}
         messages.append({"role": "assistant", "content": expected})
     assert session.messages == messages
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import huggingface_hub
@@ -619,12 +620,9 @@ def test_a_push_again(cli, hub):
 def test_a_push_that_fails(cli, hub, monkeypatch):
     """If sending fails, what was written is there."""
     save(small())
-
-    def upload_folder(self, **_):
-        raise ConnectionError("the network is gone")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    assert "out is written" in (error := cli(*EXPORT, "out", "--push_to_hub", "me/tiny").error) and "is gone" in error
+    failing = Mock(side_effect=ConnectionError("the network is gone"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", failing)
+    cli(*EXPORT, "out", "--push_to_hub", "me/tiny").fails_with("out is written", "is gone")
     assert Path("out/model.safetensors").exists()
 
 

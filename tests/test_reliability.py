@@ -16,6 +16,7 @@ import time
 import types
 import zipfile
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -118,11 +119,7 @@ def test_a_state_that_cannot_be_read_just_now_is_not_damaged(cli, text_file, mon
     """As from a network's disk: it keeps its name."""
     cli(*RUN).ok()
     before = contents("checkpoints")
-
-    def fail(*args) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(model, "seal_of", fail)
+    monkeypatch.setattr(model, "seal_of", Mock(side_effect=OSError(5, "Input/output error")))
     assert "Input/output error" in cli("train", "--resume", "auto").error and contents("checkpoints") == before
 
 
@@ -150,22 +147,17 @@ def test_the_latest_states_are_kept(cli, text_file, keep):
 
 def test_saves_between_evaluations(cli, text_file, monkeypatch):
     """Every so many minutes."""
-    clock = iter(range(10**6))
-    monkeypatch.setattr(model.time, "monotonic", lambda: next(clock))  # a second for each look
-    saved, save = [], model.save_checkpoint
-
-    def save_checkpoint(path, content, *more):
-        saved.append((path.name, content["step"]))
-        save(path, content, *more)
-
-    monkeypatch.setattr(model, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(model.time, "monotonic", itertools.count().__next__)  # a second for each look
+    save = Mock(wraps=model.save_checkpoint)
+    monkeypatch.setattr(model, "save_checkpoint", save)
     run = (*TRAIN, "--max_iters", 12, "--eval_interval", 100)
     cli(*run, "--save_minutes", 4 / 60).ok()
+    saved = [(call.args[0].name, call.args[1]["step"]) for call in save.call_args_list]
     steps = [step for name, step in saved if name == "7M_model_last.pt"]
     assert steps[-1] == 12 and 1 < len(steps) <= 4 and min(steps) < 8
-    saved.clear()
+    save.reset_mock()
     cli(*run, "--save_minutes", 0, "--name", "none").ok()
-    assert [step for _, step in saved] == [12, 12]
+    assert [call.args[1]["step"] for call in save.call_args_list] == [12, 12]
 
 
 def test_resume_auto_starts_goes_on_and_ends(cli, text_file, monkeypatch):
@@ -216,14 +208,8 @@ def test_a_disk_that_fills_up_while_saving(cli, text_file, monkeypatch, in_backg
     """One sentence, and the checkpoint of before is still whole."""
     if in_background:
         save_in_the_background(monkeypatch)
-    save, saves = torch.save, itertools.count(1)
-
-    def fill_up(*args, **kwargs):
-        if next(saves) > 2:
-            raise OSError(28, "No space left on device", "checkpoints/7M_model_last.pt")
-        return save(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "save", fill_up)
+    full = OSError(28, "No space left on device", "checkpoints/7M_model_last.pt")
+    monkeypatch.setattr(torch, "save", Mock(wraps=torch.save, side_effect=[DEFAULT, DEFAULT, *[full] * 9]))
     cli(*TRAIN, "--max_iters", 4, "--eval_interval", 1).fails_with("No space left on device", "7M_model_last.pt")
     assert checkpoint_of()["step"] == checkpoint_of(last=False)["step"] == 1
     assert not list(Path("checkpoints").glob(".*"))
