@@ -102,12 +102,19 @@ class Case:
             torch.testing.assert_close(a, b.detach(), atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("chunk", [64, 80, 192], ids="chunks of {}".format)
-@pytest.mark.parametrize("alpha, temperature", [(0.0, 2.0), (0.5, 2.0), (1.0, 1.0), (0.3, 0.5)])
 @pytest.mark.parametrize("kind, beta", DIVERGENCES)
-def test_loss_and_gradients_equal_autograd(monkeypatch, kind, beta, alpha, temperature, chunk):
-    """64 divides the 192 rows, 80 does not."""
-    Case(monkeypatch, chunk).check(DistillConfig(temperature, alpha, kind, beta))
+@pytest.mark.parametrize("alpha, temperature, chunk, variation, K", [
+    *((*weights, chunk, {}, 0) for weights in ((0.0, 2.0), (0.5, 2.0), (1.0, 1.0), (0.3, 0.5)) for chunk in (64, 192)),
+    *((0.5, 2.0, 80, variation, 0) for variation in (  # 80 does not divide the 192 rows
+        {}, {"logit_softcap": 5.0}, {"tie_word_embeddings": False},
+        {"teacher_vocab": 90},  # a student with tokens of its own: the divergence is over those that both have
+        {"teacher_vocab": 150},  # a teacher padded further than the student
+        {"teacher_vocab": 90, "logit_softcap": 5.0, "tie_word_embeddings": False},
+    )),
+    *((0.5, 2.0, 80, {}, K) for K in (1, 7, 99)),
+])  # fmt: skip
+def test_loss_and_gradients_equal_autograd(monkeypatch, kind, beta, alpha, temperature, chunk, variation, K):
+    Case(monkeypatch, chunk, **variation).check(DistillConfig(temperature, alpha, kind, beta), K)
 
 
 def test_small_gradients_of_float16_are_kept():
@@ -123,18 +130,6 @@ def test_small_gradients_of_float16_are_kept():
 
     truth = grad(student.double())
     assert (grad(student.clone()) - truth).norm() < 0.02 * truth.norm()
-
-
-@pytest.mark.parametrize("kind, beta", DIVERGENCES)
-@pytest.mark.parametrize("variation, K", [
-    ({"logit_softcap": 5.0}, 0), ({"tie_word_embeddings": False}, 0),
-    ({"teacher_vocab": 90}, 0),  # a student with tokens of its own: the divergence is over those that both have
-    ({"teacher_vocab": 150}, 0),  # a teacher padded further than the student
-    ({"teacher_vocab": 90, "logit_softcap": 5.0, "tie_word_embeddings": False}, 0),
-    ({}, 1), ({}, 7), ({}, 99),
-], ids=str)  # fmt: skip
-def test_soft_cap_paddings_and_tails_equal_autograd(monkeypatch, variation, K, kind, beta):
-    Case(monkeypatch, 80, **variation).check(DistillConfig(2.0, 0.5, kind, beta), K)
 
 
 @pytest.mark.parametrize("K", [0, 7])
@@ -574,15 +569,11 @@ def test_a_run_refuses_the_cache_of_another(distill, text_file):
     text_file.write_text(text_file.read_text() + "and more.")
     model.tokenize_text(Path("data/text"), [str(text_file)], "byte", overwrite=True)
     assert "another data" in distill(*run, "second").error
-
-
-def test_a_mixture_whose_blocks_have_other_numbers_is_another(distill, text_file):
-    """The same texts, of which one holds out more: the cache would answer for other blocks."""
     model.tokenize_text(Path("data/more"), [str(text_file)], "byte")
-    run = (*STUDENT, "--data", "text", "more", "--max_iters", 1, "--cache_teacher", 8, "--name")
-    distill(*run, "first").ok()
+    mixture = (*run[:-1], "--data", "more", "text", "--name")
+    distill(*mixture, "third").ok()
     model.tokenize_text(Path("data/text"), [str(text_file)], "byte", val_fraction=0.5, overwrite=True)
-    assert "another data" in distill(*run, "second").error
+    assert "another data" in distill(*mixture, "fourth").error  # it would answer for other blocks of the same texts
 
 
 def test_the_teachers_own_tokenizer(cli, text_file):
