@@ -291,10 +291,8 @@ def test_the_divergence_in_c(kind, march, dtype, rtol, monkeypatch):
 
 
 @pytest.fixture
-def fresh_library():
-    model.c_library.cache_clear()
-    yield
-    model.c_library.cache_clear()
+def fresh_library(monkeypatch):
+    monkeypatch.setattr(model, "c_library", functools.cache(model.c_library.__wrapped__))
 
 
 @needs_compiler
@@ -494,21 +492,13 @@ def test_variant_sizes(variant):
     arch=st.sampled_from(ARCHS),
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3), (1, 1)]),
     overrides=st.fixed_dictionaries({}, optional={
-        "pos_embd": st.sampled_from(["none", "learned", "rope"]),
-        "rope_pct": st.sampled_from([0.0, 0.5, 1.0]),
-        "norm": st.sampled_from(["layernorm", "rmsnorm", "none"]),
-        "norm_weight": st.booleans(),
-        "norm_position": st.sampled_from(["pre", "post"]),
-        "embd_norm": st.booleans(),
-        "qk_norm": st.booleans(),
-        "activation": st.sampled_from(sorted(model.ACTIVATIONS)),
-        "bias": st.sampled_from(["none", "qkv", "attn", "all"]),
-        "parallel_residual": st.booleans(),
-        "tie_word_embeddings": st.booleans(),
-        "head_dim": st.sampled_from([0, 8, 20]),
-        "n_inner": st.sampled_from([0, 33, 64]),
-        "n_layer": st.integers(1, 3),
-        "vocab_size": st.sampled_from([63, 64, 65, 300]),
+        name: st.sampled_from(values) for name, values in dict(
+            pos_embd=["none", "learned", "rope"], rope_pct=[0.0, 0.5, 1.0], norm=["layernorm", "rmsnorm", "none"],
+            norm_weight=[False, True], norm_position=["pre", "post"], embd_norm=[False, True], qk_norm=[False, True],
+            activation=sorted(model.ACTIVATIONS), bias=["none", "qkv", "attn", "all"], parallel_residual=[False, True],
+            tie_word_embeddings=[False, True], head_dim=[0, 8, 20], n_inner=[0, 33, 64], n_layer=[1, 2, 3],
+            vocab_size=[63, 64, 65, 300],
+        ).items()
     }),
 )  # fmt: skip
 def test_any_combination_in_c_and_in_plain_pytorch(arch, heads, overrides):
