@@ -542,7 +542,7 @@ def test_a_lost_connection_loses_nothing(cli, monkeypatch, saves_each_record):
     run(name="whole").ok()
     for name, ending in (("texts", texts[15:]), ("mixed", [{"utterances": ["a", "b"]}])):
         write_jsonl("a.jsonl", texts[:15] + ending)
-        answers = [DEFAULT] * 15 + [ConnectionError("the connection is lost")] + [DEFAULT] * 5
+        answers = [DEFAULT] * 15 + [ConnectionError("the connection is lost")] + [DEFAULT] * 50
         monkeypatch.setattr(model, "encode_record", Mock(wraps=encode, side_effect=answers))
         assert "connection is lost" in run(name=name).error
         again = run(name=name)
@@ -550,6 +550,8 @@ def test_a_lost_connection_loses_nothing(cli, monkeypatch, saves_each_record):
             assert "resuming after" in again.ok().out and read(name) == read("whole")
         else:
             assert "conversations and other text" in again.error
+    write_jsonl("a.jsonl", texts)  # is other data, which starts anew
+    assert "resuming" not in run(name="mixed").ok().out and read("mixed") == read("whole")
 
 
 def test_a_missing_column_lists_those_there_are(cli):
@@ -617,17 +619,6 @@ def test_a_killed_run_does_not_stand_in_the_way(cli, kind, flags):
         data = opened("whole")
         ends = data.splits["train"].starts if data.is_chat else np.flatnonzero(all_tokens(data) == 256)
         assert int(resumed[1].replace(",", "")) == ends[39 if data.is_chat else 38]
-
-
-def test_another_run_of_the_same_name_starts_anew(cli):
-    """Progress of other data is not gone on from."""
-    write_jsonl("a.jsonl", [{"text": "aaa"}])
-    Path("data").mkdir()
-    writer = model.DataWriter(Path("data/x"), model.byte_tokenizer(), False, "another key")
-    writer.write(np.array([1, 2, 3]))
-    writer.save_progress(None)
-    hub(cli, "a.jsonl", "--streaming").ok()
-    assert read("x")[0] == "aaa"
 
 
 # --- Finetuning
