@@ -650,9 +650,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config
         # on the meta device, nn.Embedding's own initialization would import torch._dynamo, which takes 1.5 s
-        wte, wpe = (torch.empty(rows, c.n_embd) for rows in (c.padded_vocab_size, c.block_size))
-        self.wte = nn.Embedding.from_pretrained(wte, freeze=False)
-        self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False) if c.pos_embd == "learned" else None
+        embedding = functools.partial(nn.Embedding.from_pretrained, freeze=False)
+        self.wte = embedding(torch.empty(c.padded_vocab_size, c.n_embd))
+        self.wpe = embedding(torch.empty(c.block_size, c.n_embd)) if c.pos_embd == "learned" else None
         self.embd_norm = Norm(c, c.n_embd) if c.embd_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm_f = Norm(c, c.n_embd) if c.norm_position == "pre" else nn.Identity()

@@ -91,6 +91,12 @@ def test_no_norm_is_none():
     torch.testing.assert_close(gpt(idx), (weight[idx] @ weight.T)[..., : gpt.config.vocab_size])
 
 
+def test_without_learned_positions_a_context_takes_no_memory():
+    """16M positions of this width would be 4 TB."""
+    wide = dict(pos_embd="none", block_size=1 << 24, n_embd=1 << 16, n_head=1, head_dim=1, n_inner=1)
+    assert model.GPT(tiny_config("gpt2", **wide)).wpe is None
+
+
 @pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_dropout_is_active_in_training_only(name, kernel):
