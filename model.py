@@ -4290,8 +4290,8 @@ def rope_from_hf(j: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     rope = {"rope_theta": values["rope_theta"], "partial_rotary_factor": values.get("rope_pct")}
     said = j.get("rope_scaling") or j.get("rope_parameters") or {}  # given both, transformers 4 and 5 use the first
     rope.update({k: v for k, v in said.items() if v is not None})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in HF_ROPE or kind != "yarn" and {*HF_ROPE[kind]} - rope.keys() or not rope.get("truncate", True):
+    kind = rope.get("rope_type", rope.get("type", "default"))  # of any JSON type, hence the list below
+    if kind not in [*HF_ROPE] or kind != "yarn" and {*HF_ROPE[kind]} - rope.keys() or not rope.get("truncate", True):
         raise UserError(f"RoPE scaling {said} is not supported: only linear, yarn (truncated) and llama3, in full, are")
     block_size = values["block_size"]
     original = j.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")

@@ -834,6 +834,7 @@ UNKNOWN_ROPE = [
 @pytest.mark.parametrize("settings, words", [
     *[({"model_type": name}, [repr(name), *model.ARCHS]) for name in ("bert", None, "GPT2")],
     *[({"rope_scaling": rope, "rope_parameters": None}, []) for rope in UNKNOWN_ROPE],
+    ({"rope_scaling": {"rope_type": ["yarn"]}}, ["RoPE scaling {'rope_type': ['yarn']", "not supported"]),
     ({"hidden_act": "gleu"}, ["activation 'gleu'"]),
     ({"mlp_bias": True}, ["bias is 'of the MLP alone'", "none, qkv, attn, all"]),
 ], ids=str)  # fmt: skip
