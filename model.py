@@ -4438,8 +4438,8 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
     tied = said.tie_word_embeddings
     if missing := [name for name, (ours, *_) in wanted.items() if not (tied and ours == "lm_head.weight")]:
         raise UserError(f"{folder}: tensor {missing[0]} is missing from the weights ({len(missing)} in all)")
-    if tied and torch.equal(state.setdefault("lm_head.weight", state["wte.weight"]), state["wte.weight"]):
-        del state["lm_head.weight"]
+    if tied and ("lm_head.weight" not in state or torch.equal(state["lm_head.weight"], state["wte.weight"])):
+        state.pop("lm_head.weight", None)
         config = said
     return build_model(config, state, folder)
 
