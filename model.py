@@ -4578,7 +4578,7 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
         f"activation {c.activation}": c.arch == "nanochat" or c.activation not in ("gelu", "gelu_new", "swiglu"),
         "biases in the MLP": c.arch == "llama" and c.bias == "all",
         "rope_scaling llama3": c.arch != "llama" and c.rope_scaling == "llama3",
-        "a rope_beta_fast but 32, or a rope_beta_slow but 1": yarn and (c.rope_beta_fast, c.rope_beta_slow) != (32, 1),
+        "rope_beta_fast, rope_beta_slow other than 32, 1": yarn and (c.rope_beta_fast, c.rope_beta_slow) != (32, 1),
     }
     if wrong := next((what for what, is_so in refused.items() if is_so), None):
         raise UserError(f"llama.cpp has no {c.arch} with {wrong}")
