@@ -5940,10 +5940,10 @@ static inline __attribute__((always_inline)) float dot_of(
         for (long s = 0, at = i; s < sums; s++, at += LANES) sum[s] += load(w + at * size) * from_float(x + at);
     for (; i + LANES <= n; i += LANES) sum[0] += load(w + i * size) * from_float(x + i);
     if (i < n) {
-        vec w_rest = {0}, x_rest = {0};
-        memcpy(&w_rest, w + i * size, (n - i) * size);
-        memcpy(&x_rest, x + i, (n - i) * sizeof *x);
-        sum[0] += load(&w_rest) * x_rest;
+        char w_rest[sizeof(vec)] = {0}, x_rest[sizeof(vec)] = {0};  // as char, they may be read as any type
+        memcpy(w_rest, w + i * size, (n - i) * size);
+        memcpy(x_rest, x + i, (n - i) * sizeof *x);
+        sum[0] += load(w_rest) * from_float(x_rest);
     }
     for (long s = 1; s < sums; s++) sum[0] += sum[s];
     return total(sum[0]);
