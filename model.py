@@ -6052,7 +6052,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
             #pragma omp for
             for (long i = 0; i < rows * heads; i++) {  // norm and RoPE of q and k; k and v go to the cache
                 long b = i / heads / T, t = start + i / heads % T, head = i % heads;
-                long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // like the plain pass, which reads long prompts
+                long at = (t > pad[b] ? t - pad[b] : 0) * c->rope_dim;  // any position will do for padding
                 float *y = qkv + i * d;
                 Module norm = head < n_q ? layer->q_norm : layer->k_norm;
                 if (head < n_q + n_kv) {
