@@ -2662,7 +2662,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def find_checkpoint(spec: str | None) -> Path:
     """The path that --model_checkpoint names: a path, or a name under checkpoints/; by default the newest there."""
-    ours, where = sorted(CHECKPOINT_DIR.glob("*_model.pt"), key=lambda p: p.stat().st_mtime), CHECKPOINT_DIR.resolve()
+    where, ours = CHECKPOINT_DIR.resolve(), filter(Path.exists, CHECKPOINT_DIR.glob("*_model.pt"))  # no dead links
+    ours = sorted(ours, key=lambda p: p.stat().st_mtime)
     if spec is None and not ours:
         raise UserError(f"there is no checkpoint under {where} yet: train one, or name one with --model_checkpoint")
     found = [ours[-1]] if spec is None else [Path(spec), CHECKPOINT_DIR / spec, CHECKPOINT_DIR / f"{spec}_model.pt"]

@@ -94,6 +94,8 @@ def test_sample(cli, run_files):
 
 def test_sample_takes_the_newest_checkpoint(cli, run_files):
     shutil.copy("checkpoints/7M_model.pt", "checkpoints/other_model.pt")
+    os.symlink("gone.pt", "checkpoints/dead_link_model.pt")  # of a model that was removed or is on another disk
+    assert cli("sample", "--model_checkpoint", "other", "--prompt", "a", "--length", 2).ok()
     for old, new in (("7M", "other"), ("other", "7M")):
         os.utime(f"checkpoints/{old}_model.pt", (1, 1))
         os.utime(f"checkpoints/{new}_model.pt")
