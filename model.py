@@ -1129,7 +1129,7 @@ class Tokenizer:
             return self.tiktoken.decode_single_token_bytes(token)
         added = self.added.get(token)
         text = added.content if added else self.backend.id_to_token(token) or ""
-        if added and (self.byte_level or added.special):
+        if added and self.byte_level:
             return text.encode()
         if self.byte_level:
             return bytes(UNICODE_TO_BYTE[c] for c in text) if UNICODE_TO_BYTE.keys() >= set(text) else b""

@@ -282,6 +282,8 @@ def test_tokenizers_that_leave_spaces_out(kind, corpus, tmp_path):
     ids = ours.encode(sample)
     assert len(ids) > len(sample.split()) + 3 and streamed(ours, ids).strip() == ours.decode(ids)
     assert token_bytes(ours)[ids].sum() == len(ours.decode(ids)) + 1
+    unknown = ours.encode("wrap ☃ paragraphs")
+    assert "<unk>" in ours.decode(unknown) and streamed(ours, unknown).strip() == ours.decode(unknown)
 
 
 def test_a_prompt_of_one_token_begins_a_line(gpt2):
