@@ -2152,7 +2152,8 @@ def encode_conversation(tokenizer: Tokenizer, messages: list[dict[str, str]], tr
     assistant says and its end of turn, or everything. If a template rewrites earlier answers (Qwen 3's drops their
     thinking) only the last one counts."""
     ids, mask, specials = [], [], set(tokenizer.special.values())
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in answers:
         before = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
         after = render_chat(tokenizer, messages[: i + 1])
         if not after.startswith(before):
