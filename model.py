@@ -1368,7 +1368,7 @@ def locked(target: Path, wait: bool = False, lock: str = "lock") -> Iterator[Non
         say(f"{busy}: waiting for it")
         mine.acquire()
     except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):  # Macs tell the last two apart
             raise
     try:
         with suppress(OSError):
