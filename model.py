@@ -3895,7 +3895,7 @@ class TeacherCache:
     and the tail's, of all other tokens; done.bin, one byte per block; meta.json, with what it is for."""
 
     def __init__(self, folder: Path, meta: dict, n_blocks: int, block_size: int, K: int, n_vocab: int) -> None:
-        self.folder, self.K, meta = folder, K, {"format": 4, **meta}
+        self.folder, self.K, self.n_vocab, meta = folder, K, n_vocab, {"format": 4, **meta}
         answer = np.dtype([("ids", token_dtype(n_vocab), (K,)), ("log_p", "<f2", (K + 1,))])
         remedy = "delete it, or run without --cache_teacher"
         with locked(folder, wait=True):
@@ -3935,7 +3935,8 @@ class TeacherCache:
         """Token ids (rows, K) and log-probabilities (rows, K + 1), the tail's last, of whole blocks."""
         answers = self.answers[blocks].reshape(-1)
         ids, log_p = (torch.from_numpy(answers[k].astype(t)) for k, t in (("ids", np.int64), ("log_p", np.float32)))
-        if ((log_p.exp().sum(dim=1) - 1).abs() > 0.05).any():
+        whole = (log_p.exp().sum(dim=1) - 1).abs() <= 0.05  # never with NaN
+        if not whole.all() or ids.max() >= self.n_vocab:
             raise UserError(f"{self.folder} is damaged: delete it, or run without --cache_teacher")
         return ids, log_p
 

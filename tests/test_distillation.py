@@ -369,11 +369,14 @@ def test_the_size_of_a_position_in_the_cache(tmp_path):
 
 
 def test_a_damaged_cache_is_told(tmp_path):
-    """As a machine that lost its power leaves it: the mark is there, and the answers are not."""
+    """As a machine that lost its power leaves it: the mark is there, and the answers are not, or are of another file,
+    with NaNs, or with ids that the vocabulary lacks."""
     cache = model.TeacherCache(tmp_path, {}, 2, 4, 8, 100)
     cache.done[1] = 1
-    with pytest.raises(model.UserError, match="is damaged: delete it"):
-        cache.read([1])
+    for log_p, ids in ((0, 0), (math.nan, 0), (-math.log(9), 100)):
+        cache.answers["log_p"][1], cache.answers["ids"][1] = log_p, ids
+        with pytest.raises(model.UserError, match="is damaged: delete it"):
+            cache.read([1])
     for meta in ("[1]", '"text"', "7"):
         (tmp_path / "meta.json").write_text(meta)
         with pytest.raises(model.UserError, match="is damaged: delete it"):
