@@ -1757,7 +1757,8 @@ class Split:
         if not len(windows):
             state = f"has {n:,} tokens, fewer than a block of {block_size} and its target" if n else "is empty"
             more = "text" if self.starts is None else "conversations"
-            remedy = f"tokenize again, with more {more} or another --val_fraction, or use a smaller --block_size"
+            remedy = f"tokenize again, with more {more} or another --val_fraction"
+            remedy += ", or use a smaller --block_size" * (n > 0)
             raise UserError(f"the {self.name} {state}: {remedy}")
         return windows
 
