@@ -1978,8 +1978,8 @@ def data_of_file(path: Path, tokenizer: str | Tokenizer, vocab_size: int | None)
             files = files if is_a(files, list[dict[str, Any]]) else []
             same = [{**f, "path": Path(str(f.get("path"))).name} for f in files] == wanted
             if not isinstance(tokenizer, str):
-                templates = {chat_template(data.tokenizer), chat_template(tokenizer)} if data.is_chat else {None}
-                same = same and data.tokenizer.digest == tokenizer.digest and len(templates) == 1
+                same_template = not data.is_chat or chat_template(data.tokenizer) == chat_template(tokenizer)
+                same = same and data.tokenizer.digest == tokenizer.digest and same_template
             if same:
                 return data
             if data.folder == folder:
