@@ -2843,7 +2843,8 @@ def exchange(outgoing: list[list[Tensor]], shapes: list[list[torch.Size]], none:
 # data may take hours to make, they wait through torchrun's key-value store: collectives have time limits, so none is
 # used from `wait_for(f"prepared on {MACHINE}")` to the end of all_prepared.
 MACHINE = os.environ.get("GROUP_RANK", platform.node())  # torchrun's number for it
-PREPARES = os.environ.get("LOCAL_RANK", "0") == "0"  # whether this process does it
+# whether this process does it; a cluster may set LOCAL_RANK for a process that is alone
+PREPARES = os.environ.get("LOCAL_RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def store() -> Any:

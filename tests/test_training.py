@@ -86,10 +86,11 @@ def test_signals_save_and_leave_unless_they_are_ignored(cli, text_file, monkeypa
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_in_a_real_program(cli, text_file):
-    """The program itself, stopped whenever the signal happens to arrive, then resumed."""
+    """The program itself, stopped whenever the signal happens to arrive, then resumed; in a job of a cluster that sets
+    LOCAL_RANK for one process too."""
     run = (*TRAIN, *DROPOUT, "--max_iters", 300, "--log_interval", 1, "--eval_interval", 200, "--sample_interval", -1)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(model_py(*run, "--name", "parts"), **pipes)
+    process = subprocess.Popen(model_py(*run, "--name", "parts"), env={**os.environ, "LOCAL_RANK": "1"}, **pipes)
     log = Path("checkpoints/parts_model.jsonl")
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
         time.sleep(0.01)
