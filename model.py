@@ -3385,8 +3385,9 @@ class RunFiles:
             try:
                 return path, load_checkpoint(path)
             except UserError as e:
-                passes = e.__cause__ is None or isinstance(e.__cause__, (OSError, UserError))  # of another version, too
-                if path == self.states()[-1] or passes:
+                # what may pass, and what another model.py wrote: a newer format, unknown fields or values
+                whole = e.__cause__ is None or isinstance(e.__cause__, (OSError, MemoryError, UserError, TypeError))
+                if path == self.states()[-1] or whole:
                     raise
                 aside = path.with_suffix(".damaged")
                 say(f"{e}; renamed it to {aside.name}, using the state before it", sys.stderr)

@@ -115,12 +115,17 @@ def test_what_is_damaged_is_made_again(cli, text_file, file, position, words):
     assert_same_run("whole", "parts")
 
 
-def test_a_state_that_cannot_be_read_just_now_is_not_damaged(cli, text_file, monkeypatch):
-    """As from a network's disk: it keeps its name."""
+@pytest.mark.parametrize("name, error, words", [
+    ("seal_of", OSError(5, "Input/output error"), "Input/output error"),  # as from a network's disk
+    ("seal_of", MemoryError(), "MemoryError"),
+    ("Source", lambda path: None, "unexpected keyword"),  # a field of another model.py
+])  # fmt: skip
+def test_a_state_that_cannot_be_read_just_now_is_not_damaged(cli, text_file, monkeypatch, name, error, words):
+    """It keeps its name."""
     cli(*RUN).ok()
     before = contents("checkpoints")
-    monkeypatch.setattr(model, "seal_of", Mock(side_effect=OSError(5, "Input/output error")))
-    assert "Input/output error" in cli("train", "--resume", "auto").error and contents("checkpoints") == before
+    monkeypatch.setattr(model, name, Mock(side_effect=error))
+    assert words in cli("train", "--resume", "auto").error and contents("checkpoints") == before
 
 
 def test_a_kill_while_a_run_is_overwritten_does_not_leave_its_best_model(cli, text_file, monkeypatch):
