@@ -5102,7 +5102,7 @@ def finetune(a: FinetuneArgs) -> dict[str, Any]:
     without = f" ({16 * full / 2**30:.3g} GB without LoRA)" * bool(a.lora_rank)
     say(f"training {trained:,} of {full:,} parameters: {memory}{without}")
     lengths = [np.diff(np.append(s.starts, len(s.tokens))) for s in data.splits.values() if s.starts is not None]
-    if n := sum(int((x > block_size + 1).sum()) for x in lengths):
+    if block_size <= model.config.context and (n := sum(int((x > block_size + 1).sum()) for x in lengths)):
         advice = "raise --block_size"
         if block_size == model.config.context:
             advice = f"this is the model's context{', --rope_scaling extends it' * (model.wpe is None)}"
