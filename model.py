@@ -3337,7 +3337,8 @@ def compile_model(model: GPT, t: TrainConfig, block_size: int, loss_fn: Callable
     asked for, or if it pays for its time at the start: two CPU cores gain a tenth, with narrow models nothing."""
     c, kind = model.config, model.device.type
     flops = training_flops_per_token(c) * t.max_iters * t.batch_size * block_size
-    pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and flops > 1e15  # an hour
+    long = flops > 1e15  # an hour on two cores
+    pays = t.max_iters >= 200 if kind == "cuda" else kind == "cpu" and c.n_embd >= 512 and long
     if t.compile == "false" or t.compile == "auto" and not pays:
         return
     if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
@@ -3604,7 +3605,8 @@ class Run:
     def fit_into(self, minutes: float) -> None:
         """Set the number of steps so that the run takes about this long on this machine: the time of a step is
         measured on some that change nothing, as their learning rates are 0."""
-        self.t, ends = replace(self.t, max_iters=1 << 40), []  # end times of the steps, the first two of which warm up
+        self.t = replace(self.t, max_iters=1 << 40)  # for now: a step sends the next batch on its way if one follows
+        ends: list[float] = []  # end times of the steps, the first two of which warm up
         self.start()
         # by one clock: a process that takes one step more would wait in it for the others
         while from_first(lambda: len(ends) < 5 or ends[-1] - ends[1] < 0.02 * 60 * minutes):
