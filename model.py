@@ -5797,7 +5797,8 @@ def parse(argv: list[str]) -> tuple[str, Any]:
     if unknown:
         word = unknown[0]
         flags = [f for f in parser._option_string_actions if f != "-h"]
-        main = [f"--{f}" for f in MAIN_FLAGS if f"--{f}" in flags and (f != "variant" or word in VARIANTS)]
+        fits = {"variant": word in VARIANTS, "data": name != "eval"}  # which is first of all given a model
+        main = [f"--{f}" for f in MAIN_FLAGS if f"--{f}" in flags and fits.get(f, True)]
         near = nearest(word.partition("=")[0], flags)
         if not near and main and word[:1] != "-":
             near = f" (did you mean {main[0]} {shlex.quote(word)}?)"

@@ -319,6 +319,7 @@ def test_numbers_out_of_range(cli, command, name, value):
 def test_wrong_usage_is_exit_status_2(cli, flags, words):
     assert "(the command comes first)" in cli("--variant", "7M", "train").err
     assert "-p (did you mean --prompt?)" in cli("sample", "-p", "Hello").error
+    assert "(did you mean --model_checkpoint a.pt?)" in cli("eval", "a.pt").error
     assert cli("train", "--zzzqqq", "3").error == "unknown flag --zzzqqq"
     result = cli("train", *flags.split())
     assert all(word in result.error for word in words) and result.code == 2
