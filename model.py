@@ -3030,7 +3030,7 @@ class Optimization(Settings):
 
     batch_size: int = setting(16, "sequences per step, over all micro-batches and processes", ge=1, le=1 << 20)
     grad_accum: int = setting(1, "micro-batches per batch: less memory, the same result", ge=1, le=1 << 20)
-    optimizer: str = setting("adamw", "muon, normuon: for block matrices only", ("adamw", "muon", "normuon"))
+    optimizer: str = setting("adamw", "for the block matrices; the rest by AdamW", ("adamw", "muon", "normuon"))
     learning_rate: float = setting(3e-4, "peak learning rate (AdamW's)", ge=0)
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
@@ -5001,7 +5001,7 @@ def train_config(a: Any, variant: str | None, c: GPTConfig) -> TrainConfig:
 class RecipeArgs(RunArgs):
     """run"""
 
-    recipe: str = setting("tuned", "tuned: learns fastest; published: as the variant's source", ("tuned", "published"))
+    recipe: str = setting("tuned", "tuned: learns fastest; published: as in the source", ("tuned", "published"))
 
 
 class TrainArgs(RecipeArgs, TokenizerArgs, TrainFlags, GPTFlags):
