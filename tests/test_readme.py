@@ -35,6 +35,13 @@ def short(words: list[str]) -> list[str]:
     return [name, *flags]
 
 
+def test_the_map_of_the_file_names_what_is_there():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| to add | change |")[1].split("\n\n")[0]
+    source = (ROOT / "model.py").read_text(encoding="utf-8")
+    names = {name for code in re.findall("`(.+?)`", table) for name in re.findall(r"\w+", code)}
+    assert len(names) > 20 and [name for name in names if not re.search(rf"\b{name}\b", source)] == []
+
+
 @pytest.fixture
 def small(workdir, monkeypatch, gpt2) -> None:
     """Small variants, and the files that the README's commands name."""
