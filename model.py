@@ -5360,7 +5360,7 @@ def export(a: ExportArgs) -> None:
 
     output, gguf, dtype, quantize = Path(a.output_dir), a.format == "gguf", a.dtype or "float32", a.quantize or "f16"
     if a.dtype if gguf else a.quantize:
-        raise UserError("--dtype is for --format hf, --quantize is for --format gguf: give the one that fits")
+        raise UserError("--dtype is for --format hf, --quantize is for --format gguf: change --format, or leave it out")
     there = {p.name for p in (output.iterdir() if output.is_dir() else [output]) if p.exists()} - DESKTOP_FILES
     earlier = set(export_digests(output))
     if stranger := min(there - earlier, default=None):
