@@ -203,8 +203,14 @@ def from_dict(cls: type, content: Any, where: Any) -> Any:
         raise UserError(f"{where} holds {type(content).__name__} but should hold an object: {{...}}")
     if is_a(version := content.get("format_version"), int) and version > FORMAT_VERSION:
         raise UserError(f"{where} has format version {version}, made by a newer model.py: update this one")
-    with told_as(f"{where} is damaged, or was not written by this program", UserError, TypeError):
-        return cls(**content)  # TypeError: a field is missing or unknown
+    known = {f.name: f for f in fields(cls)}
+    required = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(required - content.keys()):
+        raise UserError(f"{where} lacks {', '.join(missing)}: damaged, or not written by this program")
+    if unknown := sorted(map(str, content.keys() - known.keys())):
+        raise UserError(f"{where} has an unknown field {unknown[0]}: damaged, or made by another model.py")
+    with told_as(str(where), UserError):
+        return cls(**content)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -3387,7 +3393,7 @@ class RunFiles:
                 return path, load_checkpoint(path)
             except UserError as e:
                 # what may pass, and what another model.py wrote: a newer format, unknown fields or values
-                whole = e.__cause__ is None or isinstance(e.__cause__, (OSError, MemoryError, UserError, TypeError))
+                whole = e.__cause__ is None or isinstance(e.__cause__, (OSError, MemoryError, UserError))
                 if path == self.states()[-1] or whole:
                     raise
                 aside = path.with_suffix(".damaged")
@@ -4884,6 +4890,12 @@ def run_training(begin: Callable[[Any], dict[str, Any]], a: Any) -> None:
     if not PREPARES:
         wait_for(f"prepared on {MACHINE}")
     known = resumed(a, kind, *state) if state else dict(begin(a), kind=kind, arguments=sys.argv[1:])
+    block_size = known["block_size"]
+    for who, gpt in (("model", known["model"]), ("teacher", known.get("teacher_model"))):
+        if gpt is not None and (context := gpt.config.context) < block_size:
+            raise UserError(f"the {who}'s context is {context} but the block is {block_size}: lower --block_size")
+    if isinstance(a, FinetuneArgs) and not state:
+        a.show_answer(known["model"], known["data"], "before")
     start_run(files, **known)
     if isinstance(a, FinetuneArgs):
         a.show_answer(known["model"], known["data"], "after")
@@ -4900,9 +4912,6 @@ def start_run(
         raise UserError(f"batch_size {t.batch_size} is not divisible by grad_accum {t.grad_accum} times {n} processes")
     if device.type == "mps" and micro_batch * block_size > MPS_LONGEST_SUM:
         raise UserError(f"{micro_batch} x {block_size} tokens at once give wrong gradients on Macs: raise --grad_accum")
-    for who, gpt in (("model", model), ("teacher", teacher_model)):
-        if gpt is not None and (context := gpt.config.context) < block_size:
-            raise UserError(f"the {who}'s context is {context} but the block is {block_size}: lower --block_size")
     if device.type == "cuda":  # cuDNN's attention gives non-finite gradients with masks (pytorch#196678)
         torch.backends.cuda.enable_cudnn_sdp(not data.is_chat)
     set_precision(model.to(device), t.dtype, training=True)
@@ -5110,7 +5119,6 @@ def finetune(a: FinetuneArgs) -> dict[str, Any]:
             advice = f"this is the model's context{', --rope_scaling extends it' * (model.wpe is None)}"
         all_of = f"{sum(map(len, lengths)):,} conversations"
         say(f"{n:,} of {all_of} are longer than a block of {block_size} and will be cut: {advice}")
-    a.show_answer(model, data, "before")
     about = dict(variant=a.variant or opened.name, lora_rank=a.lora_rank, new_tokens=model.new_tokens)
     return dict(about, model=model, data=data, t=t, block_size=block_size)
 
