@@ -2513,23 +2513,25 @@ def read_tokens(
     """The texts of generated tokens (num_samples,), read until each reaches a token that ends a text or one of the
     `stop` strings, which are left out. The first text is passed to on_text as it grows."""
     stop = [s for s in stop if s]
-    texts, written, done, shown = [""] * num_samples, [b""] * num_samples, [False] * num_samples, 0
+    # incremental, since a character may be spread over several tokens
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
+    texts, done, shown = [""] * num_samples, [False] * num_samples, 0
     held = max(map(len, stop), default=1) - 1  # characters that may turn out to be the start of a stop string
-    for column in tokens:
+    for step, column in enumerate(tokens):
         for i, token in enumerate(column.tolist()):
             if done[i]:
                 continue
             done[i] = token in tokenizer.ends
-            written[i] += b"" if done[i] else tokenizer.bytes_of(token)
-            texts[i] = written[i].decode("utf-8", "replace").removeprefix(" " * skip_space)
+            piece = decoders[i].decode(b"" if done[i] else tokenizer.bytes_of(token), final=done[i])
+            texts[i] += piece.removeprefix(" ") if skip_space and step == 0 else piece
             if found := [at for at in (texts[i].find(s) for s in stop) if at >= 0]:
                 texts[i], done[i] = texts[i][: min(found)], True
-        whole = texts[0].rstrip("\ufffd")  # without a character of which some bytes are still to come
-        safe = len(texts[0]) if done[0] else max(len(whole) - held, shown)
+        safe = len(texts[0]) if done[0] else max(len(texts[0]) - held, shown)
         on_text(texts[0][shown:safe])
         shown = safe
         if all(done):
             break
+    texts = [text if done[i] else text + decoders[i].decode(b"", final=True) for i, text in enumerate(texts)]
     on_text(texts[0][shown:])
     return texts
 
