@@ -1475,8 +1475,9 @@ def folder_files(folder: Path, encoding: str) -> list[Path]:
     if not found:
         raise UserError(f"{folder} is a directory without text files; for records: hf_tokenize --hf_dataset {folder}")
     if skipped := len(there) - len(found):  # where there is text, datasets reads the most common kind alone
-        hint = "records need hf_tokenize and a folder of their own"
-        say(f"{folder}: skipped {skipped:,} of {len(there):,} files, which are not text; {hint}", sys.stderr)
+        records = any(p.suffix.lower() in RECORD_FILES for p in there)
+        hint = "; records need hf_tokenize and a folder of their own" * records
+        say(f"{folder}: skipped {skipped:,} of {len(there):,} files, which are not text{hint}", sys.stderr)
     return in_mixed_order(found, folder)
 
 
