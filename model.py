@@ -445,6 +445,7 @@ def causal_mask(T_q: int, T_k: int, device: torch.device) -> Tensor:
 
 # Attention kernels: q (B, n_head, T_q, head_dim), k and v (B, n_kv_head, T_k, head_dim) -> as q. Causal, with queries
 # aligned to the last keys, unless a boolean mask (B or 1, 1, T_q, T_k) says what each query sees.
+# document_attention is given the ends of documents in place of a mask.
 
 
 def ungrouped(x: Tensor, n_head: int) -> Tensor:
@@ -466,6 +467,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     """PyTorch's fused kernel, its flash kernel where the device has one."""
+    if mask is not None and mask.dim() == 1:
+        return document_attention(q, k, v, mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and mask is None and q.size(2) <= 1024:
         return eager_attention(q, k, v, mask, dropout_p)
     if mask is None and 1 < q.size(2) < k.size(2):
@@ -481,6 +484,17 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1)
     )
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+    """PyTorch's flash kernel, which takes no mask, on packed documents: ends (n + 1,) int32 is 0, and where each ends
+    in the rows laid end to end."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, _, T, _ = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    y = varlen_attn(q, k, v, ends, ends, T, T, window_size=(-1, 0), enable_gqa=q.size(1) != k.size(1))
+    return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
@@ -734,28 +748,41 @@ class GPT(nn.Module):
         self.config = replace(self.config, rope_original_block_size=original, **changes)
         self.build_rope()
 
-    def positions_and_mask(self, idx: Tensor, cache: KVCache | None, segments: Tensor | None) -> tuple[Any, Any]:
-        """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it.
-        Raises UserError beyond the context."""
+    @property
+    def flash_by_document(self) -> bool:
+        """Whether attention takes packed documents by their ends: PyTorch's flash kernel, from Ampere on."""
+        c = self.config
+        if self.device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+            return False
+        supported = c.attn_implementation != "eager" and c.head_dim % 8 == 0 and c.head_dim <= 128
+        supported = supported and not (self.training and c.attn_pdrop) and self.compute_dtype == torch.bfloat16
+        return supported and choose_dtype("auto", self.device) == torch.bfloat16
+
+    def positions_and_mask(self, idx: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Any, Any]:
+        """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it; for
+        flash_by_document the ends of the documents. Raises UserError beyond the context."""
         start, context = 0 if cache is None else cache.length, self.config.context
         end = start + idx.size(1)
-        if end > context and segments is None and self.config.pos_embd != "none":
+        if end > context and documents is None and self.config.pos_embd != "none":
             raise UserError(f"{end} tokens are more than the context of {context}: shorten them, or see extend_context")
-        if segments is None and (cache is None or cache.pad is None):
+        if documents is None and (cache is None or cache.pad is None):
             return slice(start, end), None
-        index = torch.arange(end, device=idx.device)
-        if segments is None:  # the padding is a document of its own
-            segments = (index >= cache.pad[:, None]).int()
-        first = segments != F.pad(segments, (1, 0), value=-1)[:, :-1]  # true at the first token of each document
-        positions = index - (index * first).cummax(dim=1).values
-        same = segments[:, start:, None] == segments[:, None, :]
-        return positions[:, start:], (same & causal_mask(end - start, end, idx.device))[:, None]
+        if documents is None:  # the padding is a document of its own
+            documents = torch.stack((cache.pad, end - cache.pad), dim=1).flatten()
+        ends, index = documents.cumsum(dim=0), torch.arange(len(idx) * end, device=idx.device)
+        own = torch.searchsorted(ends, index, right=True)  # the document of each token
+        positions = (index - (ends - documents)[own]).view(-1, end)[:, start:]
+        if not start and self.flash_by_document:
+            return positions, F.pad(ends, (1, 0)).int()
+        own = own.view(-1, end)
+        same = own[:, start:, None] == own[:, None, :]
+        return positions, (same & causal_mask(end - start, end, idx.device))[:, None]
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """The final hidden states (B, T, n_embd) of tokens idx (B, T). With a cache, idx continues what it holds and
-        is appended to it. `segments` (B, T) numbers the documents packed into each row: none sees another, and each has
-        its own positions from 0."""
-        positions, mask = self.positions_and_mask(idx, cache, segments)
+        is appended to it. `documents` (n,) are the lengths of the documents packed into the rows, which they fill, row
+        after row: none sees another, and each has its own positions from 0."""
+        positions, mask = self.positions_and_mask(idx, cache, documents)
         x, rope = self.wte(idx).to(self.compute_dtype), None
         if self.wpe is not None:
             x = x + self.wpe.weight[positions].to(x.dtype)
@@ -793,12 +820,12 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """Tokens (B, T) -> logits (B, T, vocab_size), float32."""
-        return self.logits(self.hidden(idx, cache, segments))
+        return self.logits(self.hidden(idx, cache, documents))
 
     def loss(
-        self, idx: Tensor, targets: Tensor, segments: Tensor | None = None, chunk_loss: Callable | None = None,
+        self, idx: Tensor, targets: Tensor, documents: Tensor | None = None, chunk_loss: Callable | None = None,
         distributions: int = 1,
     ) -> Tensor:  # fmt: skip
         """Sum of the cross-entropy, in nats, of targets (B, T) given tokens idx (B, T), or of another chunk loss (see
@@ -807,7 +834,7 @@ class GPT(nn.Module):
             raise UserError(f"targets are {tuple(targets.shape)} and tokens {tuple(idx.shape)}: each token needs one")
         if targets.device.type == "cpu" and (beyond := targets >= self.config.vocab_size).any():  # C does not check it
             raise UserError(f"target {targets[beyond][0]} is not in the vocabulary of {self.config.vocab_size}")
-        h = self.hidden(idx, segments=segments)
+        h = self.hidden(idx, documents=documents)
         return linear_loss(h, self, chunk_loss or CrossEntropy(targets), distributions)
 
 
@@ -1770,24 +1797,25 @@ class Split:
         return windows
 
     def batch(self, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> dict[str, Tensor]:
-        """Windows as tensors (B, block_size) int64: idx, targets (-1: not a target), and segments for conversations.
-        blocks (B,) are the numbers of the windows."""
+        """Windows as tensors (B, block_size) int64: idx, targets (-1: not a target); for conversations the lengths of
+        the documents in them (n,). blocks (B,) are the numbers of the windows."""
         T, blocks = block_size, np.asarray(blocks)
         begins = [int(windows[i]) for i in blocks]
         if self.starts is None:
             ids = np.stack([self.tokens[s : s + T + 1] for s in begins]).astype(np.int64)
             arrays = {"idx": ids[:, :-1], "targets": ids[:, 1:]}
         else:
-            ids, segments = np.zeros((2, len(begins), T + 1), np.int64)
+            ids, own = np.zeros((2, len(begins), T + 1), np.int64)  # own: the conversation that a token belongs to
             wanted = np.zeros((len(begins), T + 1), bool)
             for i, s in enumerate(begins):
                 whole = int(self.bounds[np.searchsorted(self.bounds, s + T + 1, side="right") - 1])
                 end = whole if whole > s else s + T + 1  # of the conversations that fit, or of a part of the first
                 ids[i, : end - s], wanted[i, : end - s] = self.tokens[s:end], self.mask[s:end] == 1
-                segments[i] = np.searchsorted(self.bounds, s + np.arange(T + 1), side="right")
-            segments -= segments[:, :1].copy()
-            wanted[:, 1:] &= segments[:, 1:] == segments[:, :-1]  # nothing precedes a conversation's first token
-            arrays = {"idx": ids[:, :-1], "targets": np.where(wanted, ids, -1)[:, 1:], "segments": segments[:, :-1]}
+                own[i] = np.searchsorted(self.bounds, s + np.arange(T + 1), side="right")
+            first = np.diff(own, prepend=-1) != 0
+            wanted &= ~first  # nothing precedes a conversation's first token
+            lengths = np.diff(np.flatnonzero(first[:, :-1]), append=len(begins) * T)
+            arrays = {"idx": ids[:, :-1], "targets": np.where(wanted, ids, -1)[:, 1:], "documents": lengths}
         self.check(ids)
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {**arrays, "blocks": blocks}.items()}
 
@@ -1872,7 +1900,7 @@ class MixedSplit:
             i = int(np.searchsorted(self.begins, begin, side="right")) - 1
             rows.append(self.splits[i].batch([begin - self.begins[i]], [0], block_size))
             if chat:
-                rows[-1].setdefault("segments", torch.zeros_like(rows[-1]["idx"]))
+                rows[-1].setdefault("documents", torch.tensor([block_size]))
         return {k: torch.cat([row[k] for row in rows]) for k in rows[0]} | {"blocks": torch.from_numpy(blocks)}
 
 
@@ -3416,7 +3444,7 @@ class RunFiles:
 def language_modelling(model: GPT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss function of train and finetune. A loss function returns the loss of a micro-batch, summed over its
     targets, and the other values to log, by name: each as (sum, number of targets)."""
-    return model.loss(batch["idx"], batch["targets"], batch.get("segments")), {}
+    return model.loss(batch["idx"], batch["targets"], batch.get("documents")), {}
 
 
 def check_targets(split: Split, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> None:
@@ -3990,14 +4018,14 @@ class Distillation:
         # depends on the step alone (see fit), or processes would wait for one that generates
         if d.on_policy and random.Random(torch.initial_seed() // 4096).random() < d.on_policy:
             batch, d = self.student_writes(student, batch), replace(d, alpha=1.0)
-        idx, targets, segments = batch["idx"], batch["targets"], batch.get("segments")
+        idx, targets, documents = batch["idx"], batch["targets"], batch.get("documents")
         n, sums = (targets >= 0).sum(), torch.zeros(2, device=idx.device)
         if d.alpha == 0:  # exactly train
-            value = student.loss(idx, targets, segments)
+            value = student.loss(idx, targets, documents)
             sums[1] = value.detach()
         else:
             chunk_loss = self.chunk_loss(d, targets, self.teacher_answers(batch), sums)
-            value = student.loss(idx, targets, segments, chunk_loss, 3 if self.in_c(d, student.wte.weight) else 8)
+            value = student.loss(idx, targets, documents, chunk_loss, 3 if self.in_c(d, student.wte.weight) else 8)
         share = n_data / n.clamp(min=1)  # the caller divides by the number of targets in the data
         parts = torch.stack((sums, torch.stack((n * (d.alpha > 0), n * (d.alpha < 1)))), dim=1)
         return value * share, {"divergence": parts[0], "cross_entropy": parts[1]}
@@ -4041,7 +4069,11 @@ class Distillation:
             return self.live(batch)
         blocks, T = batch["blocks"].tolist(), batch["idx"].size(1)
         if missing := [i for i, block in enumerate(blocks) if not self.cache.done[block]]:
-            live = self.live({k: v[missing] for k, v in batch.items()})
+            new = {"idx": batch["idx"][missing]}
+            if (lengths := batch.get("documents")) is not None:
+                rows = (lengths.cumsum(dim=0) - 1) // T
+                new["documents"] = lengths[torch.isin(rows, torch.tensor(missing, device=rows.device))]
+            live = self.live(new)
             for j, i in enumerate(missing):
                 log_p, ids = live(slice(j * T, (j + 1) * T)).log_softmax(dim=-1).topk(self.cache.K)
                 self.cache.write(blocks[i], ids, log_p)
@@ -4049,7 +4081,7 @@ class Distillation:
         return lambda rows: (ids[rows], log_p[rows])
 
     def live(self, batch: dict[str, Tensor]) -> Callable[[slice], Tensor]:
-        hidden = self.teacher.hidden(batch["idx"], segments=batch.get("segments")).flatten(0, 1)
+        hidden = self.teacher.hidden(batch["idx"], documents=batch.get("documents")).flatten(0, 1)
         return lambda rows: self.teacher.logits(hidden[rows])[:, : self.n_vocab].div_(self.d.temperature)
 
     @torch.no_grad()

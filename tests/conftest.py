@@ -56,6 +56,11 @@ def tiny_config(arch: str = "gpt2", **overrides) -> "model.GPTConfig":
     return model.GPTConfig(**{**values, **overrides, "arch": arch})
 
 
+def mean_error(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> torch.Tensor:
+    """Of tensors, each relative to its norm."""
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, plain, strict=True)]).mean()
+
+
 def random_gpt(config: "model.GPTConfig", seed: int = 0) -> "model.GPT":
     """A GPT in which every parameter, biases and norms too, is random and matters to the output."""
     torch.manual_seed(seed)

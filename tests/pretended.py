@@ -8,6 +8,7 @@ background. So are the operators, each of them at least one launch of a kernel.
 
 import contextlib
 import functools
+import itertools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen  # noqa: F401 (its operators)
 from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -37,6 +39,46 @@ PRODUCTS = {  # and which of the arguments is the first factor
 }  # fmt: skip
 MASKED_FILL = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "_local_scalar_dense")
+
+
+def one_by_one(ends: torch.Tensor, *tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """The documents in tensors (T, heads, head_dim), as (n_head, length, head_dim) float32; the first has n_head."""
+    for begin, end in itertools.pairwise(ends.tolist()):
+        own = [x[begin:end].transpose(0, 1).float() for x in tensors]
+        yield [x.repeat_interleave(len(own[0]) // len(x), dim=0) for x in own]
+
+
+def causal_probs(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    scores = q @ k.mT / q.size(-1) ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).triu(1) > 0, float("-inf")).softmax(dim=-1)
+
+
+def varlen_attention(q, k, v, ends, ends_k, max_q, max_k, causal, scale, window, gqa=False) -> tuple:
+    """What torch.nn.attention.varlen computes on CUDA, and asks for (PyTorch's flash_attn/flash_api.cpp)."""
+    lengths = ends.diff()
+    assert q.dtype in (torch.float16, torch.bfloat16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
+    assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q) and (lengths >= 0).all()
+    assert torch.equal(ends, ends_k) and lengths.max() <= min(max_q, max_k) and (gqa or q.shape == k.shape)
+    assert causal and scale is None and window == [-1, 0]
+    y = torch.cat([(causal_probs(q, k) @ v).transpose(0, 1) for q, k, v in one_by_one(ends, q, k, v)])
+    return y.to(q.dtype), torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+def varlen_attention_backward(grad, q, k, v, out, lse, ends, *others) -> list[torch.Tensor]:
+    """By hand: gradients cannot be asked for below PyTorch's autograd."""
+    parts = []
+    for one_q, one_k, one_v, one_grad in one_by_one(ends, q, k, v, grad):
+        p, dp = causal_probs(one_q, one_k), one_grad @ one_v.mT
+        ds = p * (dp - (p * dp).sum(dim=-1, keepdim=True)) / q.size(-1) ** 0.5
+        parts.append([x.transpose(0, 1) for x in (ds @ one_k, ds.mT @ one_q, p.mT @ one_grad)])
+    whole = [torch.cat(those) for those in zip(*parts, strict=True)]
+    return [x.unflatten(1, (like.size(1), -1)).sum(2).to(q.dtype) for x, like in zip(whole, (q, k, v), strict=True)]
+
+
+ON_CUDA_ALONE = {
+    torch.ops.torch_attn._varlen_attn.default: varlen_attention,
+    torch.ops.torch_attn._varlen_attn_backward.default: varlen_attention_backward,
+}
 
 
 class Device(_DummyBackendModule):
@@ -148,7 +190,7 @@ def operate(func: Any, args: tuple, kwargs: dict) -> Any:
         plain = {**plain, "device": torch.device("cpu")}
     seeded = torch.Tag.nondeterministic_seeded in func.tags and plain.get("generator") is None
     with device.random() if seeded else contextlib.nullcontext():
-        out = func(*plain_args, **plain)
+        out = ON_CUDA_ALONE.get(func, func)(*plain_args, **plain)
     if to == "cpu" or copies and not isinstance(args[0], Pretended) and to is None:
         return args[0] if func is aten.copy_.default else out
     out = tree_map(lambda x: Pretended(x) if isinstance(x, torch.Tensor) else x, out)
@@ -262,6 +304,7 @@ def pretend(kind: str) -> Iterator[Device]:
             patch.setattr(torch.cuda, "_initialized", True)
             patch.setattr(torch.cuda, "device", contextlib.nullcontext)
             patch.setattr(torch.cuda, "get_device_capability", lambda where=None: (8, 0))
+            patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
             patch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "compute_120"])
             _foreach_supported_types.append(Pretended)
         # subclasses of tensors and inference_mode do not go together

@@ -440,11 +440,11 @@ def test_conversations_are_packed_whole(conversations):
     assert conversations.splits["train"].windows(8).tolist() == [0, 9, 24, 30]
     assert conversations.splits["val"].windows(8).tolist() == [0]
     batch = every_window(conversations, "train", 8)
-    idx, targets, segments = (batch[k].tolist() for k in ("idx", "targets", "segments"))
+    idx, targets, documents = (batch[k].tolist() for k in ("idx", "targets", "documents"))
     assert idx[0] == [10, 11, 12, 20, 21, 22, 23, 30]
     assert targets[0] == [11, 12, -1, -1, 22, -1, -1, 31]  # never a first token, never where the mask is 0
-    assert segments[0] == [0, 0, 0, 1, 1, 1, 1, 2]
-    assert idx[1] == list(range(100, 108)) and targets[1] == list(range(101, 109)) and len(set(segments[1])) == 1
+    assert idx[1] == list(range(100, 108)) and targets[1] == list(range(101, 109))
+    assert documents[:4] == [3, 4, 1, 8] and sum(documents) == 4 * 8  # of the first two rows, and of all
     assert idx[2][:6] == [50, 51, 52, 53, 54, 55] and targets[2] == [51, -1, 53, -1, 55, -1, -1, -1]
     assert idx[3][:4] == [60, 61, 62, 63] and targets[3] == [61, 62, 63, -1, -1, -1, -1, -1]  # validation is not in it
     val = every_window(conversations, "val", 8)

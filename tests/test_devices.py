@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_gpt, log_of, random_gpt, random_tokens, save_model, stop_at, tiny_config, write_conversations
+from conftest import (
+    byte_gpt,
+    log_of,
+    mean_error,
+    random_gpt,
+    random_tokens,
+    save_model,
+    stop_at,
+    tiny_config,
+    write_conversations,
+)
 from pretended import pretend
 
 import model
@@ -77,6 +87,7 @@ RUNS = {  # command, tensors that a step sends to the device, how equal
     "float16 with normuon": ((*TRAIN, "--arch", "llama", "--optimizer", "normuon", "--dtype", "float16"), 2, 5e-3),
     "dropout recomputed": ((*TRAIN, *DROPOUT, *RECOMPUTED, "--dtype", "float32"), 4, 1e-5),
     "conversations": ((*FINETUNE, "--dtype", "float32", "--resid_pdrop", 0.1), 3, 1e-5),
+    "conversations in bfloat16": ((*FINETUNE, "--dtype", "bfloat16", "--grad_accum", 2), 6, 5e-3),
     "lora in float16": ((*FINETUNE, "--dtype", "float16", "--lora_rank", 4, "--grad_accum", 2), 6, 5e-3),
     "distill": ((*DISTILL, "--dtype", "float32", "--divergence", "jsd"), 2, 1e-5),
     "distill in bfloat16": ((*DISTILL, "--dtype", "bfloat16", "--alpha", 1), 2, 2e-2),
@@ -169,6 +180,28 @@ def test_unequal_prompts_make_one_batch_on_a_device(where, arch, n_kv_head):
         assert device.waits["preparing"].pop("copy to the device in left_pad") == 2
         assert set(device.waits["preparing"]) == {"copy to the device in GPT._apply"}
         assert torch.stack(tokens).tolist() == expected
+
+
+@pytest.mark.parametrize("arch, overrides", [("llama", dict(n_kv_head=2)), ("gpt2", {}), ("qwen3", {})])
+def test_packed_documents_take_no_mask_on_a_gpu(arch, overrides):
+    """The flash kernel takes them, and padding, by where each ends, from Ampere on and in 16 bits."""
+    gpt, idx = random_gpt(tiny_config(arch, **overrides)), random_tokens(2, 25)
+    documents, pad = torch.tensor([7, 1, 16, 13, 0, 11]), torch.tensor([5, 0])
+
+    def computed(gpt: model.GPT, where: str, dtype: str = "float32") -> list[torch.Tensor]:
+        model.set_precision(gpt, dtype, training=True).zero_grad()
+        gpt.loss(*(x.to(where) for x in (idx[:, :-1], idx[:, 1:], documents))).backward()
+        with torch.no_grad(), model.evaluating(gpt):
+            prompt = gpt(idx.to(where), model.KVCache(gpt, 2, 30, pad.to(where)))
+        return [x.to("cpu", copy=True) for x in (prompt[0, 5:], prompt[1], *(p.grad for p in gpt.parameters()))]
+
+    plain, plain_short = computed(gpt, "cpu"), computed(gpt, "cpu", "bfloat16")
+    with pretend("cuda") as device:
+        short = computed(gpt.to("cuda"), "cuda", "bfloat16")
+        assert device.launches["_varlen_attn"] == 2 * len(gpt.blocks) and not device.launches["tril"]
+        model.set_precision(gpt, "float32", training=True)
+        assert not gpt.flash_by_document
+    assert mean_error(short, plain) <= 1.2 * mean_error(plain_short, plain)
 
 
 def test_chat_and_eval_are_those_of_the_cpu(files, cli):

@@ -186,22 +186,22 @@ def assert_close_all(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rto
         assert error < rtol, (name, error)
 
 
-@pytest.mark.parametrize("segments", [False, True], ids=["text", "packed documents"])
+@pytest.mark.parametrize("packed", [False, True], ids=["text", "packed documents"])
 @pytest.mark.parametrize("teacher_vocab, teacher_cap", [(100, 0.0), (90, 0.0), (150, 5.0)])
-def test_a_live_teacher_equals_two_plain_forward_passes(teacher_vocab, teacher_cap, segments):
+def test_a_live_teacher_equals_two_plain_forward_passes(teacher_vocab, teacher_cap, packed):
     """Truth: full logits in plain PyTorch: gradients of every weight, the loss's parts and their numbers of targets."""
     teacher = random_gpt(tiny_config("nanochat", vocab_size=teacher_vocab, logit_softcap=teacher_cap), 1)
     student = random_gpt(tiny_config(n_layer=1), 2)
     n, batch, d = min(teacher_vocab, 100), batch_of(), DistillConfig(3.0, 0.7, "jsd", 0.3)
     batch = {k: v % n for k, v in batch.items()}
-    if segments:
-        batch["segments"] = (torch.arange(32) // 9).repeat(4, 1)
+    if packed:
+        batch["documents"] = torch.tensor([9, 9, 9, 5] * 4)
         batch["targets"][:, 8::9] = -1
 
     def plain(student, batch):
         with torch.no_grad():
-            log_p = (teacher(batch["idx"], segments=batch.get("segments"))[..., :n] / d.temperature).log_softmax(-1)
-        logits = student(batch["idx"], segments=batch.get("segments")).flatten(0, 1)
+            log_p = (teacher(batch["idx"], documents=batch.get("documents"))[..., :n] / d.temperature).log_softmax(-1)
+        logits = student(batch["idx"], documents=batch.get("documents")).flatten(0, 1)
         parts = plain_parts(logits, batch["targets"].flatten(), log_p.flatten(0, 1), d)
         pairs = [torch.stack((x.detach(), (batch["targets"] >= 0).sum())) for x in parts]
         return total(parts, d), dict(zip(("divergence", "cross_entropy"), pairs, strict=True))
@@ -326,17 +326,19 @@ def with_blocks(batch: dict, *blocks: int) -> dict:
     return {**batch, "blocks": torch.tensor(blocks)}
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["text", "packed documents"])
 @pytest.mark.parametrize("kind, beta", DIVERGENCES)
-def test_a_cache_of_the_whole_vocabulary_is_the_live_teacher(tmp_path, kind, beta):
+def test_a_cache_of_the_whole_vocabulary_is_the_live_teacher(tmp_path, kind, beta, packed):
     """Truth: the live teacher, up to the rounding of its probabilities to float16."""
     teacher, student = pair()
     with torch.no_grad():
         teacher.wte.weight *= 0.3
         student.wte.weight *= 0.3
-    batch = batch_of()
+    batch = batch_of() | ({"documents": torch.tensor([32, 9, 23, 0, 5, 5, 22, 31, 1])} if packed else {})
     live = loss_and_gradients(Distillation(teacher, DistillConfig(2.0, 0.7, kind, beta), 100), student, batch)
     objective = cached_objective(tmp_path / "cache", teacher, 100, kind, beta, alpha=0.7)
-    for _ in range(2):  # the run that fills it, and one that reads it
+    objective(student, {"idx": batch["idx"][:1], "targets": batch["targets"][:1], "blocks": torch.tensor([3])})
+    for _ in range(2):  # the run that fills the rest of it, and one that reads it
         cached = loss_and_gradients(objective, student, with_blocks(batch, 3, 0, 5, 7))
         assert_close_all(cached, live, 3e-3)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import random_gpt, random_tokens, save_model, tiny_config
+from conftest import mean_error, random_gpt, random_tokens, save_model, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -206,10 +206,10 @@ def test_what_the_c_does_not_know_is_generated_without_it():
     assert gpt.engine is None
 
 
-def loss_and_gradients(gpt: model.GPT, segments: torch.Tensor | None) -> list[torch.Tensor]:
+def loss_and_gradients(gpt: model.GPT, documents: torch.Tensor | None) -> list[torch.Tensor]:
     idx = random_tokens(3, 25, vocab_size=gpt.config.vocab_size)
     gpt.zero_grad()
-    loss = gpt.loss(idx[:, :-1], idx[:, 1:], segments) / idx[:, 1:].numel()
+    loss = gpt.loss(idx[:, :-1], idx[:, 1:], documents) / idx[:, 1:].numel()
     loss.backward()
     return [loss.detach(), *(p.grad for p in gpt.parameters())]
 
@@ -219,11 +219,6 @@ def assert_close_each(ours: list[torch.Tensor], plain: list[torch.Tensor], toler
     largest = [b.abs().max().clamp(min=1e-30) for b in plain]
     one, other = (torch.cat([(x / m).flatten() for x, m in zip(xs, largest, strict=True)]) for xs in (ours, plain))
     torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
-
-
-def mean_error(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> torch.Tensor:
-    """Of tensors, each relative to its norm."""
-    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, plain, strict=True)]).mean()
 
 
 TRAINED = [
@@ -241,14 +236,14 @@ TRAINED = [
 def test_training_in_c_equals_the_plain_operators(arch, overrides, packed, march, threads, monkeypatch):
     compile_for(monkeypatch, march, threads)
     gpt = random_gpt(tiny_config(arch, **overrides)).train()
-    segments = torch.arange(24).expand(3, 24) // 9 if packed else None
-    ours, again = loss_and_gradients(gpt, segments), loss_and_gradients(gpt, segments)
+    documents = torch.tensor([9, 9, 6] * 3) if packed else None
+    ours, again = loss_and_gradients(gpt, documents), loss_and_gradients(gpt, documents)
     model.set_precision(gpt, "bfloat16", training=True)
-    short = loss_and_gradients(gpt, segments)
+    short = loss_and_gradients(gpt, documents)
     monkeypatch.setattr(model, "training_library", lambda x: None)
-    plain_short = loss_and_gradients(gpt, segments)
+    plain_short = loss_and_gradients(gpt, documents)
     model.set_precision(gpt, "float32", training=True)
-    plain = loss_and_gradients(gpt, segments)
+    plain = loss_and_gradients(gpt, documents)
     assert not all(map(torch.equal, ours, plain))  # it was not the plain pass
     assert all(map(torch.equal, ours, again))  # the same sums in the same order
     assert_close_each(ours, plain)
@@ -332,8 +327,7 @@ def test_packed_documents_are_as_if_alone(arch, kernel):
     gpt, idx = random_gpt(tiny_config(arch, attn_implementation=kernel)), random_tokens(2, 24)
     plain = random_gpt(tiny_config(arch))
     cuts = [(0, 7, 8, 24), (0, 13, 20, 24)]
-    segments = torch.stack([torch.bucketize(torch.arange(24), torch.tensor(c[1:-1]), right=True) for c in cuts])
-    packed = gpt(idx, segments=segments)
+    packed = gpt(idx, documents=torch.tensor(cuts).diff().flatten())
     for row, cut in enumerate(cuts):
         for begin, end in itertools.pairwise(cut):
             alone = plain(idx[row : row + 1, begin:end])[0]

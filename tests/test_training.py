@@ -368,7 +368,7 @@ def test_three_steps_by_hand(cli, workdir):
     for step, lr in enumerate((1e-2 / 3, 2e-2 / 3, 1e-2)):
         batch = split.batch(windows, order[4 * step : 4 * step + 4], 16)
         assert (batch["targets"] == -1).any()
-        logits = gpt(batch["idx"], segments=batch["segments"]).flatten(0, 1)
+        logits = gpt(batch["idx"], documents=batch["documents"]).flatten(0, 1)
         loss = F.cross_entropy(logits, batch["targets"].flatten(), ignore_index=-1)
         assert log_of()[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         adamw.zero_grad()
