@@ -2722,15 +2722,22 @@ class Opened:
     checkpoint: Checkpoint | None  # None for a Hugging Face model
 
 
-def open_model(spec: str | None, device: torch.device | str = "cpu", variant: str | None = None, **overrides) -> Opened:
+def open_model(
+    spec: str | None, device: torch.device | str = "cpu", variant: str | None = None, as_stored: bool = False,
+    **overrides: Any,
+) -> Opened:  # fmt: skip
     """Open a model: one of our checkpoints, a Hugging Face directory, or a Hub id, `owner/name` or
-    `owner/name@revision`. Raises UserError unless it has the shape of the variant, if one is named."""
+    `owner/name@revision`; its weights in float32, or as they are stored. Raises UserError unless it has the shape of
+    the variant, if one is named."""
     is_hub_id = re.fullmatch(rf"(?!{CHECKPOINT_DIR}/)\w[\w.-]*/[\w.-]+(@[\w./-]+)?(?<!\.pt)", spec or "")
     is_hub_id = is_hub_id and not Path(spec).exists() and not (CHECKPOINT_DIR / spec).exists()
     path = hub_directory(spec) if is_hub_id else find_checkpoint(spec)
     if path.is_dir():
         name = spec.partition("@")[0].rsplit("/", 1)[-1] if is_hub_id else path.resolve().name
-        opened = Opened(load_hf_model(path, device, **overrides), hf_tokenizer(path, name), path, name, None)
+        with ThreadPoolExecutor(1) as pool:
+            tokenizer = pool.submit(hf_tokenizer, path, name)  # meanwhile: a tenth of a second each
+            model = load_hf_model(path, device, as_stored, **overrides)
+            opened = Opened(model, tokenizer.result(), path, name, None)
     else:
         c = load_checkpoint(path)
         config = {**c.config, "attn_implementation": "auto", **overrides}  # how it was trained is not part of the model
@@ -2937,20 +2944,8 @@ def processes() -> Iterator[None]:
         return
     with told_as("WORLD_SIZE is set, but the processes cannot find each other: start them with torchrun"):
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **meet())
-    done = False
-
-    @atexit.register
-    def leave() -> None:
-        """End a finished run before Python's shutdown, in which a PyTorch thread sometimes aborts, and torchrun would
-        call the run failed. Registered before the reporters' exit functions, it runs after them."""
-        if done:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-
     try:
         yield
-        done = True
     except (Exception, KeyboardInterrupt) as e:
         end_all(e)
     finally:
@@ -4458,9 +4453,10 @@ def safetensors_files(folder: Path) -> list[Path]:
 HF_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
 
-def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides: Any) -> GPT:
-    """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place. A head among them that
-    differs from the embedding is used, whatever config.json says of ties, as in transformers 5."""
+def load_hf_model(folder: Path, device: torch.device | str = "cpu", as_stored: bool = False, **overrides: Any) -> GPT:
+    """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place, in float32 or in their own
+    dtypes. A head among them that differs from the embedding is used, whatever config.json says of ties, as in
+    transformers 5."""
     from safetensors import SafetensorError, safe_open
 
     said = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
@@ -4481,9 +4477,12 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", **overrides:
                 expected = list(hf_layout(torch.empty(shapes[ours], device="meta")[rows], how, config).shape)
                 if expected != (theirs := f.get_slice(name).get_shape()):
                     raise UserError(f"{file}: tensor {name} has shape {theirs}, but config.json says {expected}")
+                part = f.get_tensor(name)
+                dtype = part.dtype if as_stored else torch.float32
                 if ours not in state:  # allocate only what is present; padding rows stay 0
-                    state[ours] = torch.zeros(shapes[ours], device=device)
-                state[ours][rows].copy_(hf_layout(f.get_tensor(name), how, config, back=True))
+                    state[ours] = torch.zeros(shapes[ours], dtype=dtype, device=device)
+                state[ours] = state[ours].to(torch.promote_types(state[ours].dtype, dtype))
+                state[ours][rows].copy_(hf_layout(part, how, config, back=True))
     tied = said.tie_word_embeddings
     if missing := [name for name, (ours, *_) in wanted.items() if not (tied and ours == "lm_head.weight")]:
         raise UserError(f"{folder}: tensor {missing[0]} is missing from the weights ({len(missing)} in all)")
@@ -5277,7 +5276,7 @@ def sample(a: SampleArgs) -> None:
     sample --prompt "def "
     sample --model_checkpoint 7M_model.pt --prompt "To be" --temperature 0.8 --top_k 50
     sample --num_samples 3 --stop "\n" < prompt.txt"""
-    opened = open_named_model(a, choose_device(a.device))
+    opened = open_named_model(a, choose_device(a.device), as_stored=True)
     model, tokenizer = opened.model, opened.tokenizer
     prepare_generation(model, a.dtype, a.quantize)
     prompt = a.prompt if a.prompt is not None else "" if sys.stdin.isatty() else sys.stdin.read()
@@ -5307,7 +5306,7 @@ def chat(a: ChatArgs) -> None:
     chat --system "You are brief." --model_checkpoint HuggingFaceTB/SmolLM2-135M-Instruct"""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (lines can be edited, and are not cut at 4,095 bytes)
-    opened = open_model(a.model_checkpoint, choose_device(a.device), a.variant)
+    opened = open_model(a.model_checkpoint, choose_device(a.device), a.variant, as_stored=True)
     prepare_generation(opened.model, a.dtype, a.quantize)
     render_chat(opened.tokenizer, [{"role": "user", "content": ""}])  # raises now if the model has no chat template
     session = ChatSession(opened.model, opened.tokenizer, a, a.length)
@@ -5882,14 +5881,25 @@ def others_at_work() -> bool:
 
 
 def with_torch() -> types.ModuleType:
-    """Import this file again, as a module with PyTorch. GNU OpenMP counts how long waiting threads spin before they
-    sleep: 10,000 turns made small steps a third faster than 2,000, but half as fast beside other programs, to which
-    they leave no room."""
+    """Run this file again, compiled as it is, as a module with PyTorch. GNU OpenMP counts how long waiting threads spin
+    before they sleep: 10,000 turns made small steps a third faster than 2,000, but half as fast beside other programs,
+    to which they leave no room."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000" if others_at_work() else "10000")
     spec = importlib.util.spec_from_file_location("model", __file__)
     sys.modules["model"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    exec(CODE, vars(module))
     return module
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """End the program, unless it failed, before Python's shutdown: with PyTorch that takes 0.3 s, and sometimes aborts
+    in one of its threads, and torchrun would call the run failed. Entered before other libraries register their exit
+    functions, it leaves after them."""
+    done: list[bool] = []
+    atexit.register(lambda: os._exit(0) if done else None)
+    yield
+    done.append(True)
 
 
 def main() -> None:
@@ -5903,13 +5913,16 @@ def main() -> None:
     try:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
-            return with_torch().main()
+            with leaving_at_once():
+                return with_torch().main()
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if os.environ.get("WORLD_SIZE", "1") == "1":
             keep_freed_memory()
         if COMMANDS[name].purpose == "train" or os.environ.get("RANK", "0") == "0":  # only in torchrun's first process
             COMMANDS[name].run(a)
+        sys.stdout.flush()
+        sys.stderr.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet
         sys.exit(1)
@@ -6449,4 +6462,5 @@ class SwiGLUInC(torch.autograd.Function):
 
 
 if __name__ == "__main__":
+    CODE = sys._getframe().f_code  # of this file
     main()

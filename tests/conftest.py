@@ -279,7 +279,8 @@ def accumulate_gradients(*arguments):
     return accumulate(*arguments)
 model.Run.accumulate_gradients = accumulate_gradients
 try:
-    model.main()
+    with model.leaving_at_once():
+        model.main()
 except SystemExit as e:
     open(f"{{rank}}.end", "w").write(f"{{e.code}} {{next(steps)}}")
     raise

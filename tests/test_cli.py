@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import BYTES, ROOT, TINY_RUN, TRAIN, Cli, checkpoint_of, contents, program, text_of
+from conftest import BYTES, ROOT, TINY_RUN, TRAIN, Cli, checkpoint_of, contents, model_py, program, text_of
 
 import model
 
@@ -158,6 +158,34 @@ def test_a_run_whose_words_nobody_can_read_goes_on(run_files, nowhere):
     run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
     assert checkpoint_of("new")["step"] == 2
+
+
+WHAT_COMES_LATE = """
+import os, sys
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()
+late = Late() if "train" in sys.orig_argv and "-m" not in sys.orig_argv else None  # not in torchrun itself
+"""
+REPORTER = """
+import atexit
+from pathlib import Path
+Html = str
+def init(**settings):
+    atexit.register(Path("left").write_text, "left")
+    return type("Client", (), {"log": lambda *values, **more: None})
+"""
+
+
+@pytest.mark.parametrize("by", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])
+def test_python_is_not_taken_apart_after_a_run(run_files, by):
+    """What aborts by then makes no failure of a run that is done; exit functions have been called, as a reporter's."""
+    Path("sitecustomize.py").write_text(WHAT_COMES_LATE)
+    Path("trackio.py").write_text(REPORTER)
+    train = ("train", "--data", "input", "--name", "new", *TINY_RUN, "--max_iters", 2, "--report_to", "trackio")
+    command = [sys.executable, *by, *model_py(*train)[1:]]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, check=True, timeout=120)
+    assert Path("left").read_text() == "left"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")

@@ -89,15 +89,10 @@ def test_two_processes_fit_their_steps_into_a_time(workdir):
 
 
 def test_two_processes_share_unequal_work(cli, workdir):
-    """Conversations: losses divide by the targets of the whole batch, not of each process's part. What aborts while
-    Python takes itself apart, after all exit functions, makes no failure of a run that is done."""
+    """Conversations: losses divide by the targets of the whole batch, not of each process's part."""
     conversation_data("chat")
     cli("train", "--data", "chat", *SIXTEEN, "--name", "one").ok()
-    late = "from pathlib import Path; late = type('Late', (), {'__del__': lambda self, abort=os.abort: abort()})()\n"
-    # like a reporter's, registered once the run is under way
-    late += "before_step = lambda step: model.atexit.register(Path(f'{rank}.left').write_text, 'left')"
-    Torchrun("train", "--data", "chat", *SIXTEEN, "--name", "two", "--grad_accum", 2, patch=late).result().ok()
-    assert Path("1.left").read_text() == "left"
+    Torchrun("train", "--data", "chat", *SIXTEEN, "--name", "two", "--grad_accum", 2).result().ok()
     close_runs(log_of("one"), log_of("two"))
 
 

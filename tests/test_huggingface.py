@@ -217,6 +217,21 @@ def test_export_in_half_precision(cli, complaints, dtype):
     assert_same_logits(gpt, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_as_stored_generate_the_same(cli, quantize):
+    """As `sample` and `chat` open them: also with a matrix made of tensors of several dtypes."""
+    folder = export(cli, small("qwen3"), "--dtype", "bfloat16")
+    k, v = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "kv")
+    change_tensors(folder, lambda t: t.update({k: t[k].float() * 1.001, v: t[v].half() * 1.001}))
+    plain, stored = (model.load_hf_model(folder, as_stored=how) for how in (False, True))
+    dtypes = {name: p.dtype for name, p in stored.named_parameters() if p.dtype != torch.bfloat16}
+    assert dtypes == {"blocks.0.attn.qkv.weight": torch.float32}
+    for gpt in (plain, stored):
+        model.prepare_generation(gpt.eval(), "auto", quantize)
+    for ours, theirs in zip(stored.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 def test_scaling_chosen_at_export(cli, complaints):
     """--rope_scaling stretches a trained context, as `sample` does with the same flags."""
     gpt = small("llama", block_size=32)
