@@ -4454,9 +4454,9 @@ HF_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.
 
 
 def load_hf_model(folder: Path, device: torch.device | str = "cpu", as_stored: bool = False, **overrides: Any) -> GPT:
-    """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place, in float32 or in their own
-    dtypes. A head among them that differs from the embedding is used, whatever config.json says of ties, as in
-    transformers 5."""
+    """A GPT with the weights of a Hugging Face directory, read tensor by tensor into place, in float32 or, those of 16
+    bits, as they are stored. A head among them that differs from the embedding is used, whatever config.json says of
+    ties, as in transformers 5."""
     from safetensors import SafetensorError, safe_open
 
     said = replace(config_from_hf(read_json(folder / "config.json"), folder / "config.json"), **overrides)
@@ -4478,7 +4478,8 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", as_stored: b
                 if expected != (theirs := f.get_slice(name).get_shape()):
                     raise UserError(f"{file}: tensor {name} has shape {theirs}, but config.json says {expected}")
                 part = f.get_tensor(name)
-                dtype = part.dtype if as_stored else torch.float32
+                kept = as_stored and part.dtype in (torch.float16, torch.bfloat16)  # PyTorch cannot promote float8
+                dtype = part.dtype if kept else torch.float32
                 if ours not in state:  # allocate only what is present; padding rows stay 0
                     state[ours] = torch.zeros(shapes[ours], dtype=dtype, device=device)
                 state[ours] = state[ours].to(torch.promote_types(state[ours].dtype, dtype))

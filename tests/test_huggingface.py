@@ -223,9 +223,12 @@ def test_weights_as_stored_generate_the_same(cli, quantize):
     folder = export(cli, small("qwen3"), "--dtype", "bfloat16")
     k, v = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "kv")
     change_tensors(folder, lambda t: t.update({k: t[k].float() * 1.001, v: t[v].half() * 1.001}))
+    q, down = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    change_tensors(folder, lambda t: t.update({q: t[q].to(torch.float8_e4m3fn), down: (t[down] * 50).to(torch.int8)}))
     plain, stored = (model.load_hf_model(folder, as_stored=how) for how in (False, True))
     dtypes = {name: p.dtype for name, p in stored.named_parameters() if p.dtype != torch.bfloat16}
-    assert dtypes == {"blocks.0.attn.qkv.weight": torch.float32}
+    in_float32 = "blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "blocks.1.mlp.proj.weight"
+    assert dtypes == dict.fromkeys(in_float32, torch.float32)
     for gpt in (plain, stored):
         model.prepare_generation(gpt.eval(), "auto", quantize)
     for ours, theirs in zip(stored.state_dict().values(), plain.state_dict().values(), strict=True):
