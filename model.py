@@ -2245,7 +2245,8 @@ class Records(ChatFormat):
         path, kinds = Path(self.hf_dataset), {**RECORD_FILES, ".txt": "text"}
         kind = kinds.get(path.suffix.lower())
         if kind and not path.exists():
-            raise UserError(f"{path}: no such file")
+            remedy = ": records cannot be read from a URL, so download it first" * ("://" in self.hf_dataset)
+            raise UserError(f"{self.hf_dataset}: no such file{remedy}")
         if path.is_file() and not kind:
             raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
         for file in (path, *path.rglob("*")):

@@ -275,6 +275,13 @@ def test_a_url_that_cannot_be_had(tokenize, server, monkeypatch, path, words, re
     assert len(Handler.requests) == requests and nothing_left()
 
 
+def test_records_are_not_read_from_a_url(cli, tokenize, server):
+    url = f"{server}/talks.jsonl"
+    for made in (tokenize(url), cli("hf_tokenize", "--dataset", "d", "--hf_dataset", url)):
+        made.fails_with(url, "download it first")
+    assert not Handler.requests
+
+
 def test_memory_does_not_grow_with_the_text(tokenize, monkeypatch):
     """50 MB of it in less than 45 MB, most of which check the files that were written."""
     monkeypatch.setattr(model.os, "cpu_count", lambda: 2)  # each works on a piece of its own
