@@ -4627,6 +4627,7 @@ def export_gguf(opened: Opened, path: Path, kind: str, name: str) -> None:
     refused = {
         f"activation {c.activation}": c.arch == "nanochat" or c.activation not in ("gelu", "gelu_new", "swiglu"),
         "biases in the MLP": c.arch == "llama" and c.bias == "all",
+        f"rope_pct {c.rope_pct}": c.pos_embd == "rope" and not c.rope_dim,  # it never returns
         "rope_scaling llama3": c.arch != "llama" and c.rope_scaling == "llama3",
         "rope_beta_fast, rope_beta_slow other than 32, 1": yarn and (c.rope_beta_fast, c.rope_beta_slow) != (32, 1),
     }

@@ -92,6 +92,7 @@ def test_llama_cpp_says_what_sample_says(cli, bpe, arch, overrides):
     ("qwen3", LLAMA3, "rope_scaling llama3"), ("gpt_neox", LLAMA3, "rope_scaling llama3"),
     ("llama", dict(rope_beta_fast=8.0, **YARN), "rope_beta_fast"),
     ("llama", dict(rope_beta_slow=0.5, **YARN), "rope_beta_slow"),
+    ("gpt_neox", dict(rope_pct=0.0), "rope_pct 0.0"),
 ])  # fmt: skip
 def test_what_llama_cpp_would_read_wrong_is_refused(cli, bpe, arch, overrides, words):
     """It does not open these, or opens them and takes the values from its own command line."""
