@@ -5506,6 +5506,9 @@ def eval(a: EvalArgs) -> None:
             elif a.stride:
                 raise UserError(f"--stride is for text, but {where} holds conversations: leave it out")
             else:  # as in training: only what the assistant says
+                if cut := int((np.diff(found.splits["val"].bounds) > context + 1).sum()):
+                    longer = f"{cut:,} of {len(found.splits['val'].starts):,} conversations are longer than the context"
+                    say(f"{where}: {longer}, {context}, and are cut", sys.stderr)
                 measured = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
             rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
     print(json.dumps(rows) if a.json else table(rows))

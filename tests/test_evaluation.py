@@ -358,3 +358,12 @@ def test_rows_of_tasks(evaluate, saved, harness):
     assert piqa == {"model": "model.pt", "task": "piqa", "acc": 0.5, "acc_norm": 0.25}
     assert (mmlu["model"], mmlu["task"]) == ("model.pt", "mmlu")
     assert sorted(v for v in mmlu.values() if isinstance(v, float)) == [0.1, 0.3]
+
+
+def test_conversations_that_are_cut_are_told(cli, workdir):
+    """Of a longer one only the first block is measured."""
+    turns = [["Hi", "Hello."], ["Hi", "Hello. " * 30]]
+    Path("talks.jsonl").write_text("".join(json.dumps({"utterances": t}) + "\n" for t in turns), encoding="utf-8")
+    save_model("model.pt", uniform(block_size=64))
+    line = ("eval", "--model_checkpoint", "model.pt", "--data", "talks.jsonl", "--device", "cpu")
+    assert "talks.jsonl: 1 of 2 conversations are longer than the context, 64, and are cut" in cli(*line).ok().err
