@@ -5903,7 +5903,14 @@ def leaving_at_once() -> Iterator[None]:
     in one of its threads, and torchrun would call the run failed. Entered before other libraries register their exit
     functions, it leaves after them."""
     done: list[bool] = []
-    atexit.register(lambda: os._exit(0) if done else None)
+
+    @atexit.register
+    def leave() -> None:
+        if done:
+            sys.stdout.flush()  # what exit functions printed
+            sys.stderr.flush()
+            os._exit(0)
+
     yield
     done.append(True)
 
