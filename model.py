@@ -5936,11 +5936,13 @@ def main() -> None:
             COMMANDS[name].run(a)
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet
-        sys.exit(1)
     except (UserError, OSError) as e:
-        tell(e)
+        if not isinstance(e, BrokenPipeError):
+            tell(e)
+        try:
+            sys.stdout.flush()
+        except OSError:  # so that Python's last flush is quiet
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

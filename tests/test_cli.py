@@ -150,6 +150,16 @@ def test_a_closed_pipe_is_no_error(run_files):
     assert "error" not in run.stderr.lower() and "Traceback" not in run.stderr, run.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /dev/full")
+def test_words_for_a_full_disk_are_one_error(run_files):
+    """Not a second one from Python's shutdown, with an exit status of its own."""
+    with open("/dev/full", "w") as full:
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}
+        run = program("sample", "--prompt", "abc", cwd=".", capture_output=False, stdout=full, stderr=-1, env=env)
+    said = run.stderr.decode().splitlines()
+    assert run.returncode == 1 and said[-1].startswith("model.py sample: error: [Errno 28]"), said
+
+
 @pytest.mark.parametrize("nowhere", ["> /dev/full", ">&-", "2>&-", ">&- 2>&-"])
 def test_a_run_whose_words_nobody_can_read_goes_on(run_files, nowhere):
     """Its disk is full, or its terminal is closed."""
