@@ -5893,7 +5893,7 @@ def with_torch() -> types.ModuleType:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000" if others_at_work() else "10000")
     spec = importlib.util.spec_from_file_location("model", __file__)
     sys.modules["model"] = module = importlib.util.module_from_spec(spec)
-    exec(CODE, vars(module))
+    exec(PROGRAM.f_code, vars(module))
     return module
 
 
@@ -5926,7 +5926,7 @@ def main() -> None:
     try:
         name, a = parse(sys.argv[1:])
         if torch is later and name != "plot":
-            with leaving_at_once():
+            with nullcontext() if PROGRAM.f_back else leaving_at_once():  # whatever runs this one, as runpy, goes on
                 return with_torch().main()
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -6477,5 +6477,5 @@ class SwiGLUInC(torch.autograd.Function):
 
 
 if __name__ == "__main__":
-    CODE = sys._getframe().f_code  # of this file
+    PROGRAM = sys._getframe()  # this file's
     main()

@@ -199,6 +199,12 @@ def test_python_is_not_taken_apart_after_a_run(run_files, by):
     assert done.stdout.endswith("\nthe reporter has finished\n")
 
 
+def test_a_program_that_runs_this_one_ends_as_it_likes(workdir):
+    """A profiler, IPython or a script of one's own, whose exit status is not that of its last command."""
+    code = f"import runpy; runpy.run_path({str(ROOT / 'model.py')!r}, run_name='__main__'); raise SystemExit(3)"
+    assert subprocess.run([sys.executable, "-c", code, "variants"], check=False, timeout=120).returncode == 3
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_ctrl_c_while_the_program_starts(workdir):
     """It ends at once, without a traceback."""
