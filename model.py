@@ -2319,10 +2319,11 @@ def check_nesting(path: Path, deepest: int = 200) -> None:
 
 @functools.cache
 def workers_end_with_program() -> None:
-    """On Linux, make the processes that `datasets` forks end when the program is killed."""
+    """On Linux, make the processes that `datasets` forks end when the program is killed, and leave Ctrl-C to it."""
     if sys.platform == "linux":
         libc, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
         os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
 
 
 def encode_record(r: Records, tokenizer: Tokenizer, record: dict[str, Any]) -> dict[str, Any]:
@@ -2369,7 +2370,12 @@ def tokenize_records(
         if r.num_proc > 1:
             workers_end_with_program()
             kind = Features(ids=[Value("int64")], mask=[Value("uint8")], error=Value("string"))
-            rows = records.map(encode, num_proc=r.num_proc, remove_columns=records.column_names, features=kind)
+            try:
+                rows = records.map(encode, num_proc=r.num_proc, remove_columns=records.column_names, features=kind)
+            except Exception as e:
+                if isinstance(e.__context__, KeyboardInterrupt):  # Ctrl-C, which it turns into a TimeoutError
+                    raise KeyboardInterrupt from e
+                raise
         for row in readable(rows, r.hf_dataset):
             ids, mask = np.asarray(row["ids"], np.int64), row["mask"]
             if row["error"]:

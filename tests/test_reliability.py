@@ -574,18 +574,21 @@ def test_json_of_a_hundred_thousand_levels(cli, kind):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
-def test_workers_end_with_the_program(workdir):
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_workers_end_with_the_program(workdir, number, status):
+    """A terminal's Ctrl-C goes to all of them; none complains."""
     write_jsonl("many.jsonl", [{"text": "word " * 2000}] * 3000)
     flags = ("--hf_dataset", "many.jsonl", "--dataset", "d", "--num_proc", 2, "--tokenizer", "byte")
-    run = subprocess.Popen(model_py("hf_tokenize", *flags), stderr=subprocess.DEVNULL)
+    with open("said", "w") as said:
+        run = subprocess.Popen(model_py("hf_tokenize", *flags), stderr=said, start_new_session=True)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     found: list[str] = []
     while run.poll() is None and len(found) < 2:
         time.sleep(0.05)
         found = [p for p in children.read_text().split() if b"model.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
     time.sleep(0.3)  # they begin with their first record
-    run.kill()
-    run.wait()
+    (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
+    assert run.wait() == status and "Traceback" not in Path("said").read_text()
     deadline = time.monotonic() + 10
     while any(map(is_running, found)):
         assert time.monotonic() < deadline
