@@ -1924,14 +1924,40 @@ class BlockSampler:
     epoch is a permutation, itself a pure function of (seed, epoch); epochs follow one another without a gap."""
 
     def __init__(self, n_blocks: int, batch_size: int, seed: int) -> None:
-        self.n_blocks, self.batch_size, rng = n_blocks, batch_size, np.random.default_rng
-        kind = np.min_scalar_type(n_blocks)  # four bytes a block, or fewer
-        self.order = functools.lru_cache(1)(lambda epoch: rng((seed, epoch)).permutation(n_blocks).astype(kind))
+        self.n_blocks, self.batch_size, self.seed = n_blocks, batch_size, seed
+        self.table = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(n_blocks))
+
+    def order(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The blocks at these places of an epoch, without a table if that would take more than 128 MiB."""
+        if self.n_blocks <= 1 << 24:
+            return self.table(epoch)[places]
+        return permuted(places, self.n_blocks, (self.seed, epoch))
 
     def __call__(self, step: int) -> np.ndarray:
         """Numbers (batch_size,) of the blocks of a step."""
         epochs, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), self.n_blocks)
-        return np.array([self.order(e)[place] for e, place in zip(epochs.tolist(), places, strict=True)], np.int64)
+        return np.concatenate([self.order(epoch, places[epochs == epoch]) for epoch in np.unique(epochs).tolist()])
+
+
+def permuted(places: np.ndarray, n: int, key: tuple[int, int]) -> np.ndarray:
+    """Where a random permutation of 0 ... n - 1, one for each key, takes these places; it is never stored. A Feistel
+    network of six rounds permutes the numbers with that many bits; a result of n or more goes through it again until it
+    is below n (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4)."""
+    half = np.uint64((max(n - 1, 1).bit_length() + 1) // 2)
+    mask, round_keys = (np.uint64(1) << half) - np.uint64(1), np.random.SeedSequence(key).generate_state(6, np.uint64)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)  # as splitmix64 mixes
+            mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
+        return left << half | right
+
+    x = network(places.astype(np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = network(x[outside])
+    return x.astype(np.int64)
 
 
 STDLIB_DATA = "python_stdlib"

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gzip
 import http.server
+import itertools
 import json
 import os
 import re
@@ -346,15 +347,38 @@ def test_the_order_depends_on_seed_and_epoch_only():
     assert stream(4)[:50] != list(range(50))
 
 
-def test_the_order_of_many_blocks():
-    """As older runs have it, which must go on the same: np.random.default_rng((1, 0)).permutation(1 << 24)[:4]. What is
-    kept of it takes four bytes a block."""
+def test_the_order_of_more_blocks_than_a_table_should_hold():
+    """Truth: each number once, and chances. Places that follow one another lead anywhere, alike in no two epochs."""
+    for n in (1, 2, 3, 17, 1000, 4096, 4097):
+        order = model.permuted(np.arange(n), n, (1337, 0))
+        assert sorted(order) == list(range(n))
+        assert np.array_equal(order[::7], model.permuted(np.arange(n)[::7], n, (1337, 0)))  # of each place alone
+    n, places = 10**9, np.arange(40_000)
+    orders = [model.permuted(places, n, key) for key in ((1, 0), (1, 1), (2, 0))]
+    for order in orders:
+        assert len(set(order)) == len(order) and order.min() >= 0 and order.max() < n
+        for values in (order * 16 // n, order % 16):  # chi-square of 15 degrees of freedom: 45 once in 10,000
+            assert ((np.bincount(values, minlength=16) - 2500) ** 2 / 2500).sum() < 45
+        jumps = (np.diff(order) % n) * 16 // n
+        assert ((np.bincount(jumps, minlength=16) - 2500) ** 2 / 2500).sum() < 45
+        assert abs(np.corrcoef(places, order)[0, 1]) < 0.025  # five standard deviations
+    for a, b in itertools.combinations(orders, 2):
+        assert (a == b).sum() < 3 and abs(np.corrcoef(a, b)[0, 1]) < 0.025
+    fixed = [sum(model.permuted(np.arange(50), 50, (s, 0)) == np.arange(50)) for s in range(400)]
+    assert 0.75 < np.mean(fixed) < 1.25  # a random permutation has one fixed point, give or take 1
+
+
+def test_a_sampler_of_a_billion_blocks_keeps_no_table():
     tracemalloc.start()
-    sampler = model.BlockSampler(1 << 24, 4, 1)
-    blocks = sampler(0)
-    assert tracemalloc.get_traced_memory()[0] < (4 << 24) + 1e6
+    sampler = model.BlockSampler(10**9, 512, seed=5)
+    steps = [sampler(step) for step in (0, 1, 10**9 // 512, 10**12)]  # the third spans two epochs
+    assert tracemalloc.get_traced_memory()[1] < 1e6
     tracemalloc.stop()
-    assert blocks.dtype == np.int64 and blocks.tolist() == [11646880, 8472321, 7121213, 7752414]
+    blocks = np.concatenate(steps)
+    assert blocks.dtype == np.int64 and len(set(blocks)) > 2040 and blocks.min() >= 0 and blocks.max() < 10**9
+    assert np.array_equal(sampler(1)[:256], model.BlockSampler(10**9, 256, seed=5)(2))
+    # as older runs have it, which must go on the same: np.random.default_rng((1, 0)).permutation(1 << 24)[:4]
+    assert model.BlockSampler(1 << 24, 4, 1)(0).tolist() == [11646880, 8472321, 7121213, 7752414]
 
 
 def test_nanogpt_files(workdir):
