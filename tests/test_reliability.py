@@ -577,10 +577,11 @@ def test_json_of_a_hundred_thousand_levels(cli, kind):
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_workers_end_with_the_program(workdir, number, status):
     """A terminal's Ctrl-C goes to all of them; none complains."""
-    write_jsonl("many.jsonl", [{"text": "word " * 2000}] * 3000)
+    write_jsonl("many.jsonl", [{"text": "word " * 2000}] * 6000)
     flags = ("--hf_dataset", "many.jsonl", "--dataset", "d", "--num_proc", 2, "--tokenizer", "byte")
     with open("said", "w") as said:
-        run = subprocess.Popen(model_py("hf_tokenize", *flags), stderr=said, start_new_session=True)
+        command = ["env", "--default-signal=INT", *model_py("hf_tokenize", *flags)]  # as a terminal starts it
+        run = subprocess.Popen(command, stderr=said, start_new_session=True)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     found: list[str] = []
     while run.poll() is None and len(found) < 2:
