@@ -69,8 +69,6 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_d
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main is ready, Ctrl-C just ends the program
 
@@ -1520,7 +1518,7 @@ def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
     return sorted(files, key=lambda p: hashlib.md5(p.relative_to(root).as_posix().encode()).digest())
 
 
-def read_text(path: Path, encoding: str, errors: str, bar: tqdm | None = None) -> Iterator[str]:
+def read_text(path: Path, encoding: str, errors: str, bar: Any = None) -> Iterator[str]:
     """The text of a file in blocks. Raises UserError, naming the line, for what is not in the encoding."""
     try:
         with told_as("--encoding", LookupError), open(path, encoding=encoding, errors=errors, newline="") as f:
@@ -3019,6 +3017,8 @@ def tell(e: BaseException) -> None:
 def say(text: str, file: Any = None) -> None:
     """Print a line from the first process, above any progress bar. A closed pipe (train | head) does not stop the
     program."""
+    from tqdm import tqdm
+
     file = file or sys.stdout
     try:
         if rank() == 0:
@@ -3028,8 +3028,10 @@ def say(text: str, file: Any = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def progress_bar(**kwargs: Any) -> tqdm:
+def progress_bar(**kwargs: Any) -> Any:
     """tqdm on standard error, silent where that is not a terminal, and on all ranks but the first."""
+    from tqdm import tqdm
+
     return tqdm(disable=None if rank() == 0 else True, dynamic_ncols=True, file=sys.stderr, **kwargs)
 
 
@@ -3728,7 +3730,7 @@ class Run:
         due = {what for what, n in self.intervals.items() if n > 0 and (self.step % n == 0 or self.step == t.max_iters)}
         return due | ({"stop"} if self.signal else set()) | ({"save"} if save else set())
 
-    def report(self, due: set[str], bar: tqdm, prompt: str) -> None:
+    def report(self, due: set[str], bar: Any, prompt: str) -> None:
         """Do what is due. Between two steps, only this makes the host wait for a GPU."""
         t, files, (since, begun) = self.t, self.files, self.timed
         totals = {name: all_reduce(pair.clone()).tolist() for name, pair in self.sums.items()}

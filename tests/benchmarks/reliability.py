@@ -32,6 +32,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -348,7 +350,7 @@ def guided_on(name: str, trials: int) -> None:
 
     with atheris.instrument_imports(include=["model"]):
         import model
-    model.progress_bar = lambda **kwargs: model.tqdm(disable=True, **kwargs)
+    model.progress_bar = lambda **kwargs: tqdm(disable=True, **kwargs)
     file, commands, seeds = Path(name), fuzz_targets()[name], Path("seeds")
     shutil.rmtree(seeds, ignore_errors=True)
     seeds.mkdir()
@@ -380,7 +382,7 @@ def fuzz_from(trials: int, seed: int) -> None:
         raise TimeoutError("more than 10 s")
 
     signal.signal(signal.SIGALRM, too_slow)
-    model.progress_bar = lambda **kwargs: model.tqdm(disable=True, **kwargs)
+    model.progress_bar = lambda **kwargs: tqdm(disable=True, **kwargs)
     for case in range(seed, seed + trials):
         rng = random.Random(case)
         file = Path(rng.choice(list(targets)))
