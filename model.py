@@ -520,7 +520,9 @@ class KVCache:
     def __init__(self, model: "GPT", batch_size: int, max_length: int, pad: Tensor | None = None) -> None:
         c = model.config
         shape = (c.n_layer, batch_size, 2 * c.n_kv_head, max_length, c.head_dim)
-        self.kv = torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
+        in_c = isinstance(model.engine, CEngine) and batch_size <= CEngine.max_rows  # float16: half as much to read
+        dtype = torch.float16 if in_c else model.compute_dtype
+        self.kv = torch.zeros(shape, dtype=dtype, device=model.device)
         self.length, self.max_length, self.pad = 0, max_length, pad
         self.steps: dict[int, OneToken] = {}  # for CUDAGraphs
 
@@ -528,7 +530,7 @@ class KVCache:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
         kv = self.kv[layer, :, :, : self.length + k.size(2)]
         kv[:, :, self.length :] = torch.cat((k, v), dim=1)
-        return kv.chunk(2, dim=1)
+        return kv.to(k.dtype).chunk(2, dim=1)
 
 
 class Attention(nn.Module):
@@ -2604,8 +2606,8 @@ def read_tokens(
 
 def prepare_generation(model: GPT, dtype: str, quantize: str | None = None) -> None:
     """Store a model's weights for the fastest generation. A CPU is limited by memory bandwidth, as each token reads
-    every weight: `auto` is float16 weights, or int8 on request, and float32 activations, with the blocks in C (see
-    CEngine) if there is a C compiler. A GPU is limited by kernel launches: see CUDAGraphs."""
+    every weight: `auto` is float16 weights, or int8 on request, and float32 activations, with the blocks in C, and a
+    float16 cache (see CEngine), if there is a C compiler. A GPU is limited by kernel launches: see CUDAGraphs."""
     c, on_cpu = model.config, model.device.type == "cpu"
     if quantize and not on_cpu:
         raise UserError("--quantize int8 is for the CPU: leave it out, or add --device cpu")
@@ -6016,6 +6018,15 @@ typedef struct {
     long layernorm, parallel, norm_before_rope, norm_after_rope, activation, is_glu;
 } Shape;
 
+// float16 and back: its bits are, 13 places higher, those of a float 2^112 times less. It is the nearest; beyond its
+// range the largest.
+typedef union { uint32_t bits; float value; } Bits;
+static float half(uint16_t x) { return (Bits){(uint32_t)(x & 0x8000) << 16 | (x & 0x7fff) << 13}.value * 0x1p112f; }
+static uint16_t to_half(float x) {
+    uint32_t bits = (Bits){.value = x * 0x1p-112f}.bits, y = ((bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1)) >> 13;
+    return (bits >> 16 & 0x8000) | (y < 0x7bff ? y : 0x7bff);
+}
+
 // Vectors, and how to load them from other types, which compilers do badly by themselves.
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -6038,8 +6049,7 @@ static vec from_int8(const void *w) {
 typedef float vec __attribute__((vector_size(16)));
 static vec from_half(const void *w) {
     const uint16_t *x = w;
-    int32_t __attribute__((vector_size(16))) bits = {x[0], x[1], x[2], x[3]};
-    return (vec)(bits << 16 >> 3 & (int32_t)0x8fffffff) * 0x1p112f;  // the bits are those of half / 2^112 as a float
+    return (vec){half(x[0]), half(x[1]), half(x[2]), half(x[3])};
 }
 static vec from_int8(const void *w) { const int8_t *x = w; return (vec){x[0], x[1], x[2], x[3]}; }
 #endif
@@ -6110,8 +6120,6 @@ static void rotate(float *x, const float *cos, const float *sin, long d, float d
     }
 }
 
-typedef union { uint32_t bits; float value; } Bits;
-
 // exp as in Cephes, in a form that compilers vectorise; below -87.7 it is 0, above 88 exp(88).
 static inline float exponential(float x) {
     float y = x < -88 ? -88 : x > 88 ? 88 : x, k = rintf(y * 1.44269504f);  // from -127 to 127
@@ -6130,15 +6138,28 @@ static float log_sum_exp(const float *x, long n) {
     return max + logf(sum);
 }
 
+// y, so many vectors = the sum of n rows of v, d apart, by their shares p.
+static inline __attribute__((always_inline)) void mix(
+    const float *p, const uint16_t *v, long n, long d, float *y, long vectors) {
+    vec sum[4] = {0};
+    for (long s = 0; s < n; s++)
+        for (long j = 0; j < vectors; j++) sum[j] += p[s] * from_half(v + s * d + j * LANES);
+    memcpy(y, sum, vectors * sizeof *sum);
+}
+
 // Softmax attention of q (d) to n keys and values (n, d).
-static void attend(const float *q, const float *k, const float *v, long n, long d, float *p, float *y) {
+static void attend(const float *q, const uint16_t *k, const uint16_t *v, long n, long d, float *p, float *y) {
     const float scale = 1 / sqrtf(d);
-    for (long s = 0; s < n; s++) p[s] = dot(q, k + s * d, d) * scale;
+    for (long s = 0; s < n; s++) p[s] = dot_of(from_half, (void *)(k + s * d), 2, q, d, 1) * scale;
     float log_sum = log_sum_exp(p, n);
-    memset(y, 0, d * sizeof *y);
-    for (long s = 0; s < n; s++, v += d) {
-        float share = exponential(p[s] - log_sum);
-        for (long i = 0; i < d; i++) y[i] += share * v[i];
+    #pragma omp simd
+    for (long s = 0; s < n; s++) p[s] = exponential(p[s] - log_sum);
+    long i = 0;
+    for (; i + 4 * LANES <= d; i += 4 * LANES) mix(p, v + i, n, d, y + i, 4);
+    for (; i + LANES <= d; i += LANES) mix(p, v + i, n, d, y + i, 1);
+    for (; i < d; i++) {
+        y[i] = 0;
+        for (long s = 0; s < n; s++) y[i] += p[s] * half(v[s * d + i]);
     }
 }
 
@@ -6153,9 +6174,9 @@ static float activate(long kind, float x) {  // in the order of C_ACTIVATIONS
 }
 
 // x (batch, T, n_embd): tokens start to start + T of each sequence, before the blocks and after them. kv (n_layer,
-// batch, 2 n_kv_head, max_length, head_dim): the cache. pad (batch): how many of its first tokens are padding.
+// batch, 2 n_kv_head, max_length, head_dim): the cache, float16. pad (batch): how many of its first tokens are padding.
 // rope_cos, rope_sin (context, rope_dim): as in apply_rope; NULL if rope_dim is 0.
-void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, float *kv,
+void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const float *rope_sin, float *x, uint16_t *kv,
             const int64_t *pad, long batch, long T, long start, long max_length, float eps, int threads) {
     const long rows = batch * T, n = c->n_embd, d = c->head_dim, n_q = c->n_head, n_kv = c->n_kv_head;
     const long heads = n_q + 2 * n_kv, fan_out = c->n_inner * (1 + c->is_glu);
@@ -6167,7 +6188,7 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
         float *h_1 = malloc((2 * rows * n + start + T) * sizeof *h_1), *h_2 = h_1 + rows * n, *p = h_2 + rows * n;
         for (long l = 0; l < c->n_layer; l++) {
             const Layer *layer = layers + l;
-            float *cache = kv + l * batch * 2 * n_kv * max_length * d;
+            uint16_t *cache = kv + l * batch * 2 * n_kv * max_length * d;
             normalise(layer->norm_1, c->layernorm, eps, x, rows, n, h_1);
             if (c->parallel) normalise(layer->norm_2, c->layernorm, eps, x, rows, n, h_2);
             product(layer->qkv, heads * d, n, h_1, rows, qkv, 0);
@@ -6182,15 +6203,15 @@ void blocks(const Shape *c, const Layer *layers, const float *rope_cos, const fl
                     rotate(y, rope_cos + at, rope_sin + at, c->rope_dim, 1);
                     if (c->norm_after_rope) normalise(norm, 0, eps, y, 1, d, y);
                 }
-                if (head >= n_q)
-                    memcpy(cache + ((b * 2 * n_kv + head - n_q) * max_length + t) * d, y, d * sizeof *y);
+                for (long j = 0; head >= n_q && j < d; j++)
+                    cache[((b * 2 * n_kv + head - n_q) * max_length + t) * d + j] = to_half(y[j]);
             }
             #pragma omp for
             for (long i = 0; i < rows * n_q; i++) {
                 long row = i / n_q, head = i % n_q, b = row / T, t = start + row % T, from = pad[b] < t ? pad[b] : t;
-                const float *k = cache + ((b * 2 * n_kv + head / (n_q / n_kv)) * max_length + from) * d;
-                const float *q = qkv + (row * heads + head) * d, *v = k + n_kv * max_length * d;
-                attend(q, k, v, t + 1 - from, d, p, attended + i * d);
+                const uint16_t *k = cache + ((b * 2 * n_kv + head / (n_q / n_kv)) * max_length + from) * d;
+                const uint16_t *v = k + n_kv * max_length * d;
+                attend(qkv + (row * heads + head) * d, k, v, t + 1 - from, d, p, attended + i * d);
             }
             product(layer->proj, n, n_q * d, attended, rows, x, 1);
             if (!c->parallel) normalise(layer->norm_2, c->layernorm, eps, x, rows, n, h_2);
@@ -6446,7 +6467,7 @@ class CEngine:
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        if cache is None or B * T > self.max_rows:
+        if cache is None or cache.kv.dtype != torch.float16 or B * T > self.max_rows:
             return self.model.run_blocks(x, rope, mask, cache)
         x, pad = x.contiguous(), torch.zeros(B, dtype=torch.int64) if cache.pad is None else cache.pad
         tables, sizes = (self.model.rope_cos, self.model.rope_sin), (B, T, cache.length, cache.max_length)
