@@ -6021,7 +6021,7 @@ typedef struct {
 // float16 and back: its bits are, 13 places higher, those of a float 2^112 times less. It is the nearest; beyond its
 // range the largest.
 typedef union { uint32_t bits; float value; } Bits;
-static float half(uint16_t x) { return (Bits){(uint32_t)(x & 0x8000) << 16 | (x & 0x7fff) << 13}.value * 0x1p112f; }
+static float half(uint16_t x) { return (Bits){(uint32_t)((int32_t)x << 16 >> 3) & 0x8fffffff}.value * 0x1p112f; }
 static uint16_t to_half(float x) {
     uint32_t bits = (Bits){.value = x * 0x1p-112f}.bits, y = ((bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1)) >> 13;
     return (bits >> 16 & 0x8000) | (y < 0x7bff ? y : 0x7bff);
@@ -6049,7 +6049,8 @@ static vec from_int8(const void *w) {
 typedef float vec __attribute__((vector_size(16)));
 static vec from_half(const void *w) {
     const uint16_t *x = w;
-    return (vec){half(x[0]), half(x[1]), half(x[2]), half(x[3])};
+    int32_t __attribute__((vector_size(16))) bits = {x[0], x[1], x[2], x[3]};
+    return (vec)(bits << 16 >> 3 & (int32_t)0x8fffffff) * 0x1p112f;
 }
 static vec from_int8(const void *w) { const int8_t *x = w; return (vec){x[0], x[1], x[2], x[3]}; }
 #endif
