@@ -3967,15 +3967,29 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
+def to_bits(x: Tensor, n: int) -> Tensor:
+    """Integers (rows, m) as n bits each, (rows, m n), highest bit first."""
+    return (x[..., None] >> torch.arange(n).flip(0) & 1).flatten(1).to(torch.uint8)
+
+
+def from_bits(bits: Tensor, m: int, n: int) -> Tensor:
+    return (bits.reshape(len(bits), m, n).long() << torch.arange(n).flip(0)).sum(dim=-1)
+
+
 class TeacherCache:
     """A teacher's top K probabilities at each position of each training block, computed when a block is first read.
 
-    Beside the data, in teacher_cache/: answers.bin, for each position K ids and, in float16, their log-probabilities
-    and the tail's, of all other tokens; done.bin, one byte per block; meta.json, with what it is for."""
+    Beside the data, in teacher_cache/: answers.bin, (blocks, block_size, bytes), the bits of each position; done.bin,
+    one byte per block; meta.json, with what it is for. A position has its K ids in ascending order in Elias-Fano
+    coding, 2 + log2(n_vocab / K) bits each: the low bits, then the high ones in unary. Then 7 bits per id, how far its
+    log-probability lies below the top one, in 127ths of the span; the span (6 bits, quarters of a nat); and the
+    log-odds of all other tokens, the tail (8 bits, eighths of a nat from -12 on)."""
 
     def __init__(self, folder: Path, meta: dict, n_blocks: int, block_size: int, K: int, n_vocab: int) -> None:
-        self.folder, self.K, self.n_vocab, meta = folder, K, n_vocab, {"format": 4, **meta}
-        answer = np.dtype([("ids", token_dtype(n_vocab), (K,)), ("log_p", "<f2", (K + 1,))])
+        self.folder, self.K, self.n_vocab, meta = folder, K, n_vocab, {"format": 3, **meta}
+        self.n_low = int(math.log2(n_vocab / K))
+        self.widths = [K * self.n_low, K + (n_vocab - 1 >> self.n_low), 7 * K, 6, 8]
+        shape = n_blocks, block_size, math.ceil(sum(self.widths) / 8)
         remedy = "delete it, or run without --cache_teacher"
         with locked(folder, wait=True):
             there = read_json(folder / "meta.json", {})
@@ -3986,14 +4000,12 @@ class TeacherCache:
                 raise UserError(f"{folder} was made with {other}: {remedy}")
             folder.mkdir(parents=True, exist_ok=True)
             if not there:
-                size = f"{n_blocks * block_size * answer.itemsize / 1e6:,.1f} MB when full"
-                say(f"teacher cache {folder}: {size}, {answer.itemsize} bytes per token")
+                say(f"teacher cache {folder}: {math.prod(shape) / 1e6:,.1f} MB when full, {shape[2]} bytes per token")
                 write_json(folder / "meta.json", meta)
-            self.answers = self.open_array("answers.bin", answer, n_blocks, block_size)
-            self.done = self.open_array("done.bin", np.dtype("u1"), n_blocks)
+            self.answers, self.done = self.open_array("answers.bin", *shape), self.open_array("done.bin", n_blocks)
 
-    def open_array(self, name: str, dtype: np.dtype, *shape: int) -> np.memmap:
-        path, n_bytes = self.folder / name, math.prod(shape) * dtype.itemsize
+    def open_array(self, name: str, *shape: int) -> np.memmap:
+        path, n_bytes = self.folder / name, math.prod(shape)
         with open(path, "ab") as f:  # keeps what another process has written
             if hasattr(os, "posix_fallocate"):  # a full disk raises here; writing a memory map would be fatal
                 try:
@@ -4001,23 +4013,38 @@ class TeacherCache:
                 except OSError as e:
                     raise naming(path, e) from None
             f.truncate(n_bytes)
-        return np.memmap(path, dtype, "r+", shape=shape)
+        return np.memmap(path, "u1", "r+", shape=shape)
 
     def write(self, block: int, ids: Tensor, log_p: Tensor) -> None:
         """Store ids and log-probabilities (block_size, K) of a block. It is marked done last."""
-        log_p = log_p.cpu().double()
-        tail = (1 - log_p.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6).log()
-        self.answers["ids"][block], self.answers["log_p"][block] = ids.cpu(), torch.cat((log_p, tail), dim=1)
+        if log_p.isnan().any():
+            raise UserError("the teacher's logits are not numbers: its weights are damaged, or too large for its dtype")
+        ids, order = ids.cpu().sort(dim=1)
+        log_p = log_p.cpu().double().gather(1, order)
+        below = log_p.amax(dim=1, keepdim=True) - log_p
+        span = (4 * below.amax(dim=1, keepdim=True)).ceil().clamp(1, 64)
+        below, top = (below * 4 / span * 127).round().clamp(max=127), log_p.exp().sum(dim=1, keepdim=True)
+        tail = (8 * (12 + ((1 - top).clamp(min=1e-9) / top).log())).round().clamp(0, 255)
+        high = torch.zeros(len(ids), self.widths[1], dtype=torch.uint8)
+        high.scatter_(1, (ids >> self.n_low) + torch.arange(self.K), 1)
+        low, *rest = (to_bits(x.long(), n) for x, n in ((ids, self.n_low), (below, 7), (span - 1, 6), (tail, 8)))
+        self.answers[block] = np.packbits(torch.cat((low, high, *rest), dim=1).numpy(), axis=1)
         self.done[block] = 1
 
     def read(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
         """Token ids (rows, K) and log-probabilities (rows, K + 1), the tail's last, of whole blocks."""
-        answers = self.answers[blocks].reshape(-1)
-        ids, log_p = (torch.from_numpy(answers[k].astype(t)) for k, t in (("ids", np.int64), ("log_p", np.float32)))
-        whole = (log_p.exp().sum(dim=1) - 1).abs() <= 0.05  # never with NaN
-        if not whole.all() or ids.max() >= self.n_vocab:
-            raise UserError(f"{self.folder} is damaged: delete it, or run without --cache_teacher")
-        return ids, log_p
+        packed = self.answers[blocks].reshape(-1, self.answers.shape[2])
+        bits = torch.from_numpy(np.unpackbits(packed, axis=1, count=sum(self.widths)))
+        low, high, below, span, tail = bits.split(self.widths, dim=1)
+        if (high.sum(dim=1) == self.K).all():
+            ids = high.nonzero()[:, 1].view(-1, self.K) - torch.arange(self.K) << self.n_low
+            ids += from_bits(low, self.K, self.n_low)
+            if ids.max() < self.n_vocab:
+                below = from_bits(below, self.K, 7) * (1 + from_bits(span, 1, 6)) / (4 * 127)
+                tail = from_bits(tail, 1, 8) / 8 - 12
+                top = below.neg().log_softmax(dim=1) + F.logsigmoid(-tail)
+                return ids, torch.cat((top, F.logsigmoid(tail)), dim=1)
+        raise UserError(f"{self.folder} is damaged: delete it, or run without --cache_teacher")
 
 
 def divergence_loss(logits: Tensor, teacher: Any, counted: Tensor, temperature: float, beta: float) -> Tensor:

@@ -329,7 +329,7 @@ def with_blocks(batch: dict, *blocks: int) -> dict:
 @pytest.mark.parametrize("packed", [False, True], ids=["text", "packed documents"])
 @pytest.mark.parametrize("kind, beta", DIVERGENCES)
 def test_a_cache_of_the_whole_vocabulary_is_the_live_teacher(tmp_path, kind, beta, packed):
-    """Truth: the live teacher, up to the rounding of its probabilities to float16."""
+    """Truth: the live teacher, up to the rounding of its probabilities (half of a 127th of their span)."""
     teacher, student = pair()
     with torch.no_grad():
         teacher.wte.weight *= 0.3
@@ -353,32 +353,50 @@ def test_the_cache_holds_the_teachers_most_likely_tokens(tmp_path):
     with torch.no_grad():
         expected = (teacher(batch["idx"]) / 2.0).softmax(-1).topk(8)
     ids, log_p = cache.read([6, 1, 2, 4])
-    assert torch.equal(ids, expected.indices.flatten(0, 1))
-    truth = expected.values.flatten(0, 1)
-    truth = torch.cat((truth, 1 - truth.sum(1, keepdim=True)), dim=1)
-    torch.testing.assert_close(log_p, truth.log(), rtol=2**-11, atol=1e-4)  # as float16 rounds
+    order = expected.indices.flatten(0, 1).sort(dim=1)
+    assert torch.equal(ids, order.values)
+    truth = expected.values.flatten(0, 1).gather(1, order.indices)
+    tail, span = 1 - truth.sum(1), (truth.max(1).values / truth.min(1).values).log()
+    torch.testing.assert_close(log_p.exp().sum(1), torch.ones(128))
+    assert ((log_p[:, 8].exp() / (1 - log_p[:, 8].exp()) * (1 - tail) / tail).log().abs() < 1 / 16 + 1e-4).all()
+    relative = log_p[:, :8] - log_p[:, :8].amax(1, keepdim=True) - (truth / truth.amax(1, keepdim=True)).log()
+    assert (relative.abs().max(1).values < (span + 0.25) / 127 / 2 + 1e-4).all()  # half of a 127th of the span
 
 
-def test_the_size_of_a_position_in_the_cache(tmp_path):
-    """64 of GPT-2's tokens: two bytes for each, and for each logarithm; the last one is of all other tokens."""
-    cache = model.TeacherCache(tmp_path, {}, 1, 1, 64, 50_259)
-    ids = torch.randperm(50_259, generator=torch.Generator().manual_seed(1))[None, :64]
-    cache.write(0, ids, torch.full((1, 64), -9.0))  # nearly all of the probability lies elsewhere
-    assert torch.equal(cache.read([0])[0], ids)
-    p = math.exp(-9)
-    assert cache.read([0])[1].exp()[0].tolist() == pytest.approx([p] * 64 + [1 - 64 * p], rel=0.01)
-    assert (tmp_path / "answers.bin").stat().st_size == 64 * 4 + 2
+def test_the_layout_of_a_position_in_the_cache(tmp_path):
+    """Truth: a position written out by hand, bit by bit. With 64 of GPT-2's tokens it has 150 bytes."""
+    cache = model.TeacherCache(tmp_path, {}, 1, 1, 2, 16)  # 16 / 2 tokens: three low bits, and one high
+    cache.write(0, torch.tensor([[13, 6]]), torch.tensor([[math.log(0.4), math.log(0.1)]]))
+    low, high = "110" + "101", "1" + "0" + "1"  # of 6 = 0|110 and 13 = 1|101: a one for each, a zero between
+    span = math.ceil(4 * math.log(4))  # quarters of a nat
+    below = [round(math.log(4) * 127 * 4 / span), 0]
+    bits = low + high + "".join(f"{x:07b}" for x in below) + f"{span - 1:06b}" + f"{8 * 12:08b}"  # as likely as not
+    assert "".join(f"{byte:08b}" for byte in (tmp_path / "answers.bin").read_bytes()) == bits.ljust(40, "0")
+    assert cache.read([0])[0].tolist() == [[6, 13]]
+    assert cache.read([0])[1].exp()[0].tolist() == pytest.approx([0.1, 0.4, 0.5], rel=0.01)
+    for n_vocab in (49_152, 50_259):
+        cache = model.TeacherCache(tmp_path / str(n_vocab), {}, 1, 1, 64, n_vocab)
+        ids = torch.randperm(n_vocab, generator=torch.Generator().manual_seed(1))[None, :64]
+        cache.write(0, ids, torch.full((1, 64), -9.0))  # nearly all of the probability lies elsewhere
+        assert torch.equal(cache.read([0])[0], ids.sort(dim=1).values)
+        assert cache.read([0])[1].exp()[0, :64].tolist() == pytest.approx([math.exp(-9)] * 64, rel=0.07)
+        assert (tmp_path / str(n_vocab) / "answers.bin").stat().st_size == 150
 
 
 def test_a_damaged_cache_is_told(tmp_path):
     """As a machine that lost its power leaves it: the mark is there, and the answers are not, or are of another file,
-    with NaNs, or with ids that the vocabulary lacks."""
+    or with ids that the vocabulary lacks. What is not a number is not stored."""
     cache = model.TeacherCache(tmp_path, {}, 2, 4, 8, 100)
     cache.done[1] = 1
-    for log_p, ids in ((0, 0), (math.nan, 0), (-math.log(9), 100)):
-        cache.answers["log_p"][1], cache.answers["ids"][1] = log_p, ids
+    ids, log_p = torch.arange(8).expand(4, 8), torch.full((4, 8), -3.0)
+    model.TeacherCache(tmp_path / "other", {}, 2, 4, 8, 120).write(1, ids + 112, log_p)
+    for answers in (0, 255, np.fromfile(tmp_path / "other/answers.bin", np.uint8).reshape(2, 4, -1)[1, :, :15]):
+        cache.answers[1] = answers
         with pytest.raises(model.UserError, match="is damaged: delete it"):
             cache.read([1])
+    with pytest.raises(model.UserError, match="not numbers"):
+        cache.write(0, ids, log_p.clone().fill_(math.nan))
+    assert not cache.done[0]
     for meta in ("[1]", '"text"', "7"):
         (tmp_path / "meta.json").write_text(meta)
         with pytest.raises(model.UserError, match="is damaged: delete it"):
@@ -565,8 +583,8 @@ def test_a_run_refuses_the_cache_of_another(distill, text_file):
         distill(*run, "second", *flags).fails_with(f"another {words}", "teacher_cache")
     meta = Path("data/text/teacher_cache/meta.json")
     whole = meta.read_text()
-    meta.write_text(whole.replace('"format": 4,', ""))  # as before answers were packed
-    assert "another format (None, now 4): delete it" in distill(*run, "second").error
+    meta.write_text(whole.replace('"format": 3,', ""))  # as before answers were packed
+    assert "another format (None, now 3): delete it" in distill(*run, "second").error
     meta.write_text(whole)
     save_model("teacher.pt", mild_gpt(seed=9))
     assert "another teacher" in distill(*run, "second").error
