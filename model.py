@@ -1464,7 +1464,7 @@ def download(url: str, path: Path, retries: int = 2, timeout: float = 30.0) -> N
                 raise urllib3.exceptions.ProtocolError(f"got only {f.tell()} of {length} bytes")
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as e:
         status = getattr(getattr(e, "response", None), "status_code", 500)
-        if isinstance(e, ValueError) or status < 500 or not retries:
+        if isinstance(e, ValueError) or status < 500 and status != 429 or not retries:  # 429: too many requests
             reason = str(getattr(e.args[0], "reason", e.args[0])).partition(" for url")[0]
             raise UserError(f"cannot download {url}: {reason}") from None
         time.sleep(2)
@@ -1484,7 +1484,7 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             with open(fetched, "wb") as f:
                 shutil.copyfileobj(sys.stdin.buffer if source == "-" else open(path, "rb"), f)
         elif "://" in source:
-            if not source.startswith(("http://", "https://")):
+            if not source.lower().startswith(("http://", "https://")):
                 raise UserError(f"{source}: only http and https URLs can be fetched")
             download(source, fetched)
         elif not path.exists():
@@ -1520,8 +1520,9 @@ def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
     return sorted(files, key=lambda p: hashlib.md5(p.relative_to(root).as_posix().encode()).digest())
 
 
-def read_text(path: Path, encoding: str, errors: str, bar: Any = None) -> Iterator[str]:
-    """The text of a file in blocks. Raises UserError, naming the line, for what is not in the encoding."""
+def read_text(path: Path, encoding: str, errors: str, bar: Any = None, name: str = "") -> Iterator[str]:
+    """The text of a file, or of what was fetched into it by name, in blocks. Raises UserError, naming the line, for
+    what is not in the encoding."""
     try:
         with told_as("--encoding", LookupError), open(path, encoding=encoding, errors=errors, newline="") as f:
             while block := f.read(PIECE_CHARS):
@@ -1539,7 +1540,7 @@ def read_text(path: Path, encoding: str, errors: str, bar: Any = None) -> Iterat
         remedy = "tokenize it with its --encoding (perhaps cp1252), or --errors replace"
         if looks_binary(path, "latin-1"):
             remedy = "it is compressed or binary, or needs --encoding utf-16 or utf-16-le"
-        raise UserError(f"{path}, line {line}: {what}: {remedy}") from None
+        raise UserError(f"{name or path}, line {line}: {what}: {remedy}") from None
 
 
 def split_point(text: str) -> int:
@@ -1717,7 +1718,9 @@ def tokenize_text(
                 for i, path in enumerate(files):
                     if i:
                         yield None  # between two documents
-                    yield from text_pieces(read_text(path, encoding, errors, bar))
+                    name = sources[int(path.stem)] if path.parent == scratch else str(path)
+                    name = "standard input" if name == "-" else name
+                    yield from text_pieces(read_text(path, encoding, errors, bar, name))
 
         sample = evenly(filter(None, pieces("learn vocabulary")), total)
         tokenizer = train_bpe(sample, vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
@@ -2281,6 +2284,8 @@ class Records(ChatFormat):
             raise UserError(f"{self.hf_dataset}: no such file{remedy}")
         if path.is_file() and not kind:
             raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
+        if path.is_file() and (wrong := next((k for k in ("hf_config", "hf_revision") if getattr(self, k)), None)):
+            raise UserError(f"{path} is a file, which has no {wrong[3:]}: leave --{wrong} out")
         for file in (path, *path.rglob("*")):
             if file.is_file() and RECORD_FILES.get(file.suffix.lower()) == "json":
                 check_nesting(file)
@@ -5265,6 +5270,9 @@ def distill(a: DistillArgs) -> dict[str, Any]:
     say(f"teacher {opened.path}: {large:,} parameters; alpha {d.alpha}, temperature {d.temperature}, {d.divergence}")
     if small > large:
         say(f"warning: the student ({small:,} parameters) is larger than the teacher ({large:,})", sys.stderr)
+    files = RunFiles(a.name or default_name(a, "distill"), a.overwrite)
+    if opened.path.resolve() in [p.resolve() for p in (files.model, *files.states())]:
+        raise UserError(f"the student would replace its teacher, {opened.path}: choose another --name")
     teacher = {"path": a.teacher_model_path, "variant": a.teacher_variant, "digest": weights_digest(opened.model)}
     recipe, variant = a.student_variant and a.recipe, a.student_variant or "student"
     about = dict(block_size=block_size, recipe=recipe, variant=variant, distill=asdict(d), teacher=teacher)

@@ -193,8 +193,8 @@ PAGE = ("A page of text, é. " * 2000).encode()  # 40,000 bytes
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/flaky: an error twice, then whole. /short, /cut, /healing (twice): fewer bytes than promised. /slow: none.
-    /endless, /dripping: without end. /huge: by its header. /to_ftp, /to_file: elsewhere."""
+    """/flaky, /busy: an error twice, then whole. /short, /cut, /healing (twice): fewer bytes than promised. /slow:
+    none. /endless, /dripping: without end. /huge: by its header. /to_ftp, /to_file: elsewhere."""
 
     requests: list[str] = []
 
@@ -202,7 +202,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.strip("/").split(".")[0]
         self.requests.append(name)
         early = self.requests.count(name) < 3
-        if status := {"missing": 404, "forbidden": 403, "broken": 503, "flaky": 503 if early else 0}.get(name):
+        if status := {"missing": 404, "forbidden": 403, "broken": 503, "flaky": 503 if early else 0,
+                      "busy": 429 if early else 0}.get(name):  # fmt: skip
             return self.send_error(status)
         if name.startswith("to_"):
             self.send_response(302)
@@ -226,7 +227,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif name == "cut":
             self.wfile.write(b"ffff\r\n" + PAGE[:1000])
         else:
-            self.wfile.write(PAGE[:-1] if name == "short" or name == "healing" and early else PAGE)
+            page = b"\xe9" * len(PAGE) if name == "latin1" else PAGE
+            self.wfile.write(page[:-1] if name == "short" or name == "healing" and early else page)
 
     def log_message(self, *args) -> None:
         pass
@@ -247,10 +249,11 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("path, requests", [
-    ("/page.txt", 1), ("/page.txt?raw=1", 1), ("/no_length.txt", 1), ("/", 1), ("/flaky.txt", 3), ("/healing.txt", 3),
+    ("/page.txt", 1), ("/page.txt?raw=1", 1), ("/no_length.txt", 1), ("/", 1), ("/flaky.txt", 3), ("/busy.txt", 3),
+    ("/healing.txt", 3),
 ])  # fmt: skip
 def test_a_url_is_fetched_whole(tokenize, server, path, requests):
-    tokenize(server + path).ok()
+    tokenize(server.replace("http", "HTTP") + path).ok()
     assert made() == PAGE and len(Handler.requests) == requests
     assert [p.name for p in Path("data").iterdir()] == ["d"]
 
@@ -259,6 +262,7 @@ def test_a_url_is_fetched_whole(tokenize, server, path, requests):
     ("/missing.txt", "Not Found", 1),
     ("/forbidden.txt", "Forbidden", 1),
     ("/broken.txt", "Service Unavailable", 3),
+    ("/latin1.txt", "latin1.txt, line 1: byte 0xe9", 1),
     ("/short.txt", "39999 bytes read, 1 more expected", 3),
     ("/cut.txt", "", 3),
     ("http://127.0.0.1:1/x.txt", "", 0), ("http://no-such-host.invalid/x", "", 0),
@@ -281,6 +285,13 @@ def test_records_are_not_read_from_a_url(cli, tokenize, server):
     for made in (tokenize(url), cli("hf_tokenize", "--dataset", "d", "--hf_dataset", url)):
         made.fails_with(url, "download it first")
     assert not Handler.requests
+
+
+def test_a_file_of_records_has_no_revision(cli, workdir):
+    Path("texts.jsonl").write_text('{"text": "some text"}\n' * 9)
+    run = ("hf_tokenize", "--dataset", "d", "--hf_dataset", "texts.jsonl")
+    for flag in ("--hf_config", "--hf_revision"):
+        cli(*run, flag, "x").fails_with("texts.jsonl", f"leave {flag} out")
 
 
 def test_memory_does_not_grow_with_the_text(tokenize, monkeypatch):

@@ -545,6 +545,17 @@ def test_two_processes_equal_one(distill):
     assert sorted(contents("data/text_byte/teacher_cache").values()) == sorted(cached)
 
 
+@pytest.mark.parametrize("name", ["run_model.pt", "run_model_last.pt"])
+def test_a_student_does_not_replace_its_teacher(distill, name):
+    Path("checkpoints").mkdir()
+    teacher = shutil.copy("teacher.pt", f"checkpoints/{name}")
+    before = Path(teacher).read_bytes()
+    flags = ("--max_iters", 1, "--overwrite", "--teacher_model_path", name)
+    distill(*STUDENT, *flags, "--name", "run").fails_with(name, "choose another --name")
+    assert Path(teacher).read_bytes() == before
+    distill(*STUDENT, *flags, "--name", "other").ok()
+
+
 def test_a_student_becomes_its_teacher(distill):
     """Truth: a teacher of noise, which the text says nothing about: only by listening does the student get close."""
     shape, rates = ("--arch", "gpt2", "--n_embd", 64, "--n_head", 4), ("--learning_rate", 0.02, "--optimizer", "muon")
