@@ -528,8 +528,8 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
-        kv = self.kv[layer, :, :, : self.length + k.size(2)]
-        kv[:, :, self.length :] = torch.cat((k, v), dim=1)
+        kv, largest = self.kv[layer, :, :, : self.length + k.size(2)], torch.finfo(self.kv.dtype).max
+        kv[:, :, self.length :] = torch.cat((k, v), dim=1).clamp(-largest, largest)  # beyond float16, as to_half in C
         return kv.to(k.dtype).chunk(2, dim=1)
 
 

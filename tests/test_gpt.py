@@ -221,6 +221,21 @@ def test_cached_decoding_equals_the_full_pass(arch, overrides, how, threads, qua
             logits = read(gpt, rows[each_row, last][:, None], cache)[:, 0]
 
 
+@needs_compiler
+@torch.no_grad()
+def test_keys_and_values_beyond_float16_are_its_largest_however_they_are_read():
+    """Prompts of more than 16 tokens are read by PyTorch, whose conversion would make them infinite."""
+    gpt, idx = half_gpt("llama"), random_tokens(1, 20)
+    qkv, proj = (m.weight for m in (gpt.blocks[0].attn.qkv, gpt.blocks[0].attn.proj))
+    qkv.mul_(2.0**18).clamp_(-60_000, 60_000)
+    proj.mul_(2.0**-18)
+    model.prepare_generation(gpt, "auto")
+    caches = [model.KVCache(gpt, 1, 20) for _ in range(2)]
+    at_once, one_by_one = gpt(idx, caches[0])[:, -1], [gpt(token, caches[1])[:, -1] for token in idx.T[:, :, None]][-1]
+    assert (caches[0].kv.abs() == 65504).any() and at_once.isfinite().all()
+    torch.testing.assert_close(at_once, one_by_one, atol=1e-3, rtol=0)
+
+
 @torch.no_grad()
 def test_what_the_c_does_not_know_is_generated_without_it():
     """An activation or an attention kernel that was added to the tables, wherever it stands in them."""
