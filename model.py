@@ -6056,7 +6056,7 @@ typedef struct {
 // float16 and back: its bits are, 13 places higher, those of a float 2^112 times less. It is the nearest; beyond its
 // range the largest.
 typedef union { uint32_t bits; float value; } Bits;
-static float half(uint16_t x) { return (Bits){(uint32_t)((int32_t)x << 16 >> 3) & 0x8fffffff}.value * 0x1p112f; }
+static float half(uint16_t x) { return (Bits){(uint32_t)((int16_t)x * 8192) & 0x8fffffff}.value * 0x1p112f; }
 static uint16_t to_half(float x) {
     uint32_t bits = (Bits){.value = x * 0x1p-112f}.bits, y = ((bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1)) >> 13;
     return (bits >> 16 & 0x8000) | (y < 0x7bff ? y : 0x7bff);
@@ -6503,7 +6503,8 @@ class CEngine:
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        if cache is None or cache.kv.dtype != torch.float16 or B * T > self.max_rows:
+        fits = cache is not None and cache.kv.dtype == torch.float16 and cache.length + T <= cache.max_length
+        if not fits or B * T > self.max_rows:
             return self.model.run_blocks(x, rope, mask, cache)
         x, pad = x.contiguous(), torch.zeros(B, dtype=torch.int64) if cache.pad is None else cache.pad
         tables, sizes = (self.model.rope_cos, self.model.rope_sin), (B, T, cache.length, cache.max_length)

@@ -234,6 +234,8 @@ def test_keys_and_values_beyond_float16_are_its_largest_however_they_are_read():
     at_once, one_by_one = gpt(idx, caches[0])[:, -1], [gpt(token, caches[1])[:, -1] for token in idx.T[:, :, None]][-1]
     assert (caches[0].kv.abs() == 65504).any() and at_once.isfinite().all()
     torch.testing.assert_close(at_once, one_by_one, atol=1e-3, rtol=0)
+    with pytest.raises(RuntimeError):  # it is full
+        gpt(idx[:, :1], caches[1])
 
 
 @torch.no_grad()
