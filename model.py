@@ -761,11 +761,13 @@ class GPT(nn.Module):
 
     def positions_and_mask(self, idx: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Any, Any]:
         """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it; for
-        flash_by_document the ends of the documents. Raises UserError beyond the context."""
+        flash_by_document the ends of the documents. Raises UserError beyond the context, ValueError if the cache is full."""
         start, context = 0 if cache is None else cache.length, self.config.context
         end = start + idx.size(1)
         if end > context and documents is None and self.config.pos_embd != "none":
             raise UserError(f"{end} tokens are more than the context of {context}: shorten them, or see extend_context")
+        if cache is not None and end > cache.max_length:
+            raise ValueError(f"{end} tokens are more than the cache's max_length of {cache.max_length}")
         if documents is None and (cache is None or cache.pad is None):
             return slice(start, end), None
         if documents is None:  # the padding is a document of its own
@@ -6503,8 +6505,7 @@ class CEngine:
 
     def run_blocks(self, x: Tensor, rope: Any, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        fits = cache is not None and cache.kv.dtype == torch.float16 and cache.length + T <= cache.max_length
-        if not fits or B * T > self.max_rows:
+        if cache is None or cache.kv.dtype != torch.float16 or B * T > self.max_rows:
             return self.model.run_blocks(x, rope, mask, cache)
         x, pad = x.contiguous(), torch.zeros(B, dtype=torch.int64) if cache.pad is None else cache.pad
         tables, sizes = (self.model.rope_cos, self.model.rope_sin), (B, T, cache.length, cache.max_length)

@@ -167,7 +167,7 @@ class SameCache:
     """The keys and values in another cache, for a pass that comes after; its own must be those, rounded to float16."""
 
     def __init__(self, cache: model.KVCache, length: int) -> None:
-        self.cache, self.length, self.pad = cache, length, cache.pad
+        self.cache, self.length, self.max_length, self.pad = cache, length, cache.max_length, cache.pad
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         kv = self.cache.kv[layer, :, :, : self.length + k.size(2)].float()
@@ -234,7 +234,7 @@ def test_keys_and_values_beyond_float16_are_its_largest_however_they_are_read():
     at_once, one_by_one = gpt(idx, caches[0])[:, -1], [gpt(token, caches[1])[:, -1] for token in idx.T[:, :, None]][-1]
     assert (caches[0].kv.abs() == 65504).any() and at_once.isfinite().all()
     torch.testing.assert_close(at_once, one_by_one, atol=1e-3, rtol=0)
-    with pytest.raises(RuntimeError):  # it is full
+    with pytest.raises(ValueError, match="21 tokens are more than the cache's"):
         gpt(idx[:, :1], caches[1])
 
 
