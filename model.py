@@ -761,7 +761,7 @@ class GPT(nn.Module):
 
     def positions_and_mask(self, idx: Tensor, cache: KVCache | None, documents: Tensor | None) -> tuple[Any, Any]:
         """Each token's position, a slice or (B, T), and the attention mask: None if each token sees all before it; for
-        flash_by_document the ends of the documents. Raises UserError beyond the context, ValueError if the cache is full."""
+        flash_by_document the ends of the documents. Raises UserError beyond the context, ValueError beyond a cache."""
         start, context = 0 if cache is None else cache.length, self.config.context
         end = start + idx.size(1)
         if end > context and documents is None and self.config.pos_embd != "none":
