@@ -5333,7 +5333,8 @@ def make_distillation(teacher: GPT, data: Data, block_size: int, digest: str, di
     if K > n_vocab:
         raise UserError(f"cache_teacher is {K}: the vocabulary has only {n_vocab:,} tokens")
     if K:
-        meta = dict(teacher=digest, data=data.ids_digest, temperature=d.temperature, block_size=block_size, top_k=K)
+        same = data.digest if data.is_chat else data.ids_digest  # where a split ends changes the last window of talks
+        meta = dict(teacher=digest, data=same, temperature=d.temperature, block_size=block_size, top_k=K)
         n_blocks = len(data.splits["train"].windows(block_size))
         cache = TeacherCache(data.folder / "teacher_cache", meta, n_blocks, block_size, K, n_vocab)
     return Distillation(teacher, d, n_vocab, cache)

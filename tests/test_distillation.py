@@ -610,6 +610,16 @@ def test_a_run_refuses_the_cache_of_another(distill, text_file):
     assert "another data" in distill(*mixture, "fourth").error  # it would answer for other blocks of the same texts
 
 
+def test_a_cache_of_conversations_is_of_one_split(distill):
+    """The last window, packed with what precedes the split, holds more once the split has moved."""
+    run = (*STUDENT, "--max_iters", 1, "--cache_teacher", 8, "--data", "talk", "--name")
+    for name, val_fraction in (("first", 0.5), ("second", 0.1)):
+        Path("data/talk/meta.json").unlink(missing_ok=True)
+        write_conversations(Path("data/talk"), [([65 + i] * 5, [0, 0, 1, 1, 1]) for i in range(20)], val_fraction)
+        found = distill(*run, name)
+    found.fails_with("another data", "delete it")
+
+
 def test_the_teachers_own_tokenizer(cli, text_file):
     """`--data FILE` is tokenized as the teacher does, and so is data made as the error about another one says."""
     bpe = model.train_bpe([text_file.read_text()], 300)
