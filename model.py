@@ -128,8 +128,9 @@ def need(package: str, what: str, install: str = "") -> Any:
 
 
 def setting(default: Any, help: str, choices: Iterable = (), *, rare=False, alias="", required=False, **bounds) -> Any:
-    """A dataclass field that is also a command-line flag: its name, type, default, meaning and bounds (ge, gt, le, lt),
-    declared once. `rare` flags are shown by --help_all only, `alias` is a second name; without help, it is no flag."""
+    """A dataclass field that is also a command-line flag: its name, type, default, meaning and bounds (ge, gt, le, lt;
+    special: allowed outside of them), declared once. `rare` flags are shown by --help_all only, `alias` is a second
+    name; without help, it is no flag."""
     metadata = dict(help=help, choices=choices, bounds=bounds, rare=rare, alias=alias, required=required)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -181,13 +182,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, choices, bounds = getattr(self, f.name), f.metadata.get("choices"), f.metadata.get("bounds", {})
+            value, choices, bounds = getattr(self, f.name), f.metadata.get("choices"), {**f.metadata.get("bounds", {})}
+            special = bounds.pop("special", None)
             if not is_a(value, f.type):
                 wanted = TYPE_NAMES.get(typing.get_origin(f.type) or f.type, f.type)
             elif value is not None and choices and value not in choices:
                 wanted = f"one of {', '.join(choices)}{nearest(value, choices)}"
-            elif value is not None and not all(getattr(operator, kind)(value, bound) for kind, bound in bounds.items()):
+            elif value not in (None, special) and not all(getattr(operator, k)(value, x) for k, x in bounds.items()):
                 wanted = " and ".join(f"{BOUNDS[kind]} {bound}" for kind, bound in bounds.items())
+                wanted += f", or {special}" * (special is not None)
             elif isinstance(value, float) and not math.isfinite(value):
                 wanted = "a finite number"
             else:
@@ -3116,7 +3119,9 @@ class Optimization(Settings):
     muon_lr: float = setting(0.02, "Muon's learning rate", ge=0)
     embd_lr: float = setting(0.0, "AdamW's rate for the token embedding (0: learning_rate)", ge=0, rare=True)
     head_lr: float = setting(0.0, "AdamW's rate for an untied head (0: learning_rate)", ge=0, rare=True)
-    weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings (-1: by passes over the data)", ge=-1)
+    weight_decay: float = setting(
+        0.1, "decoupled, on matrices and embeddings (-1: by passes over the data)", ge=0, special=-1
+    )
     beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1, rare=True)
     beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1, rare=True)
     grad_clip: float = setting(1.0, "clip the gradient's global norm (0: off)", ge=0)
@@ -3132,8 +3137,9 @@ class Schedule(Settings):
     warmup_iters: int = setting(-1, "steps of linear warm-up (-1: a tenth of the run, at most 100)", ge=-1)
     min_lr_ratio: float = setting(0.1, "cosine: the last rate as a fraction of the peak", ge=0, le=1)
     decay_fraction: float = setting(
-        0.4, "wsd (warmup-stable-decay): part of the run that decays (-1: 0.4, up to 0.6 in longer runs)", ge=-1, le=1
-    )
+        0.4, "wsd (warmup-stable-decay): part of the run that decays (-1: 0.4, up to 0.6 in longer runs)",
+        ge=0, le=1, special=-1,
+    )  # fmt: skip
 
 
 class Reporting(Settings):

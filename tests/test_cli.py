@@ -325,7 +325,7 @@ OUT_OF_RANGE = {
         block_size=[0, 10**9], vocab_size=[10**9], rope_pct=[-1, 2], rope_theta=[0], rope_factor=[0.5], norm_eps=[-1],
         resid_pdrop=[1.0], attn_pdrop=[-0.1], logit_softcap=[-1], batch_size=[0, 10**9], grad_accum=[0],
         max_iters=[0, -5, HUGE], epochs=[-1, "inf"], learning_rate=[-1, "nan", "inf"], beta2=[1.5], grad_clip=[-1],
-        weight_decay=[-2], warmup_iters=[-7], decay_fraction=[2], eval_interval=[-1], eval_tokens=[-1],
+        weight_decay=[-2, -0.1], warmup_iters=[-7], decay_fraction=[2, -0.4], eval_interval=[-1], eval_tokens=[-1],
         log_interval=[0], seed=[-1, HUGE],
     ),
     "distill --teacher_model_path nowhere.pt": dict(
