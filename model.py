@@ -2372,12 +2372,15 @@ def encode_record(r: Records, tokenizer: Tokenizer, record: dict[str, Any]) -> d
     """Token ids of a record, its target mask if it is a conversation, or its error: `datasets` may run this in another
     process, from which a UserError would come back as another class."""
     row: dict[str, Any] = {"ids": np.array([], np.int64), "mask": None, "error": None}
+    content = None
     try:
         if isinstance(content := r.content(record), str):
             row["ids"] = tokenizer.encode_array(content)
         else:
             row["ids"], row["mask"] = encode_conversation(tokenizer, content, r.train_on_all)
     except UserError as e:
+        if content and chat_template(tokenizer) is None:  # no fault of the record; told of the first, in this process
+            raise
         text = json.dumps({**record}, ensure_ascii=False, default=str)  # as it may stand in the record's file
         row["error"] = f"{e} (in the record {text[:100]}{' ...' * (len(text) > 100)})"
     return row

@@ -471,6 +471,16 @@ def test_records_that_cannot_be_used(cli, flags):
     assert "skipped 2 unusable record(s)" in result.err and NO_TARGET in result.error
 
 
+@pytest.mark.parametrize("flags", [(), ("--num_proc", 2), ("--streaming",), ("--skip_bad",)])
+def test_a_tokenizer_without_a_chat_template_is_no_fault_of_the_records(cli, flags):
+    Path("theirs").mkdir()
+    tokenizer = model.train_bpe(["some text"], 300).backend.to_str()
+    Path("theirs/tokenizer.json").write_text(tokenizer.replace("<|im_", "<|my_"))
+    write_jsonl("a.jsonl", [{"prompt": "Hi", "response": f"{i}."} for i in range(9)])
+    error = hub(cli, "a.jsonl", "--tokenizer", "theirs", *flags).error
+    assert "theirs has no chat template" in error and "--skip_bad" not in error and "record" not in error
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
 def test_other_tokenizers(cli, tokenizer, gpt2):
     """A bpe is learned from the records themselves, text or conversations."""
