@@ -3172,6 +3172,12 @@ class TrainConfig(Optimization, Schedule, Reporting, Machine):
     """How a model is trained. A batch is what one optimizer step sees: over all micro-batches and processes."""
 
 
+def in_steps(t: TrainConfig, n_blocks: int) -> TrainConfig:
+    """The same length of a run on so many blocks, as max_iters."""
+    n = max(1, math.ceil(t.epochs * n_blocks / t.batch_size))
+    return replace(t, max_iters=n, epochs=0.0) if t.epochs else t
+
+
 def lr_factor(step: int, t: TrainConfig) -> float:
     """The learning rate of a step as a fraction of its peak."""
     warmup = min(100, t.max_iters // 10) if t.warmup_iters < 0 else t.warmup_iters
@@ -3589,10 +3595,9 @@ class Run:
     failed: Exception | None = None  # the error that ended it
 
     def __post_init__(self) -> None:
-        model, t, self.split = self.model, self.t, self.data.splits["train"]
+        model, self.split = self.model, self.data.splits["train"]
         self.windows = self.split.windows(self.block_size)
-        if t.epochs:
-            t = replace(t, max_iters=max(1, math.ceil(t.epochs * len(self.windows) / t.batch_size)), epochs=0.0)
+        t = in_steps(self.t, len(self.windows))
         self.passes = t.max_iters * t.batch_size / len(self.windows)
         self.t, self.sampler = t, BlockSampler(len(self.windows), t.batch_size, t.seed)
         check_targets(self.split, self.windows, range(len(self.windows)), self.block_size)
@@ -5092,14 +5097,17 @@ def resumed(a: RunArgs, kind: str, last: Path, c: Checkpoint) -> dict[str, Any]:
     t = replace(t, **{k: v for k, v in chosen(a, TrainConfig).items() if k in FREE})
     if a.max_minutes:
         say(f"--max_minutes is ignored: the run has had a fixed number of steps since its start, {t.max_iters:,}")
-    if c.step >= t.max_iters and not t.epochs and a.resume != "auto":
-        raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; raise --max_iters")
     own = Tokenizer(c.tokenizer)
     a.data = a.data or c.data.get("parts") or [c.data["path"]]
     data = a.data_in(own)
     same_tokenizer(data.tokenizer, data.path, own, last, "give the run its own data")
     if c.data["digest"] not in (data.digest, data.ids_digest):
         raise UserError(f"{data.path} is not what {last} was trained on ({c.data['path']}): its contents differ")
+    if t.epochs:
+        t = in_steps(t, len(data.splits["train"].windows(c.block_size)))
+    if c.step >= t.max_iters and a.resume != "auto":
+        remedy = f"raise --{'epochs' if a.epochs else 'max_iters'}"
+        raise UserError(f"nothing to resume: {last} has reached step {c.step} of {t.max_iters}; {remedy}")
     weights = c.model if rank() == 0 else {name: torch.empty_like(x, device="cpu") for name, x in c.model.items()}
     model, teacher_model = build_model(config, weights, last, c.lora_rank), None
     train_tokens(model, c.new_tokens)

@@ -460,6 +460,11 @@ def test_epochs(cli, text_file, monkeypatch):
     monkeypatch.setattr(model, "compile_model", lambda gpt, t, *rest: work.append(t.max_iters))
     cli("train", *BYTES, *TINY_RUN, "--batch_size", 400, "--epochs", 0.5, "--sample_interval", -1).ok()
     assert work == [checkpoint_of()["step"]] == [5]
+    for fewer in (0.5, 0.3):
+        assert "step 5 of" in (error := cli("train", "--resume", "--epochs", fewer).error) and "--epochs" in error
+    cli("train", "--resume", "auto", "--epochs", 0.3).ok()  # as a queue runs a finished job again
+    cli("train", "--resume", "--epochs", 0.7).ok()
+    assert checkpoint_of()["step"] == 6
 
 
 # --- Evaluation
