@@ -55,6 +55,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import timeit
@@ -5775,14 +5776,15 @@ def draw_text(a: PlotArgs, runs: list) -> None:
     """A chart that fills the terminal; the marks in its legend are those of validation."""
     plotext = need("plotext", "plot without --out", '"plotext>=6"')
     (columns, rows), coloured, figure = shutil.get_terminal_size(), sys.stdout.isatty(), plotext.figure
+    labels = [textwrap.fill(f" {label}", max(columns - 1, 8), subsequent_indent="  ") for label, *_ in runs]
     figure.clear()
-    figure.theme("colorless").plot_size(columns, max(rows - len(runs) - 1, 8))
+    figure.theme("colorless").plot_size(columns, max(rows - sum(s.count("\n") + 1 for s in labels) - 1, 8))
     scales, drawn, legend = [math.log10 if a.log in (axis, "both") else float for axis in "xy"], [], []
-    for i, (label, train, val) in enumerate(runs):
+    for i, (_, train, val) in enumerate(runs):
         mark, colour = MARKS[i % len(MARKS)], tuple(bytes.fromhex(COLOURS[i % 6][1:]))  # black may be the terminal's
         in_dots = len(runs) == 1 or coloured and i < 6
         legend.append("\x1b[38;2;{};{};{}m{}\x1b[0m".format(*colour, mark) if coloured else mark)
-        legend[-1] += f" {label}"[: columns - 1]
+        legend[-1] += labels[i]
         smooth = zip((x for x, _ in train), smoothed([y for _, y in train]), strict=True)
         for is_line, points in ((True, smooth), (False, val)):
             points = [[scale(v) for scale, v in zip(scales, point, strict=True)] for point in points]

@@ -139,6 +139,18 @@ def test_chart_fits_the_terminal(cli, monkeypatch, columns, rows, log):
     assert lines[-2].split()[0] == "10" and lines[-2].split()[-1] == "800"
 
 
+def test_a_long_line_of_the_legend_goes_on_in_the_next(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "24")
+    names = ["a_run_with_a_name_of_its_own", "another_which_is_longer_than_the_whole_terminal"]
+    for name in names:
+        write_log(name)
+    lines = cli("plot", *names).ok().out.splitlines()
+    assert len(lines) == 23 and max(map(len, lines)) == 40
+    legend = "".join(line.strip() for line in lines[-5:])
+    assert all(name in legend for name in names) and legend.count("(best") == 2 and legend.endswith(")")
+
+
 @pytest.mark.parametrize("coloured", [False, True])
 def test_every_run_of_a_chart_can_be_told(cli, monkeypatch, coloured):
     """By its mark, which is in the legend as in the curve; in colour, by the colour of line and mark, too."""
