@@ -4940,14 +4940,15 @@ def tokenize(a: TokenizeArgs) -> None:
     tokenize --dataset notes --txt ~/notes more.txt --tokenizer bpe --vocab_size 4096
     tokenize --dataset corpus --txt - --tokenizer byte < corpus.txt"""
     folder, tokenizer = a.folder, a.tokenizer or "gpt2"
-    if not any(Path(source).suffix.lower() in RECORD_FILES for source in a.txt):
+    names = [source.partition("?")[0] if "://" in source else source for source in a.txt]  # without ?download=true
+    if not any(Path(name).suffix.lower() in RECORD_FILES for name in names):
         tokenize_text(folder, a.txt, tokenizer, a.vocab_size, a.encoding, a.errors, a.val_fraction, a.overwrite)
         return
     if a.encoding.lower() not in ("utf-8", "utf8", "utf-8-sig") or a.errors != "strict":
         raise UserError("--encoding and --errors are for text: records must be UTF-8")
     if len(a.txt) > 1:
         raise UserError("only one file of records at a time: put several into a folder and use hf_tokenize")
-    records = Records(a.chat_format, a.train_on_all, a.skip_bad, a.txt[0], val_fraction=a.val_fraction)
+    records = Records(a.chat_format, a.train_on_all, a.skip_bad, names[0], val_fraction=a.val_fraction)
     tokenize_records(folder, records, tokenizer, a.vocab_size, a.overwrite)
 
 

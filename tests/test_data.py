@@ -284,6 +284,7 @@ def test_records_are_not_read_from_a_url(cli, tokenize, server):
     url = f"{server}/talks.jsonl"
     for made in (tokenize(url), cli("hf_tokenize", "--dataset", "d", "--hf_dataset", url)):
         made.fails_with(url, "download it first")
+    tokenize(f"{url}?download=true").fails_with(url, "download it first")  # as the Hub links to it
     assert not Handler.requests
 
 
