@@ -2290,8 +2290,10 @@ class Records(ChatFormat):
             raise UserError(f"{self.hf_dataset}: no such file{remedy}")
         if path.is_file() and not kind:
             raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
-        if path.is_file() and (wrong := next((k for k in ("hf_config", "hf_revision") if getattr(self, k)), None)):
-            raise UserError(f"{path} is a file, which has no {wrong[3:]}: leave --{wrong} out")
+        lacks = ("hf_config", "hf_revision") if path.is_file() else ("hf_revision",) * path.exists()
+        if wrong := next((k for k in lacks if getattr(self, k)), None):
+            what = "file" if path.is_file() else "folder"
+            raise UserError(f"{path} is a {what}, which has no {wrong[3:]}: leave --{wrong} out")
         for file in (path, *path.rglob("*")):
             if file.is_file() and RECORD_FILES.get(file.suffix.lower()) == "json":
                 check_nesting(file)

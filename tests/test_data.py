@@ -293,6 +293,9 @@ def test_a_file_of_records_has_no_revision(cli, workdir):
     run = ("hf_tokenize", "--dataset", "d", "--hf_dataset", "texts.jsonl")
     for flag in ("--hf_config", "--hf_revision"):
         cli(*run, flag, "x").fails_with("texts.jsonl", f"leave {flag} out")
+    Path("folder").mkdir()
+    shutil.move("texts.jsonl", "folder")
+    cli(*run[:-1], "folder", "--hf_revision", "x").fails_with("folder", "leave --hf_revision out")
 
 
 def test_memory_does_not_grow_with_the_text(tokenize, monkeypatch):
