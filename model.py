@@ -2290,9 +2290,8 @@ class Records(ChatFormat):
             raise UserError(f"{self.hf_dataset}: no such file{remedy}")
         if path.is_file() and not kind:
             raise UserError(f"{path}: a local data set must be one of {', '.join(kinds)}, or a folder")
-        lacks = ("hf_config", "hf_revision") if path.is_file() else ("hf_revision",) * path.exists()
-        if wrong := next((k for k in lacks if getattr(self, k)), None):
-            what = "file" if path.is_file() else "folder"
+        what, lacks = ("file", ("hf_config", "hf_revision")) if path.is_file() else ("folder", ("hf_revision",))
+        if path.exists() and (wrong := next((k for k in lacks if getattr(self, k)), None)):
             raise UserError(f"{path} is a {what}, which has no {wrong[3:]}: leave --{wrong} out")
         for file in (path, *path.rglob("*")):
             if file.is_file() and RECORD_FILES.get(file.suffix.lower()) == "json":
