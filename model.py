@@ -128,11 +128,14 @@ def need(package: str, what: str, install: str = "") -> Any:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def setting(default: Any, help: str, choices: Iterable = (), *, rare=False, alias="", required=False, **bounds) -> Any:
-    """A dataclass field that is also a command-line flag: its name, type, default, meaning and bounds (ge, gt, le, lt;
-    special: allowed outside of them), declared once. `rare` flags are shown by --help_all only, `alias` is a second
-    name; without help, it is no flag."""
-    metadata = dict(help=help, choices=choices, bounds=bounds, rare=rare, alias=alias, required=required)
+def setting(
+    default: Any, help: str, choices: Iterable = (), *, rare=False, alias="", required=False, special=None, **bounds
+) -> Any:
+    """A dataclass field that is also a command-line flag: its name, type, default, meaning and bounds (ge, gt, le, lt),
+    declared once. `special` is allowed outside of the bounds, `rare` flags are shown by --help_all only, `alias` is a
+    second name; without help, it is no flag."""
+    metadata = dict(help=help, choices=choices, bounds=bounds, special=special)
+    metadata |= dict(rare=rare, alias=alias, required=required)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -183,8 +186,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, choices, bounds = getattr(self, f.name), f.metadata.get("choices"), {**f.metadata.get("bounds", {})}
-            special = bounds.pop("special", None)
+            value, choices, bounds = getattr(self, f.name), f.metadata.get("choices"), f.metadata.get("bounds", {})
+            special = f.metadata.get("special")
             if not is_a(value, f.type):
                 wanted = TYPE_NAMES.get(typing.get_origin(f.type) or f.type, f.type)
             elif value is not None and choices and value not in choices:
@@ -532,8 +535,10 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, n_kv_head, T, head_dim) to a layer; returns all of its keys and values so far."""
-        kv, largest = self.kv[layer, :, :, : self.length + k.size(2)], torch.finfo(self.kv.dtype).max
-        kv[:, :, self.length :] = torch.cat((k, v), dim=1).clamp(-largest, largest)  # beyond float16, as to_half in C
+        kv, new = self.kv[layer, :, :, : self.length + k.size(2)], torch.cat((k, v), dim=1)
+        if kv.dtype != new.dtype:  # float16, in which large numbers become its largest, as by to_half in C
+            new = new.clamp(-torch.finfo(kv.dtype).max, torch.finfo(kv.dtype).max)
+        kv[:, :, self.length :] = new
         return kv.to(k.dtype).chunk(2, dim=1)
 
 
@@ -1477,14 +1482,14 @@ def download(url: str, path: Path, retries: int = 2, timeout: float = 30.0) -> N
         download(url, path, retries=retries - 1, timeout=timeout)
 
 
-def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
-    """The files that --txt names: files, folders (every text file below, but no records), URLs, pipes, and - for
-    standard input (all three fetched into scratch first)."""
-    files = []
+def text_files(sources: list[str], scratch: Path, encoding: str) -> list[tuple[Path, str]]:
+    """The files that --txt names, and what to call them: files, folders (every text file below, but no records), URLs,
+    pipes, and - for standard input (all three fetched into scratch first)."""
+    files: list[tuple[Path, str]] = []
     for i, source in enumerate(sources):
         path, fetched = Path(source), scratch / f"{i}.txt"
         if path.is_dir():
-            files += folder_files(path, encoding)
+            files += [(p, str(p)) for p in folder_files(path, encoding)]
             continue
         if source == "-" or path.is_fifo():
             with open(fetched, "wb") as f:
@@ -1495,8 +1500,8 @@ def text_files(sources: list[str], scratch: Path, encoding: str) -> list[Path]:
             download(source, fetched)
         elif not path.exists():
             raise UserError(f"{source}: no such file, folder or URL")
-        files.append(fetched if fetched.exists() else path)
-    if not (files := [p for p in files if p.stat().st_size]):
+        files.append((fetched if fetched.exists() else path, "standard input" if source == "-" else source))
+    if not (files := [(p, name) for p, name in files if p.stat().st_size]):
         raise UserError(f"{', '.join(sources)}: the source is empty, there is no text in it")
     return files
 
@@ -1527,8 +1532,8 @@ def in_mixed_order(files: list[Path], root: Path) -> list[Path]:
 
 
 def read_text(path: Path, encoding: str, errors: str, bar: Any = None, name: str = "") -> Iterator[str]:
-    """The text of a file, or of what was fetched into it by name, in blocks. Raises UserError, naming the line, for
-    what is not in the encoding."""
+    """The text of a file in blocks. Raises UserError, naming the file (or what to call it) and the line, for what is
+    not in the encoding."""
     try:
         with told_as("--encoding", LookupError), open(path, encoding=encoding, errors=errors, newline="") as f:
             while block := f.read(PIECE_CHARS):
@@ -1717,15 +1722,13 @@ def tokenize_text(
     `source` is what meta.json records as the text's origin, if not the list of sources."""
     with scratch_folder(folder) as scratch:
         files = text_files(sources, scratch, encoding)
-        total = sum(p.stat().st_size for p in files)
+        total = sum(p.stat().st_size for p, _ in files)
 
         def pieces(desc: str) -> Iterator[str | None]:
             with progress_bar(total=total, unit="B", unit_scale=True, desc=desc) as bar:
-                for i, path in enumerate(files):
+                for i, (path, name) in enumerate(files):
                     if i:
                         yield None  # between two documents
-                    name = sources[int(path.stem)] if path.parent == scratch else str(path)
-                    name = "standard input" if name == "-" else name
                     yield from text_pieces(read_text(path, encoding, errors, bar, name))
 
         sample = evenly(filter(None, pieces("learn vocabulary")), total)
@@ -2381,7 +2384,7 @@ def encode_record(r: Records, tokenizer: Tokenizer, record: dict[str, Any]) -> d
         else:
             row["ids"], row["mask"] = encode_conversation(tokenizer, content, r.train_on_all)
     except UserError as e:
-        if content and chat_template(tokenizer) is None:  # no fault of the record; told of the first, in this process
+        if isinstance(content, list) and chat_template(tokenizer) is None:  # no fault of the record
             raise
         text = json.dumps({**record}, ensure_ascii=False, default=str)  # as it may stand in the record's file
         row["error"] = f"{e} (in the record {text[:100]}{' ...' * (len(text) > 100)})"
@@ -3996,6 +3999,7 @@ def to_bits(x: Tensor, n: int) -> Tensor:
 
 
 def from_bits(bits: Tensor, m: int, n: int) -> Tensor:
+    """The integers (rows, m) that to_bits made into these bits (rows, m n)."""
     return (bits.reshape(len(bits), m, n).long() << torch.arange(n).flip(0)).sum(dim=-1)
 
 
@@ -5283,6 +5287,9 @@ def distill(a: DistillArgs) -> dict[str, Any]:
     distill --teacher_model_path HuggingFaceTB/SmolLM2-135M --init_from_teacher --data corpus.txt"""
     d = DistillConfig(**chosen(a, DistillConfig))
     opened = open_teacher(a.teacher_model_path, a.teacher_variant, choose_device(a.device or "auto"))
+    files = RunFiles(a.name or default_name(a, "distill"), a.overwrite)
+    if opened.path.resolve() in [p.resolve() for p in (files.model, *files.states())]:
+        raise UserError(f"the student would replace its teacher, {opened.path}: choose another --name")
     data = a.data_in(opened.tokenizer)
     check_same_vocabulary(opened.tokenizer, data, opened.path)
     student = make_student(a, opened.model, data)
@@ -5292,9 +5299,6 @@ def distill(a: DistillArgs) -> dict[str, Any]:
     say(f"teacher {opened.path}: {large:,} parameters; alpha {d.alpha}, temperature {d.temperature}, {d.divergence}")
     if small > large:
         say(f"warning: the student ({small:,} parameters) is larger than the teacher ({large:,})", sys.stderr)
-    files = RunFiles(a.name or default_name(a, "distill"), a.overwrite)
-    if opened.path.resolve() in [p.resolve() for p in (files.model, *files.states())]:
-        raise UserError(f"the student would replace its teacher, {opened.path}: choose another --name")
     teacher = {"path": a.teacher_model_path, "variant": a.teacher_variant, "digest": weights_digest(opened.model)}
     recipe, variant = a.student_variant and a.recipe, a.student_variant or "student"
     about = dict(block_size=block_size, recipe=recipe, variant=variant, distill=asdict(d), teacher=teacher)
@@ -6077,8 +6081,8 @@ typedef struct {
     long layernorm, parallel, norm_before_rope, norm_after_rope, activation, is_glu;
 } Shape;
 
-// float16 and back: its bits are, 13 places higher, those of a float 2^112 times less. It is the nearest; beyond its
-// range the largest.
+// float16 and back. Moved up by 13 places, its bits are those of a float 2^112 times smaller. to_half rounds to the
+// nearest; numbers beyond float16's range become its largest.
 typedef union { uint32_t bits; float value; } Bits;
 static float half(uint16_t x) { return (Bits){(uint32_t)((int16_t)x * 8192) & 0x8fffffff}.value * 0x1p112f; }
 static uint16_t to_half(float x) {
@@ -6198,7 +6202,7 @@ static float log_sum_exp(const float *x, long n) {
     return max + logf(sum);
 }
 
-// y, so many vectors = the sum of n rows of v, d apart, by their shares p.
+// y (vectors * LANES) = the sum of p[s] times row s of v, over n rows that begin d numbers apart.
 static inline __attribute__((always_inline)) void mix(
     const float *p, const uint16_t *v, long n, long d, float *y, long vectors) {
     vec sum[4] = {0};

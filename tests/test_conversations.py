@@ -23,6 +23,7 @@ from unittest.mock import DEFAULT, Mock
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import (
@@ -479,6 +480,16 @@ def test_a_tokenizer_without_a_chat_template_is_no_fault_of_the_records(cli, fla
     write_jsonl("a.jsonl", [{"prompt": "Hi", "response": f"{i}."} for i in range(9)])
     error = hub(cli, "a.jsonl", "--tokenizer", "theirs", *flags).error
     assert "theirs has no chat template" in error and "--skip_bad" not in error and "record" not in error
+
+
+def test_skip_bad_skips_text_that_a_tokenizer_without_a_chat_template_cannot_encode(cli):
+    Path("theirs").mkdir()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="none"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save("theirs/tokenizer.json")
+    write_jsonl("a.jsonl", [{"text": "a b"}] * 9 + [{"text": "c"}])
+    hub(cli, "a.jsonl", "--tokenizer", "theirs").fails_with("cannot encode 'c'", "in the record", "--skip_bad")
+    assert "skipped 1 unusable record(s)" in hub(cli, "a.jsonl", "--tokenizer", "theirs", "--skip_bad").ok().err
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])

@@ -106,6 +106,7 @@ def test_pipes_are_read(tokenize):
 def test_standard_input(tokenize):
     done = tokenize("-", stdin="é from a pipe".encode()).ok()
     assert made().decode() == "é from a pipe" and done.err == ""  # quiet where it is not a terminal
+    tokenize("-", "--overwrite", stdin=b"fine\ncaf\xe9").fails_with("standard input, line 2: byte 0xe9")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "utf-8", "UTF-8", "cp1252"])

@@ -245,11 +245,11 @@ def test_what_the_c_does_not_know_is_generated_without_it():
     model.ACTIVATIONS.clear()
     model.ACTIVATIONS.update({"tanh": torch.tanh, **known})
     try:
-        for activation in ("tanh", "relu2"):
+        for activation, tolerance in (("tanh", 1e-3), ("relu2", 2e-3)):  # in C, float16 keys and values
             gpt, idx = half_gpt("gpt2", activation=activation), random_tokens(1, 12)
             expected = gpt(idx)
             model.prepare_generation(gpt, "auto")
-            torch.testing.assert_close(read(gpt, idx, model.KVCache(gpt, 1, 12)), expected, atol=1e-2, rtol=0)
+            torch.testing.assert_close(read(gpt, idx, model.KVCache(gpt, 1, 12)), expected, atol=tolerance, rtol=0)
     finally:
         del model.ACTIVATIONS["tanh"]
     gpt.config.attn_implementation = "window"
